@@ -1,0 +1,26 @@
+"""Strict numerics for every test, and the small things many of them need."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The two workers of a run share two cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real corpora and tokenizers, which only some machines have beside the checkout."""
+    if not DATA.is_dir():
+        pytest.skip(f"{DATA} is absent: real corpora and tokenizers are not part of the project")
+    return DATA
