@@ -1,0 +1,128 @@
+"""FLoRA: the base weight times a low-rank matrix per example (the paper's Eq. 4 to 6).
+
+``W_i = W ∘ s · (B_iᵀ A_i)`` and so ``y = s · Σ_r A_r ∘ ((x ∘ B_r) W)``, one product for the whole
+batch. ``s`` is ``1/r`` for the reduction ``mean`` (the paper's) and 1 for ``sum``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.adapters import multiplicative, product
+from flora_jax.adapters.kind import Components, Kind, uniform_fan_in, zeros
+from flora_jax.shapes import check_shapes
+
+Reduction = Literal["mean", "sum"]
+Init = Literal["zero_sum", "ones", "frozen_ones"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FLoRA:
+    """``B [R, I]`` scales the inputs, ``A [R, O]`` the outputs; both may have a leading batch axis.
+
+    The same numbers under another reduction are another adapter. The first ``frozen`` components
+    get no gradient.
+    """
+
+    B_RI: jax.Array
+    A_RO: jax.Array
+    reduction: Reduction = dataclasses.field(default="mean", metadata=dict(static=True))
+    frozen: int = dataclasses.field(default=0, metadata=dict(static=True))
+
+    def __post_init__(self) -> None:
+        if self.reduction not in get_args(Reduction):
+            raise ValueError(f"FLoRA's reduction is {self.reduction!r}, expected 'mean' or 'sum'")
+
+
+def init(
+    key: jax.Array,
+    inputs: int,
+    outputs: int,
+    rank: int,
+    *,
+    reduction: Reduction = "mean",
+    init: Init = "zero_sum",
+    noise: float = 0.1,
+    dtype: Any = jnp.float32,
+) -> FLoRA:
+    """The identity at the start, by one of three ways.
+
+    - ``zero_sum``: ``A = 1/(s·r)``, ``B_r = 1 + ε_r`` with normal ``ε`` of standard deviation about
+      ``noise`` that sums to zero over the components: the identity to rounding, components differ.
+    - ``ones``: every component is ones. They then get the same gradient for ever, so that an
+      adapter of rank above 1 stays one of rank 1.
+    - ``frozen_ones``: the first component is ones and frozen, the others start as LoRA's do: the
+      identity to the bit (HiRA's way).
+
+    Raises:
+        ValueError: another name of ``init``, or a rank below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"FLoRA's rank is {rank}, expected at least 1")
+    share = 1.0 if reduction == "mean" else 1.0 / rank
+    B_RI = jnp.ones((rank, inputs), dtype)
+    A_RO = jnp.full((rank, outputs), share, dtype)
+    if init == "zero_sum":
+        epsilon_RI = noise * jax.random.normal(key, (rank, inputs), dtype)
+        B_RI = B_RI + epsilon_RI - jnp.mean(epsilon_RI, axis=0, keepdims=True)
+        return FLoRA(B_RI, A_RO, reduction)
+    if init == "frozen_ones":
+        B_RI = B_RI.at[1:].set(uniform_fan_in(key, (rank, inputs), dtype)[1:])
+        A_RO = jnp.zeros_like(A_RO).at[0].set(rank * share)
+        return FLoRA(B_RI, A_RO, reduction, frozen=1)
+    if init == "ones":
+        return FLoRA(B_RI, A_RO, reduction)
+    raise ValueError(f"FLoRA's init is {init!r}, expected one of {', '.join(get_args(Init))}")
+
+
+def _factors(params: FLoRA) -> tuple[jax.Array, jax.Array]:
+    """``B`` and ``s·A`` in float32, gradients of the frozen components stopped."""
+
+    def freeze(factor: jax.Array) -> jax.Array:
+        if not params.frozen:
+            return factor
+        held, free = jnp.split(factor, [params.frozen], axis=-2)
+        return jnp.concatenate([jax.lax.stop_gradient(held), free], axis=-2)
+
+    rank = params.B_RI.shape[-2]
+    scale = 1.0 / rank if params.reduction == "mean" else 1.0
+    return (
+        freeze(params.B_RI).astype(jnp.float32),
+        scale * freeze(params.A_RO).astype(jnp.float32),
+    )
+
+
+def apply(
+    params: FLoRA, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+) -> jax.Array:
+    """Eq. 6 with one adapter per row: ``[B, T, O]`` in the dtype of ``x``; the bias comes after."""
+    check_shapes("flora.apply", x_BTI=x_BTI, W_IO=W_IO, B_BRI=params.B_RI, A_BRO=params.A_RO)
+    y_BTO = multiplicative.apply_batch(*_factors(params), x_BTI, W_IO)
+    return product.finish(y_BTO, bias_O, x_BTI.dtype)
+
+
+def apply_one(
+    params: FLoRA, x_TI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+) -> jax.Array:
+    """One example (Eq. 5): ``[T, O]``."""
+    y_TO = multiplicative.apply_one(*_factors(params), x_TI, W_IO)
+    return product.finish(y_TO, bias_O, x_TI.dtype)
+
+
+def merge(
+    params: FLoRA, W_IO: jax.Array, bias_O: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The explicit ``W_i`` (Eq. 4) in the dtype of ``W``, and the unchanged bias."""
+    return multiplicative.merge(*_factors(params), W_IO), bias_O
+
+
+def components(params: FLoRA, inputs: int, outputs: int) -> Components:
+    return Components(*_factors(params), zeros(0, inputs), zeros(0, outputs))
+
+
+KIND = Kind("flora", FLoRA, init, apply, apply_one, merge, components)

@@ -1,0 +1,70 @@
+"""HiRA: ``W_i = W ∘ (1 + down_iᵀ up_i)``, a FLoRA of rank r+1 whose first component is frozen ones.
+
+PEFT's ``hira_A`` is ``down``, its ``hira_B`` the transpose of ``up``. There is no scale, and the
+bias stays as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.adapters import multiplicative, product
+from flora_jax.adapters.kind import Components, Kind, uniform_fan_in, zeros
+from flora_jax.shapes import check_shapes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HiRA:
+    """``down [R, I]`` and ``up [R, O]``, or both with a leading batch axis."""
+
+    down_RI: jax.Array
+    up_RO: jax.Array
+
+
+def init(key: jax.Array, inputs: int, outputs: int, rank: int, *, dtype: Any = jnp.float32) -> HiRA:
+    """The identity at the start: ``down`` random, ``up`` zero, as in PEFT."""
+    return HiRA(uniform_fan_in(key, (rank, inputs), dtype), jnp.zeros((rank, outputs), dtype))
+
+
+def _with_ones(factor: jax.Array) -> jax.Array:
+    """The frozen first component in front, ``[…, R+1, features]`` in float32."""
+    first = jnp.ones((*factor.shape[:-2], 1, factor.shape[-1]), jnp.float32)
+    return jnp.concatenate([first, factor.astype(jnp.float32)], axis=-2)
+
+
+def apply(
+    params: HiRA, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+) -> jax.Array:
+    """``x W + Σ_r up_r ∘ ((x ∘ down_r) W) + bias`` with one adapter per row: ``[B, T, O]``."""
+    check_shapes("hira.apply", x_BTI=x_BTI, W_IO=W_IO, down_BRI=params.down_RI, up_BRO=params.up_RO)
+    pre, post = _with_ones(params.down_RI), _with_ones(params.up_RO)
+    return product.finish(multiplicative.apply_batch(pre, post, x_BTI, W_IO), bias_O, x_BTI.dtype)
+
+
+def apply_one(
+    params: HiRA, x_TI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+) -> jax.Array:
+    """One example: ``[T, O]``."""
+    pre, post = _with_ones(params.down_RI), _with_ones(params.up_RO)
+    return product.finish(multiplicative.apply_one(pre, post, x_TI, W_IO), bias_O, x_TI.dtype)
+
+
+def merge(
+    params: HiRA, W_IO: jax.Array, bias_O: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The explicit ``W_i`` in the dtype of ``W``, and the unchanged bias."""
+    pre, post = _with_ones(params.down_RI), _with_ones(params.up_RO)
+    return multiplicative.merge(pre, post, W_IO), bias_O
+
+
+def components(params: HiRA, inputs: int, outputs: int) -> Components:
+    pre, post = _with_ones(params.down_RI), _with_ones(params.up_RO)
+    return Components(pre, post, zeros(0, inputs), zeros(0, outputs))
+
+
+KIND = Kind("hira", HiRA, init, apply, apply_one, merge, components)

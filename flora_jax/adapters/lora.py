@@ -1,0 +1,81 @@
+"""LoRA with an adapter per example, as two batched products (bmm-LoRA, the paper's appendix A.2).
+
+``W_i = W + scale · down_iᵀ up_i``. PEFT's ``lora_A`` is ``down``, its ``lora_B`` the transpose of
+``up``; ``scale`` is ``alpha/r``, or ``alpha/sqrt(r)`` for rsLoRA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.adapters import product
+from flora_jax.adapters.kind import Components, Kind, ones, uniform_fan_in
+from flora_jax.shapes import check_shapes
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+    """``down [R, I]`` and ``up [R, O]``, or both with a leading batch axis."""
+
+    down_RI: jax.Array
+    up_RO: jax.Array
+    scale: float = dataclasses.field(default=1.0, metadata=dict(static=True))
+
+
+def init(
+    key: jax.Array,
+    inputs: int,
+    outputs: int,
+    rank: int,
+    *,
+    alpha: float | None = None,
+    dtype: Any = jnp.float32,
+) -> LoRA:
+    """The identity at the start: ``down`` random, ``up`` zero. ``alpha`` defaults to the rank."""
+    down_RI = uniform_fan_in(key, (rank, inputs), dtype)
+    scale = 1.0 if alpha is None else alpha / rank
+    return LoRA(down_RI, jnp.zeros((rank, outputs), dtype), scale)
+
+
+def apply(
+    params: LoRA, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+) -> jax.Array:
+    """``x W + scale · (x downᵀ) up + bias`` with one adapter per row; ``[B, T, O]``, dtype of ``x``."""
+    check_shapes("lora.apply", x_BTI=x_BTI, W_IO=W_IO, down_BRI=params.down_RI, up_BRO=params.up_RO)
+    h_BTR = jnp.einsum(
+        "bti,bri->btr", x_BTI.astype(jnp.float32), params.down_RI.astype(jnp.float32)
+    )
+    delta_BTO = jnp.einsum("btr,bro->bto", h_BTR, params.up_RO.astype(jnp.float32))
+    return product.finish(
+        product.product(x_BTI, W_IO) + params.scale * delta_BTO, bias_O, x_BTI.dtype
+    )
+
+
+def apply_one(
+    params: LoRA, x_TI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+) -> jax.Array:
+    """One example: ``[T, O]``."""
+    h_TR = x_TI.astype(jnp.float32) @ params.down_RI.astype(jnp.float32).T
+    delta_TO = h_TR @ params.up_RO.astype(jnp.float32)
+    return product.finish(product.product(x_TI, W_IO) + params.scale * delta_TO, bias_O, x_TI.dtype)
+
+
+def merge(
+    params: LoRA, W_IO: jax.Array, bias_O: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """The explicit ``W_i`` in the dtype of ``W``, and the unchanged bias."""
+    delta_IO = params.down_RI.astype(jnp.float32).T @ params.up_RO.astype(jnp.float32)
+    return (W_IO.astype(jnp.float32) + params.scale * delta_IO).astype(W_IO.dtype), bias_O
+
+
+def components(params: LoRA, inputs: int, outputs: int) -> Components:
+    up_RO = params.scale * params.up_RO.astype(jnp.float32)
+    return Components(ones(1, inputs), ones(1, outputs), params.down_RI.astype(jnp.float32), up_RO)
+
+
+KIND = Kind("lora", LoRA, init, apply, apply_one, merge, components)

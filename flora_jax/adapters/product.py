@@ -1,0 +1,45 @@
+"""The product with a frozen base weight, the one place that touches it, and the hook's dispatch.
+
+Factors may be wider than the activations: products are accumulated in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from functools import singledispatch
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def product(x_xI: jax.Array, W_IO: jax.Array) -> jax.Array:
+    """``x @ W`` over the last axis of ``x``, accumulated and returned in float32."""
+    return jnp.matmul(x_xI, W_IO, preferred_element_type=jnp.float32)
+
+
+def finish(y_xO: jax.Array, bias_O: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
+    """Adds the bias in float32 and rounds to the activations' dtype."""
+    if bias_O is not None:
+        y_xO = y_xO + bias_O.astype(y_xO.dtype).reshape((1,) * (y_xO.ndim - 1) + (-1,))
+    return y_xO.astype(dtype)
+
+
+@singledispatch
+def apply(
+    adapter: Any, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+) -> jax.Array:
+    """A projection under an adapter: ``[B, T, I] → [B, T, O]`` in the dtype of ``x``.
+
+    Dispatches on the adapter's type; ``None`` is the base projection ``x @ W + bias``.
+
+    Raises:
+        TypeError: no kind of adapter has this type.
+    """
+    raise TypeError(f"{type(adapter).__name__} is not an adapter")
+
+
+@apply.register
+def _base(
+    adapter: None, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+) -> jax.Array:
+    return finish(product(x_BTI, W_IO), bias_O, x_BTI.dtype)
