@@ -1,0 +1,237 @@
+"""GPTBigCode in flax.nnx: parameters and the forward pass, with an adapter hook per projection.
+
+Only nnx's pytree subset is used: a model is split into a graph definition and parameters once, and
+steps are ``jax.jit`` over the parameters. Adapters arrive as an argument: ``adapters[layer][target]``
+is anything that ``flora_jax.adapters.apply`` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flora_jax.adapters.product import apply
+from flora_jax.starcoder.attention import attend, cache_mask, causal_mask, split_qkv
+from flora_jax.starcoder.cache import Cache, LayerCache
+from flora_jax.starcoder.config import StarCoderConfig
+
+LayerAdapters = Mapping[str, Any]
+Adapters = Sequence[LayerAdapters]
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+class LayerNorm(nnx.Module):
+    """Scale and bias; the arithmetic is :func:`layer_norm`."""
+
+    def __init__(self, width: int, dtype: jnp.dtype):
+        self.scale = nnx.Param(jnp.ones(width, dtype))
+        self.bias = nnx.Param(jnp.zeros(width, dtype))
+
+
+def layer_norm(x_BTD: jax.Array, norm: LayerNorm, epsilon: float) -> jax.Array:
+    """Layer normalisation in float32, rounded to the input's dtype."""
+    wide = x_BTD.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + epsilon)
+    scale, bias = (p[...].astype(jnp.float32)[None, None] for p in (norm.scale, norm.bias))
+    return (centred * inverse * scale + bias).astype(x_BTD.dtype)
+
+
+def _linear(inputs: int, outputs: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    """A holder of ``kernel [I, O]`` and ``bias [O]``; the product itself goes through the hook."""
+    init = nnx.initializers.normal(std)
+    return nnx.Linear(inputs, outputs, kernel_init=init, param_dtype=dtype, rngs=rngs)
+
+
+def _project(
+    x_BTI: jax.Array, linear: nnx.Linear, adapters: LayerAdapters, target: str
+) -> jax.Array:
+    assert linear.bias is not None
+    return apply(adapters.get(target), x_BTI, linear.kernel[...], linear.bias[...])
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: StarCoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        sizes, std = config.projections(), config.initializer_range
+        deep = std / (2 * config.n_layer) ** 0.5
+        self.c_attn = _linear(*sizes["attn.c_attn"], std, dtype, rngs)
+        self.c_proj = _linear(*sizes["attn.c_proj"], deep, dtype, rngs)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        mask_BTS: jax.Array,
+        cache: LayerCache | None,
+        adapters: LayerAdapters,
+        config: StarCoderConfig,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        q, k, v = split_qkv(_project(x_BTD, self.c_attn, adapters, "attn.c_attn"), config)
+        if cache is not None:
+            cache = cache.write(k, v, positions_BT)
+            k, v = cache.k_BSGK, cache.v_BSGK
+        mixed_BTD = attend(q, k, v, mask_BTS, config)
+        return _project(mixed_BTD, self.c_proj, adapters, "attn.c_proj"), cache
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: StarCoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        sizes, std = config.projections(), config.initializer_range
+        deep = std / (2 * config.n_layer) ** 0.5
+        self.c_fc = _linear(*sizes["mlp.c_fc"], std, dtype, rngs)
+        self.c_proj = _linear(*sizes["mlp.c_proj"], deep, dtype, rngs)
+
+    def __call__(
+        self, x_BTD: jax.Array, adapters: LayerAdapters, config: StarCoderConfig
+    ) -> jax.Array:
+        h_BTF = _project(x_BTD, self.c_fc, adapters, "mlp.c_fc")
+        h_BTF = _ACTIVATIONS[config.activation_function](h_BTF)
+        return _project(h_BTF, self.c_proj, adapters, "mlp.c_proj")
+
+
+class Block(nnx.Module):
+    def __init__(self, config: StarCoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.ln_1 = LayerNorm(config.n_embd, dtype)
+        self.attn = Attention(config, dtype, rngs)
+        self.ln_2 = LayerNorm(config.n_embd, dtype)
+        self.mlp = MLP(config, dtype, rngs)
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        positions_BT: jax.Array,
+        mask_BTS: jax.Array,
+        cache: LayerCache | None,
+        adapters: LayerAdapters,
+        config: StarCoderConfig,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        epsilon = config.layer_norm_epsilon
+        mixed, cache = self.attn(
+            layer_norm(x_BTD, self.ln_1, epsilon), positions_BT, mask_BTS, cache, adapters, config
+        )
+        x_BTD = x_BTD + mixed
+        return x_BTD + self.mlp(layer_norm(x_BTD, self.ln_2, epsilon), adapters, config), cache
+
+
+class StarCoder(nnx.Module):
+    """A GPTBigCode language model.
+
+    Args:
+        config: shape and options.
+        dtype: of the parameters, and so of the activations.
+        rngs: used for the GPT-2 initialisation only.
+    """
+
+    def __init__(self, config: StarCoderConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        std = config.initializer_range
+        embedding = dict(embedding_init=nnx.initializers.normal(std), param_dtype=dtype, rngs=rngs)
+        self.config = config
+        self.wte = nnx.Embed(config.vocab_size, config.n_embd, **embedding)
+        self.wpe = nnx.Embed(config.n_positions, config.n_embd, **embedding)
+        self.h = nnx.List([Block(config, dtype, rngs) for _ in range(config.n_layer)])
+        self.ln_f = LayerNorm(config.n_embd, dtype)
+        if not config.tie_word_embeddings:
+            shape = (config.n_embd, config.vocab_size)
+            self.lm_head = nnx.Param(nnx.initializers.normal(std)(rngs.params(), shape, dtype))
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        positions_BT: jax.Array,
+        *,
+        cache: Cache | None = None,
+        segments_BT: jax.Array | None = None,
+        adapters: Adapters | None = None,
+        remat: bool = False,
+    ) -> tuple[jax.Array, Cache | None]:
+        """The final normalised activations ``[B, T, D]`` and the cache with these tokens in it.
+
+        Without a cache a token sees the earlier positions of its own segment; segment 0 is padding.
+        With one it sees every cached position up to its own, so padding must stand at a position
+        outside ``[0, S)``: its keys are dropped, and its own output means nothing.
+        """
+        if cache is None:
+            if segments_BT is None:
+                segments_BT = jnp.ones_like(tokens_BT)
+            mask_BTS = causal_mask(positions_BT, segments_BT)
+        else:
+            mask_BTS = cache_mask(positions_BT, cache[0].k_BSGK.shape[1])
+        at_BT = jnp.clip(positions_BT, 0, self.config.n_positions - 1)
+        x_BTD = self.wte.embedding[...][tokens_BT] + self.wpe.embedding[...][at_BT]
+        layers: list[LayerCache] = []
+        for number, block in enumerate(self.h):
+            layer_adapters = {} if adapters is None else adapters[number]
+            layer_cache = None if cache is None else cache[number]
+            run = jax.checkpoint(block, static_argnums=(5,)) if remat else block
+            x_BTD, layer_cache = run(
+                x_BTD, positions_BT, mask_BTS, layer_cache, layer_adapters, self.config
+            )
+            if layer_cache is not None:
+                layers.append(layer_cache)
+        x_BTD = layer_norm(x_BTD, self.ln_f, self.config.layer_norm_epsilon)
+        return x_BTD, (None if cache is None else layers)
+
+    def logits(self, hidden_xD: jax.Array) -> jax.Array:
+        """Scores over the vocabulary ``[..., V]``, float32, by the tied or the own head."""
+        if self.config.tie_word_embeddings:
+            head_DV = self.wte.embedding[...].T
+        else:
+            head_DV = self.lm_head[...]
+        return jnp.matmul(hidden_xD, head_DV, preferred_element_type=jnp.float32)
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        *,
+        segments_BT: jax.Array | None = None,
+        adapters: Adapters | None = None,
+    ) -> jax.Array:
+        """Logits ``[B, T, V]`` of a full forward pass, positions counted inside each row's tokens.
+
+        ``segments_BT`` is 1 on tokens and 0 on padding, on either side.
+        """
+        if segments_BT is None:
+            segments_BT = jnp.ones_like(tokens_BT)
+        positions_BT = jnp.cumsum(segments_BT > 0, axis=1) - 1
+        hidden_BTD, _ = self.hidden(
+            tokens_BT, positions_BT, segments_BT=segments_BT, adapters=adapters
+        )
+        return self.logits(hidden_BTD)
+
+
+class Model(NamedTuple):
+    """A model split once: ``nnx.merge(graph, params)`` inside a jitted step gives it back.
+
+    ``graph`` is hashable and static; ``params`` is the pytree that steps take.
+    """
+
+    config: StarCoderConfig
+    graph: nnx.GraphDef
+    params: nnx.State
+
+
+def init_model(config: StarCoderConfig, seed: int = 0, dtype: Any = jnp.float32) -> Model:
+    """Random weights (GPT-2's initialisation)."""
+    graph, params = nnx.split(StarCoder(config, dtype=dtype, rngs=nnx.Rngs(seed)))
+    return Model(config, graph, params)
+
+
+def abstract_model(config: StarCoderConfig, dtype: Any = jnp.float32) -> Model:
+    """The same with shapes and dtypes in place of arrays: nothing is allocated."""
+    model = nnx.eval_shape(lambda: StarCoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    graph, params = nnx.split(model)
+    return Model(config, graph, params)
