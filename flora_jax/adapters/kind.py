@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
@@ -23,11 +26,11 @@ class Components:
     ``bias_i = bias + bias_scale ∘ bias``; ``bias_scale`` is ``None`` where the bias stays.
     """
 
-    pre_RI: jax.Array
-    post_RO: jax.Array
-    down_RI: jax.Array
-    up_RO: jax.Array
-    bias_scale_O: jax.Array | None = None
+    pre_RI: Array
+    post_RO: Array
+    down_RI: Array
+    up_RO: Array
+    bias_scale_O: Array | None = None
 
 
 class Kind(NamedTuple):

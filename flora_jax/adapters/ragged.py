@@ -1,0 +1,183 @@
+"""Kinds and ranks mixed in one batch: lists of (row, component) pairs over a bank of components.
+
+Every row has exactly one *first* multiplicative pair, which stands in the row's own place (a base or
+LoRA row has ones there), so a batch without higher ranks costs one plain product. Further pairs are
+appended to the product's rows: it has ``Σ rank`` of them, whatever the largest rank is. Their results
+come back by a gather of each row's own pairs: unlike a scatter it adds in one order on every device,
+and unlike a 0/1 product it lets nothing of a row, not even a NaN, into another.
+
+Knows nothing of adapters' names or files: ``bank`` fills the bank and lists the pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.adapters import multiplicative, product
+from flora_jax.adapters.multiplicative import scale_inputs
+from flora_jax.shapes import check_shapes
+
+# Slots every bank starts with.
+NOTHING = 0  # zeros in all four arrays: what padding points to
+IDENTITY = 1  # ones in pre and post: the base weight
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TargetBank:
+    """The components of all resident adapters on one projection of one layer, float32.
+
+    Multiplicative ``pre [C, I]``, ``post [C, O]``; additive ``down [C', I]``, ``up [C', O]``;
+    ``bias_scale [N, O]``, whose row 0 is zero, or ``None`` where no adapter touches the bias.
+    """
+
+    pre_CI: jax.Array
+    post_CO: jax.Array
+    down_CI: jax.Array
+    up_CO: jax.Array
+    bias_scale_NO: jax.Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """The components of each row of a batch on one target, int32; the same in every layer.
+
+    ``first [B]``: slot of the row's first multiplicative component. ``row [P]``, ``slot [P]``: the
+    further ones. ``mine [B, J]``: which of the ``P`` are the row's own, ``P`` where there are fewer.
+    ``add_row``, ``add_slot``, ``add_mine``: the same for additive components. ``bias [B]``: the
+    row's entry of ``bias_scale``. Lengths ``P``, ``J``, ``A`` are static, so they come from buckets.
+    """
+
+    first_B: jax.Array
+    row_P: jax.Array
+    slot_P: jax.Array
+    mine_BJ: jax.Array
+    add_row_A: jax.Array
+    add_slot_A: jax.Array
+    add_mine_BJ: jax.Array
+    bias_B: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """The hook for a mixed batch: a bank and the batch's pairs.
+
+    With ``per_token`` the pairs' rows are the ``B·T`` tokens of the batch in order, so that an
+    adapter may change inside an example (the paper's section 3.2).
+    """
+
+    bank: TargetBank
+    pairs: Pairs
+    per_token: bool = dataclasses.field(default=False, metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowComponents:
+    """One row's components on one target, int32, padded with ``NOTHING``; ``bias`` is a scalar.
+
+    With ``merged`` the explicit weight ``W_i`` is built first, which is cheaper as soon as there are
+    a few tokens for every component.
+    """
+
+    slot_J: jax.Array
+    add_slot_J: jax.Array
+    bias: jax.Array
+    merged: bool = dataclasses.field(default=False, metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OneRow:
+    """The hook for a batch of one row, in a form that no other row can change."""
+
+    bank: TargetBank
+    own: RowComponents
+
+
+BankLayers = Sequence[Mapping[str, TargetBank]]
+
+
+def ragged_hooks(layers: BankLayers, pairs: Mapping[str, Pairs]) -> list[dict[str, Ragged]]:
+    """The model's ``adapters`` argument for a mixed batch; call it inside a jitted step."""
+    return [{t: Ragged(bank, pairs[t]) for t, bank in layer.items()} for layer in layers]
+
+
+def one_row_hooks(layers: BankLayers, own: Mapping[str, RowComponents]) -> list[dict[str, OneRow]]:
+    """The model's ``adapters`` argument for one row; call it inside a jitted step."""
+    return [{t: OneRow(bank, own[t]) for t, bank in layer.items()} for layer in layers]
+
+
+def _gather_sum(values_PTO: jax.Array, mine_BJ: jax.Array) -> jax.Array:
+    """``[B, T, O]``: the sum over each row's own entries; an index of ``P`` adds nothing."""
+    own_BJTO = values_PTO.at[mine_BJ].get(mode="fill", fill_value=0)
+    return jnp.sum(own_BJTO, axis=1)
+
+
+def _bias_change(
+    bank: TargetBank, chosen_B: jax.Array, bias_O: jax.Array | None
+) -> jax.Array | None:
+    if bank.bias_scale_NO is None or bias_O is None:
+        return None
+    return bank.bias_scale_NO[chosen_B] * bias_O.astype(jnp.float32)[None]
+
+
+@product.apply.register
+def _apply_ragged(
+    adapter: Ragged, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+) -> jax.Array:
+    bank, pairs = adapter.bank, adapter.pairs
+    batch, tokens, _ = x_BTI.shape
+    if adapter.per_token:
+        x_BTI = x_BTI.reshape(batch * tokens, 1, -1)
+    check_shapes(
+        "ragged", x_BTI=x_BTI, W_IO=W_IO, first_B=pairs.first_B,
+        pre_CI=bank.pre_CI, post_CO=bank.post_CO,
+    )  # fmt: skip
+    rows = x_BTI.shape[0]
+    slot = jnp.concatenate([pairs.first_B, pairs.slot_P])
+    x_PTI = jnp.concatenate([x_BTI, x_BTI[pairs.row_P]])
+    y_PTO = product.product(scale_inputs(x_PTI, bank.pre_CI[slot][:, None]), W_IO)
+    y_PTO = y_PTO * bank.post_CO[slot][:, None]
+    y_BTO = y_PTO[:rows]
+    if pairs.mine_BJ.shape[1]:
+        y_BTO = y_BTO + _gather_sum(y_PTO[rows:], pairs.mine_BJ)
+    if pairs.add_mine_BJ.shape[1]:
+        h_AT = jnp.einsum(
+            "ati,ai->at", x_BTI[pairs.add_row_A].astype(jnp.float32), bank.down_CI[pairs.add_slot_A]
+        )
+        delta_ATO = h_AT[:, :, None] * bank.up_CO[pairs.add_slot_A][:, None]
+        y_BTO = y_BTO + _gather_sum(delta_ATO, pairs.add_mine_BJ)
+    change_BO = _bias_change(bank, pairs.bias_B, bias_O)
+    if change_BO is not None:
+        y_BTO = y_BTO + change_BO[:, None]
+    y_BTO = product.finish(y_BTO, bias_O, x_BTI.dtype)
+    return y_BTO.reshape(batch, tokens, -1)
+
+
+@product.apply.register
+def _apply_one_row(
+    adapter: OneRow, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+) -> jax.Array:
+    bank, own = adapter.bank, adapter.own
+    if x_BTI.shape[0] != 1:
+        raise ValueError(f"OneRow takes a batch of 1, found {x_BTI.shape[0]} rows")
+    x_TI = x_BTI[0]
+    pre_JI, post_JO = bank.pre_CI[own.slot_J], bank.post_CO[own.slot_J]
+    if own.merged:
+        y_TO = product.product(x_TI, multiplicative.merge(pre_JI, post_JO, W_IO))
+    else:
+        y_TO = multiplicative.apply_one(pre_JI, post_JO, x_TI, W_IO)
+    if own.add_slot_J.shape[0]:
+        h_TJ = x_TI.astype(jnp.float32) @ bank.down_CI[own.add_slot_J].T
+        y_TO = y_TO + h_TJ @ bank.up_CO[own.add_slot_J]
+    change_BO = _bias_change(bank, own.bias[None], bias_O)
+    if change_BO is not None:
+        y_TO = y_TO + change_BO
+    return product.finish(y_TO, bias_O, x_TI.dtype)[None]

@@ -1,0 +1,25 @@
+"""Random adapters of every kind, far from the identity."""
+
+import jax
+
+from flora_jax.adapters.model_adapter import init_adapter, randomise
+
+KINDS = ("lora", "flora", "ia3", "hira")
+
+
+def random_adapter(kind, seed, projections, layers=1, rank=1, targets=("attn.c_attn",), **options):
+    """A ``ModelAdapter`` with random factors; the rank is 1 for IA3 whatever is asked for."""
+    fresh = init_adapter(
+        jax.random.key(seed), kind, projections, layers,
+        rank=1 if kind == "ia3" else rank, targets=targets, **options,
+    )  # fmt: skip
+    return randomise(fresh, seed)
+
+
+def random_projection(kind, seed, inputs, outputs, rank, **options):
+    """The same for one projection: the kind's own dataclass."""
+    projections = {"attn.c_attn": (inputs, outputs)}
+    if kind == "ia3" and options.pop("side", "output") == "input":
+        options["feedforward"] = ("attn.c_attn",)
+    adapter = random_adapter(kind, seed, projections, rank=rank, **options)
+    return adapter.layers[0]["attn.c_attn"]
