@@ -1,0 +1,200 @@
+"""Batches of requests to completions: every row with its own adapter, settings and seed.
+
+Requests run in their order in batches of a fixed number of rows, each batch to its end. Shapes come
+from short lists, so the number of programs is bounded and known (:meth:`Generator.most_programs`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax.adapters.bank import build_bank
+from flora_jax.adapters.model_adapter import ModelAdapter
+from flora_jax.adapters.pairs import bucket, list_pairs, one_row, pair_lattice
+from flora_jax.serve.request import Completion, Request
+from flora_jax.serve.sampling import Mode
+from flora_jax.serve.steps import MAX_STOPS, RowSettings, decode, init_state, prefill, stop_rows
+from flora_jax.serve.stream import Stream
+from flora_jax.starcoder.model import Model
+
+ROWS = (1, 4, 16, 32, 64)
+_MODES: tuple[Mode, ...] = ("greedy", "sampled", "filtered")
+
+
+class Generator:
+    """A model with its resident adapters, ready to generate.
+
+    Args:
+        model: the base.
+        adapters: by the names that requests use.
+        tokenizer: a ``tokenizers.Tokenizer``; without one completions have no text.
+        rows: rows of a batch at most; a batch is padded to the next of ``ROWS``.
+        chunk: prompt tokens of one prefill step.
+        block: decode steps of one dispatch; stop strings are looked for between dispatches.
+        seed: of the rows that have none of their own.
+
+    Raises:
+        ValueError: an adapter that does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        adapters: Mapping[str, ModelAdapter],
+        *,
+        tokenizer: Any | None = None,
+        rows: int = 16,
+        chunk: int = 64,
+        block: int = 32,
+        seed: int = 0,
+    ):
+        config = model.config
+        self.model = model
+        self.tokenizer = tokenizer
+        self.rows = bucket(rows, ROWS)
+        self.chunk = min(chunk, config.n_positions)
+        self.block = block
+        self.seed = seed
+        self.bank = build_bank(adapters, config.projections(), config.n_layer)
+        self.dtype = jax.tree.leaves(model.params)[0].dtype
+
+    def most_programs(self) -> int:
+        """How many programs a run compiles at most: shapes of prefill plus shapes of decode.
+
+        A run has one number of rows and one cache length.
+        """
+        forms = len({self._form(name) for name in self.bank.slots})
+        return len(_MODES) * (forms + self._levels())
+
+    def generate(
+        self, requests: Sequence[Request], rows: int | None = None, level: int | None = None
+    ) -> Iterator[Completion]:
+        """Yields completions in the order of the requests, batch by batch.
+
+        ``rows`` and ``level`` (the size of the pair lists, an index into their lattice) fix the
+        padded shape; without them it is the smallest that fits.
+        """
+        if not requests:
+            return
+        rows = self.rows if rows is None else rows
+        rows = bucket(min(rows, len(requests)), ROWS) if rows in ROWS else rows
+        context = self.model.config.n_positions
+        longest = max(min(len(r.token_ids) + r.max_tokens, context) for r in requests)
+        length = bucket(longest, _cache_lengths(context))
+        for start in range(0, len(requests), rows):
+            yield from self._batch(requests[start : start + rows], rows, length, level)
+
+    def _batch(
+        self, requests: Sequence[Request], rows: int, length: int, level: int | None
+    ) -> list[Completion]:
+        graph, params, layers = self.model.graph, self.model.params, self.bank.layers
+        mode = _mode(requests)
+        state = init_state(self.model.config, rows, length, self.dtype)
+        for row, request in enumerate(requests):
+            own = one_row(self.bank, request.adapter)
+            settings = self._settings(request)
+            for start in range(0, len(request.token_ids), self.chunk):
+                piece = request.token_ids[start : start + self.chunk]
+                tokens_T = np.zeros(self.chunk, np.int32)
+                tokens_T[: len(piece)] = piece
+                state = prefill(
+                    graph, params, layers, own, state, jnp.int32(row), jnp.asarray(tokens_T),
+                    jnp.int32(start), jnp.int32(len(piece)), settings, mode=mode,
+                )  # fmt: skip
+        names = [request.adapter for request in requests]
+        pairs = self._pairs(names + [None] * (rows - len(names)), level)
+        streams = [
+            Stream(request, self._stops(request), self._room(request), self.tokenizer)
+            for request in requests
+        ]
+        for stream, token in zip(streams, np.asarray(state.token_B)):
+            stream.add([int(token)])
+        while any(stream.running for stream in streams):
+            keep = np.zeros(rows, bool)
+            keep[: len(streams)] = [stream.running for stream in streams]
+            state = stop_rows(state, jnp.asarray(keep))
+            state, tokens_BN = decode(
+                graph, params, layers, pairs, state, mode=mode, steps=self.block
+            )
+            for stream, tokens in zip(streams, np.asarray(tokens_BN)):
+                stream.add([int(token) for token in tokens if token >= 0])
+        return [stream.completion() for stream in streams]
+
+    def _stops(self, request: Request) -> list[int]:
+        ends = () if request.ignore_eos else self.model.config.eos_token_ids
+        return [*request.stop_token_ids, *ends]
+
+    def _room(self, request: Request) -> int:
+        return min(request.max_tokens, self.model.config.n_positions - len(request.token_ids))
+
+    def _settings(self, request: Request) -> RowSettings:
+        stops = self._stops(request)
+        stops_E = np.full(MAX_STOPS, -1, np.int32)
+        stops_E[: len(stops)] = stops
+        key = (
+            jax.random.fold_in(jax.random.key(self.seed), request.index)
+            if request.seed is None
+            else jax.random.key(request.seed)
+        )
+        return RowSettings(
+            left=jnp.int32(self._room(request)),
+            stops_E=jnp.asarray(stops_E),
+            temperature=jnp.float32(request.temperature),
+            top_k=jnp.int32(request.top_k),
+            top_p=jnp.float32(request.top_p),
+            key=key,
+        )
+
+    def _form(self, name: str | None) -> tuple[bool, ...]:
+        return tuple(len(self.bank.of(name, t).multiplicative) > 1 for t in self.bank.targets)
+
+    def _sizes(self, target: str, rows: int, level: int) -> tuple[int, int]:
+        mul, add = self.bank.most(target)
+        lattices = pair_lattice(rows, mul - 1), pair_lattice(rows, add)
+        return tuple(sizes[min(level, len(sizes) - 1)] for sizes in lattices)  # type: ignore[return-value]
+
+    def _levels(self, rows: int | None = None) -> int:
+        rows = self.rows if rows is None else rows
+        return max(
+            (
+                len(pair_lattice(rows, most))
+                for target in self.bank.targets
+                for most in (self.bank.most(target)[0] - 1, self.bank.most(target)[1])
+            ),
+            default=1,
+        )
+
+    def _pairs(self, names: Sequence[str | None], level: int | None) -> dict[str, Any]:
+        """One level for all targets and both lists, so that programs do not multiply."""
+        rows = len(names)
+        levels = range(self._levels(rows)) if level is None else [level]
+        for candidate in levels:
+            lattice = {t: self._sizes(t, rows, candidate) for t in self.bank.targets}
+            try:
+                return list_pairs(self.bank, names, lattice)
+            except ValueError:
+                if candidate == levels[-1]:
+                    raise
+        raise AssertionError("the last level holds every batch")
+
+
+def _mode(requests: Sequence[Request]) -> Mode:
+    warm = [request for request in requests if request.temperature > 0]
+    if any(request.top_k or request.top_p < 1 for request in warm):
+        return "filtered"
+    return "sampled" if warm else "greedy"
+
+
+def _cache_lengths(context: int) -> tuple[int, ...]:
+    """Powers of two from 64 below the context, and the context."""
+    sizes = []
+    size = 64
+    while size < context:
+        sizes.append(size)
+        size *= 2
+    return (*sizes, context)
