@@ -7,7 +7,7 @@ from short lists, so the number of programs is bounded and known (:meth:`Generat
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,14 @@ from flora_jax.starcoder.model import Model
 
 ROWS = (1, 4, 16, 32, 64)
 _MODES: tuple[Mode, ...] = ("greedy", "sampled", "filtered")
+
+
+class Shape(NamedTuple):
+    """The padded shape of a batch: rows, cache positions, and the level of its pair lists."""
+
+    rows: int
+    length: int
+    level: int
 
 
 class Generator:
@@ -66,35 +74,41 @@ class Generator:
     def most_programs(self) -> int:
         """How many programs a run compiles at most: shapes of prefill plus shapes of decode.
 
-        A run has one number of rows and one cache length.
+        Times the numbers of rows and cache lengths that its batches need; most have one of each.
         """
         forms = len({self._form(name) for name in self.bank.slots})
-        return len(_MODES) * (forms + self._levels())
+        return len(_MODES) * (forms + self._levels(self.rows))
+
+    def shape(self, requests: Sequence[Request]) -> Shape:
+        """The smallest padded shape that runs these requests as one batch."""
+        context = self.model.config.n_positions
+        longest = max(min(len(r.token_ids) + r.max_tokens, context) for r in requests)
+        rows = bucket(len(requests), ROWS)
+        level = self._level([request.adapter for request in requests], rows)
+        return Shape(rows, bucket(longest, _cache_lengths(context)), level)
 
     def generate(
-        self, requests: Sequence[Request], rows: int | None = None, level: int | None = None
+        self, requests: Sequence[Request], *, shape: Shape | None = None
     ) -> Iterator[Completion]:
         """Yields completions in the order of the requests, batch by batch.
 
-        ``rows`` and ``level`` (the size of the pair lists, an index into their lattice) fix the
-        padded shape; without them it is the smallest that fits.
-        """
-        if not requests:
-            return
-        rows = self.rows if rows is None else rows
-        rows = bucket(min(rows, len(requests)), ROWS) if rows in ROWS else rows
-        context = self.model.config.n_positions
-        longest = max(min(len(r.token_ids) + r.max_tokens, context) for r in requests)
-        length = bucket(longest, _cache_lengths(context))
-        for start in range(0, len(requests), rows):
-            yield from self._batch(requests[start : start + rows], rows, length, level)
+        Args:
+            requests: any number of them.
+            shape: run every batch in this shape; without it, each in the smallest that fits.
 
-    def _batch(
-        self, requests: Sequence[Request], rows: int, length: int, level: int | None
-    ) -> list[Completion]:
+        Raises:
+            ValueError: a batch does not fit the given shape.
+        """
+        rows = self.rows if shape is None else shape.rows
+        for start in range(0, len(requests), rows):
+            batch = requests[start : start + rows]
+            yield from self._batch(batch, self.shape(batch) if shape is None else shape)
+
+    def _batch(self, requests: Sequence[Request], shape: Shape) -> list[Completion]:
         graph, params, layers = self.model.graph, self.model.params, self.bank.layers
         mode = _mode(requests)
-        state = init_state(self.model.config, rows, length, self.dtype)
+        rows = shape.rows
+        state = init_state(self.model.config, rows, shape.length, self.dtype)
         for row, request in enumerate(requests):
             own = one_row(self.bank, request.adapter)
             settings = self._settings(request)
@@ -107,7 +121,9 @@ class Generator:
                     jnp.int32(start), jnp.int32(len(piece)), settings, mode=mode,
                 )  # fmt: skip
         names = [request.adapter for request in requests]
-        pairs = self._pairs(names + [None] * (rows - len(names)), level)
+        names += [None] * (rows - len(names))
+        lattice = {target: self._sizes(target, rows, shape.level) for target in self.bank.targets}
+        pairs = list_pairs(self.bank, names, lattice)
         streams = [
             Stream(request, self._stops(request), self._room(request), self.tokenizer)
             for request in requests
@@ -158,29 +174,26 @@ class Generator:
         lattices = pair_lattice(rows, mul - 1), pair_lattice(rows, add)
         return tuple(sizes[min(level, len(sizes) - 1)] for sizes in lattices)  # type: ignore[return-value]
 
-    def _levels(self, rows: int | None = None) -> int:
-        rows = self.rows if rows is None else rows
-        return max(
-            (
-                len(pair_lattice(rows, most))
-                for target in self.bank.targets
-                for most in (self.bank.most(target)[0] - 1, self.bank.most(target)[1])
-            ),
-            default=1,
-        )
-
-    def _pairs(self, names: Sequence[str | None], level: int | None) -> dict[str, Any]:
+    def _levels(self, rows: int) -> int:
         """One level for all targets and both lists, so that programs do not multiply."""
-        rows = len(names)
-        levels = range(self._levels(rows)) if level is None else [level]
-        for candidate in levels:
-            lattice = {t: self._sizes(t, rows, candidate) for t in self.bank.targets}
-            try:
-                return list_pairs(self.bank, names, lattice)
-            except ValueError:
-                if candidate == levels[-1]:
-                    raise
-        raise AssertionError("the last level holds every batch")
+        most = [self.bank.most(target) for target in self.bank.targets]
+        sizes = [len(pair_lattice(rows, n)) for mul, add in most for n in (mul - 1, add)]
+        return max(sizes, default=1)
+
+    def _level(self, names: Sequence[str | None], rows: int) -> int:
+        needed = 0
+        for target in self.bank.targets:
+            owned = [self.bank.of(name, target) for name in names]
+            counts = (
+                sum(len(slots.multiplicative) - 1 for slots in owned),
+                sum(len(slots.additive) for slots in owned),
+            )
+            for level in range(self._levels(rows)):
+                sizes = self._sizes(target, rows, level)
+                if all(size >= count for size, count in zip(sizes, counts, strict=True)):
+                    needed = max(needed, level)
+                    break
+        return needed
 
 
 def _mode(requests: Sequence[Request]) -> Mode:

@@ -7,6 +7,7 @@ Knows nothing of tokens or adapters.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ class LayerCache:
 Cache = list[LayerCache]
 
 
-def init_cache(config: StarCoderConfig, rows: int, length: int, dtype: jnp.dtype) -> Cache:
+def init_cache(config: StarCoderConfig, rows: int, length: int, dtype: Any) -> Cache:
     """Empty buffers for ``rows`` sequences of up to ``length`` tokens."""
     shape = (rows, length, config.kv_heads, config.head_dim)
     return [
@@ -45,6 +46,6 @@ def init_cache(config: StarCoderConfig, rows: int, length: int, dtype: jnp.dtype
     ]
 
 
-def cache_bytes_per_token(config: StarCoderConfig, dtype: jnp.dtype) -> int:
+def cache_bytes_per_token(config: StarCoderConfig, dtype: Any) -> int:
     """Bytes that one token of one sequence takes in all layers."""
     return 2 * config.n_layer * config.kv_heads * config.head_dim * jnp.dtype(dtype).itemsize

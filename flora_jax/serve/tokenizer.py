@@ -1,0 +1,27 @@
+"""The tokenizer that lies beside a checkpoint, if there is one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def load_tokenizer(directory: Path, vocab_size: int) -> Any | None:
+    """The ``tokenizers.Tokenizer`` of ``tokenizer.json``, or ``None`` where there is no such file.
+
+    Raises:
+        ValueError: the file is damaged, or has ids that the model has no embedding for.
+    """
+    from tokenizers import Tokenizer
+
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        return None
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # The binding raises bare Exception.
+        raise ValueError(f"{path}: not a tokenizer: {error}") from None
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= vocab_size:
+        raise ValueError(f"{path}: has token id {highest}, the model's vocabulary is {vocab_size}")
+    return tokenizer
