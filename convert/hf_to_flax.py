@@ -1,0 +1,39 @@
+"""Converts a Hugging Face StarCoder (GPTBigCode) into an orbax directory that flora_jax restores.
+
+    python convert/hf_to_flax.py SOURCE OUTPUT [--dtype bfloat16]
+
+SOURCE is a directory (config.json with safetensors or pytorch_model.bin) or a hub id. OUTPUT must be
+new or empty; it appears only when it is whole. Tokenizer files are copied along. A bad input ends with
+one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flora_jax.starcoder.checkpoint import CheckpointError, load_model, save_orbax
+from flora_jax.starcoder.sources import require_new, resolve
+
+
+def main(
+    source: Annotated[str, typer.Argument(help="A directory or a hub id.")],
+    output: Annotated[Path, typer.Argument(help="A directory that is new or empty.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; SOURCE's own by default.")
+    ] = None,
+) -> None:
+    """Convert a Hugging Face StarCoder into an orbax directory."""
+    try:
+        require_new(output)
+        directory = resolve(source)
+        save_orbax(load_model(directory, dtype), output, companions=directory)
+    except (CheckpointError, OSError) as error:
+        typer.echo(f"hf_to_flax: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)

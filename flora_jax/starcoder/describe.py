@@ -1,0 +1,103 @@
+"""What a checkpoint is: its configuration, format and size, read without opening a tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flora_jax.starcoder.config import StarCoderConfig
+from flora_jax.starcoder.hf_names import hf_tensors
+from flora_jax.starcoder.sources import resolve
+from flora_jax.starcoder.tensor_files import CheckpointError, open_directory
+
+MARKER = "flora_jax.json"
+VERSION = 1
+DTYPES = ("float32", "bfloat16", "float16")
+Source = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a checkpoint is. ``format`` is "safetensors", "pytorch", "orbax" or "hub".
+
+    ``parameters`` and ``bytes`` count the parameters once each, in the checkpoint's own dtype;
+    ``disk_bytes`` is the size of the files of weights (0 for a hub id, whose weights stay there).
+    """
+
+    source: str
+    format: str
+    config: StarCoderConfig
+    parameters: int
+    bytes: int
+    disk_bytes: int
+
+
+def describe(source: Source) -> Description:
+    """Reads config.json and looks at the files beside it, without opening a tensor.
+
+    Of a hub id only the configuration and the tokenizer are fetched.
+
+    Raises:
+        CheckpointError: no checkpoint, or one of another architecture or version.
+    """
+    directory = resolve(source, weights=False)
+    config = read_config(directory)
+    if not Path(source).exists():
+        kind, files = "hub", []
+    elif is_ours(directory):
+        kind = "orbax"
+        files = [file for file in (directory / "params").rglob("*") if file.is_file()]
+    else:
+        kind, files, _ = open_directory(directory)
+    count = sum(math.prod(tensor.shape) for tensor in hf_tensors(config).values())
+    return Description(
+        source=os.fspath(source),
+        format=kind,
+        config=config,
+        parameters=count,
+        bytes=count * parameter_dtype(None, config).itemsize,
+        disk_bytes=sum(file.stat().st_size for file in files),
+    )
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether :func:`~flora_jax.starcoder.checkpoint.save_orbax` wrote it.
+
+    Raises:
+        CheckpointError: it did, in a version of the layout that is unknown here.
+    """
+    marker = directory / MARKER
+    if not marker.is_file():
+        return False
+    try:
+        version = json.loads(marker.read_text())["version"]
+    except (ValueError, KeyError, TypeError):
+        version = None
+    if version != VERSION:
+        raise CheckpointError(f"{marker}: version is {version!r}, expected {VERSION}")
+    return True
+
+
+def read_config(directory: Path) -> StarCoderConfig:
+    """config.json; its errors, of another architecture for one, are ``CheckpointError``."""
+    try:
+        return StarCoderConfig.from_file(directory / "config.json")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def parameter_dtype(dtype: Any, config: StarCoderConfig) -> np.dtype:
+    """The wanted dtype, or for None the checkpoint's own; ``CheckpointError`` for any other kind."""
+    try:
+        wanted = np.dtype(config.dtype if dtype is None else dtype)
+    except TypeError:
+        wanted = None
+    if wanted is None or wanted.name not in DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)}")
+    return wanted
