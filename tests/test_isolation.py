@@ -1,0 +1,144 @@
+"""A row's tokens do not depend on its company, its position, or what else is resident."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from random_adapters import KINDS, random_adapter
+
+from flora_jax.serve import steps
+from flora_jax.serve.generate import Generator
+from flora_jax.serve.request import Request
+from flora_jax.starcoder.config import StarCoderConfig
+from flora_jax.starcoder.model import init_model
+
+CONFIG = StarCoderConfig(
+    vocab_size=97, n_positions=96, n_embd=32, n_layer=2, n_head=4, n_inner=48,
+    eos_token_ids=(0,), initializer_range=0.3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def generator():
+    adapters = {
+        f"{kind}{rank}": random_adapter(
+            kind, rank, CONFIG.projections(), 2, rank=rank, targets=targets
+        )
+        for kind in KINDS
+        for rank, targets in [(1, ("attn.c_attn",)), (5, ("attn.c_attn", "mlp.c_proj"))]
+        if kind != "ia3" or rank == 1
+    }
+    return Generator(init_model(CONFIG, 5), adapters, chunk=16, block=8)
+
+
+def random_requests(generator, seed, count=16):
+    """Greedy and seeded rows, all sampling settings, base and every adapter."""
+    rng = np.random.default_rng(seed)
+    names = [name for name in generator.bank.slots if name] + [None]
+    requests = []
+    for index in range(count):
+        warm = bool(rng.integers(2))
+        requests.append(
+            Request(
+                index,
+                tuple(rng.integers(1, 97, int(rng.integers(1, 50))).tolist()),
+                adapter=names[rng.integers(len(names))],
+                max_tokens=int(rng.integers(1, 24)),
+                temperature=float(rng.choice([0.3, 1.0, 2.0])) if warm else 0.0,
+                top_k=int(rng.choice([0, 5])),
+                top_p=float(rng.choice([1.0, 0.8])),
+                seed=int(rng.integers(1000)) if rng.integers(2) else None,
+                ignore_eos=bool(rng.integers(2)),
+            )
+        )
+    return requests
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_row_alone_has_the_tokens_it_has_among_fifteen_others(generator, seed):
+    requests = random_requests(generator, seed)
+    shape = generator.shape(requests)
+    together = list(generator.generate(requests, shape=shape))
+    rng = np.random.default_rng(seed)
+    for row in rng.choice(16, 4, replace=False):
+        (alone,) = generator.generate([requests[row]], shape=shape)
+        assert alone == together[row]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_row_has_the_same_tokens_in_any_position(generator, seed):
+    requests = random_requests(generator, seed)
+    shape = generator.shape(requests)
+    order = np.random.default_rng(seed).permutation(16)
+    together = list(generator.generate(requests, shape=shape))
+    shuffled = list(generator.generate([requests[i] for i in order], shape=shape))
+    assert shuffled == [together[i] for i in order]
+
+
+def test_in_another_padded_shape_only_near_ties_differ(generator):
+    """Batches of 1 and of 16 round differently: differences are counted, and rare."""
+    differing = 0
+    for seed in range(4):
+        requests = random_requests(generator, seed)
+        together = list(generator.generate(requests))
+        for request, expected in zip(requests[:6], together):
+            (alone,) = generator.generate([request])
+            differing += alone.token_ids != expected.token_ids
+    assert differing == 0
+
+
+def test_seeds_decide_and_indices_stand_in_for_them(generator):
+    base = Request(0, (5, 6, 7), max_tokens=20, temperature=1.5, ignore_eos=True)
+    shape = generator.shape([base])
+
+    def run(**changes):
+        request = dataclasses.replace(base, **changes)
+        return next(generator.generate([request], shape=shape)).token_ids
+
+    assert run(seed=3) == run(seed=3, index=9)
+    assert run(seed=3) != run(seed=4)
+    assert run() == run()
+    assert run() != run(index=1)
+
+
+def test_programs_stay_within_the_known_bound():
+    """Another model than the other tests', so that nothing is compiled yet."""
+    config = dataclasses.replace(CONFIG, n_embd=16, n_head=2)
+    adapters = {
+        f"{kind}{rank}": random_adapter(kind, rank, config.projections(), 2, rank=rank)
+        for kind in ("lora", "flora", "hira")
+        for rank in (1, 4)
+    }
+    generator = Generator(init_model(config, 0), adapters, rows=4, chunk=16, block=8)
+    before = steps.prefill._cache_size() + steps.decode._cache_size()
+    for seed in range(6):
+        requests = [
+            dataclasses.replace(r, max_tokens=12, token_ids=r.token_ids[:20])
+            for r in random_requests(generator, seed)
+        ]
+        for _ in generator.generate(requests, shape=None):
+            pass
+    compiled = steps.prefill._cache_size() + steps.decode._cache_size() - before
+    assert compiled <= generator.most_programs()
+    again = list(generator.generate(requests))
+    assert len(again) == 16
+    assert steps.prefill._cache_size() + steps.decode._cache_size() - before == compiled
+
+
+def test_prompts_up_to_the_context_are_cut_with_reason_length(generator):
+    for length, expected in [(95, 1), (96, 0), (90, 6)]:
+        request = Request(0, tuple(range(1, length + 1)), max_tokens=50, ignore_eos=True)
+        request = dataclasses.replace(
+            request, token_ids=tuple(t % 96 + 1 for t in request.token_ids)
+        )
+        (completion,) = generator.generate([request])
+        assert len(completion.token_ids) == expected
+        assert completion.finish_reason == "length"
+
+
+def test_a_chunk_length_does_not_change_what_a_prompt_means(generator):
+    requests = [r for r in random_requests(generator, 3) if not r.temperature]
+    expected = [c.token_ids for c in generator.generate(requests)]
+    other = Generator(init_model(CONFIG, 5), {}, chunk=64)
+    other.bank = generator.bank
+    assert [c.token_ids for c in other.generate(requests)] == expected
