@@ -5,14 +5,19 @@
 CORPORA is a directory with LANGUAGE.train.jsonl.gz and LANGUAGE.validation.jsonl.gz (a JSON object a
 line, source text in "content"), or any directory of source files. All of Python is used and at most
 --other-bytes of every other language. Killed or stopped, the same command goes on from its last
-checkpoint.
+checkpoint. OUTPUT/model is what ships as flora_jax/assets/mini.
+
+Receipt: see that folder's README.md for the data, the recipe and the result; 2 cores of an AMD EPYC
+(Zen 1, 70 GFLOP/s in float32), about 950 tokens/s undisturbed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +26,9 @@ import typer
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from flora_jax.starcoder.checkpoint import save_hf
 from flora_jax.starcoder.config import PRESETS
-from flora_jax.starcoder.model import init_model
+from flora_jax.starcoder.model import Model, init_model
 from flora_jax.train import data, loss, step
 from flora_jax.train.loop import LoopOptions, run_loop
 
@@ -95,6 +101,69 @@ def prepare(root: Path, output: Path, pieces: int, other_bytes: int) -> Tokenize
     return tokenizer
 
 
+class Recipe(NamedTuple):
+    """What the card says of a run."""
+
+    steps: int
+    rows: int
+    length: int
+    learning_rate: float
+    other_bytes: int
+    seed: int
+
+
+def export(
+    model: Model, output: Path, training: data.PackedTokens, bits: dict[str, float], recipe: Recipe
+) -> None:
+    """Leaves OUTPUT/model: float16 safetensors, the tokenizer and a card."""
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), model.params)
+    target = output / "model"
+    if target.exists():
+        shutil.rmtree(target)
+    # One end token, id 0, which is also the tokenizer's only special piece.
+    save_hf(model._replace(params=narrow), target, companions=output)
+    count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    seen = recipe.steps * recipe.rows * recipe.length
+    table = "\n".join(f"| {language} | {value:.3f} |" for language, value in bits.items())
+    (target / "README.md").write_text(
+        CARD.format(
+            parameters=f"{count:,}",
+            text_bytes=f"{training.text_bytes:,}",
+            tokens=f"{len(training.tokens):,}",
+            seen=f"{seen:,}",
+            table=table,
+            **recipe._asdict(),
+        )
+    )
+
+
+CARD = """# The embedded small StarCoder
+
+A GPTBigCode of {parameters} parameters with a byte-level BPE of 4,096 pieces, both trained from
+scratch on a CPU by `experiments/pretrain_mini.py`, so that every command works on a machine without
+hub access. It has seen {seen} tokens: it writes something that looks like code, and is never
+presented as more.
+
+- **Data**: whole source files from Debian, npm and CPython packages, exact duplicates removed, split
+  by hash of the file; all of the Python (CPython's standard library and tests) and at most
+  {other_bytes} bytes each of D, Lua, Perl, Racket, Ruby, Rust and Swift: {text_bytes} bytes,
+  {tokens} tokens.
+- **Licences of the sources**: Python PSF; Perl Artistic or GPL-1+; Ruby its own, BSD and MIT; Rust and
+  Swift MIT or Apache-2.0; Racket MIT, in part LGPL; D Boost-1.0; Lua MIT or Apache-2.0, a few files
+  LGPL. No evaluation problem is among them. The weights ship under the project's Apache-2.0.
+- **Recipe**: {steps} steps of {rows} windows of {length} tokens (the whole context, so that every
+  position is trained), AdamW (0.9, 0.95, decay 0.1), peak learning rate {learning_rate} after 100
+  warm-up steps, decayed linearly over the last fifth, gradients clipped at norm 1, seed {seed},
+  float32; saved as float16.
+
+Bits per byte on held-out files (up to 32 windows a language):
+
+| language | bits per byte |
+|---|---|
+{table}
+"""
+
+
 def main(
     root: Path,
     output: Annotated[Path, typer.Option()],
@@ -107,7 +176,7 @@ def main(
     save_seconds: float = 300.0,
 ) -> None:
     """Pre-trains the mini model on CORPORA and leaves checkpoints, metrics and token files in OUTPUT."""
-    config = PRESETS["mini"]
+    config = dataclasses.replace(PRESETS["mini"], vocab_size=pieces, eos_token_ids=(0,))
     length = config.n_positions
     prepare(root, output, pieces, other_bytes)
     training = data.load_packed(output / "train.npz")
@@ -142,7 +211,7 @@ def main(
         return result
 
     optimizer = step.adamw(step.warmup_stable_decay(learning_rate, steps))
-    run_loop(
+    state = run_loop(
         step.init_state(params, optimizer),
         step.make_step(loss_function, optimizer),
         functools.partial(training.batch, rows=rows, length=length, seed=seed),
@@ -151,6 +220,8 @@ def main(
         tokens_per_batch=rows * length,
         evaluate=evaluate,
     )
+    recipe = Recipe(steps, rows, length, learning_rate, other_bytes, seed)
+    export(Model(config, graph, state.params), output, training, evaluate(state.params), recipe)
 
 
 if __name__ == "__main__":

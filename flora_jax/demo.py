@@ -31,7 +31,7 @@ _SHAPES = (
 
 
 def random_adapters(config: StarCoderConfig, seed: int) -> dict[str, ModelAdapter]:
-    """Untrained adapters of every kind, named as what they are, close enough to the base to read."""
+    """Untrained adapters of every kind, named as what they are."""
     adapters = {}
     for number, (kind, rank, targets) in enumerate(_SHAPES):
         fresh = init_adapter(
@@ -43,7 +43,7 @@ def random_adapters(config: StarCoderConfig, seed: int) -> dict[str, ModelAdapte
             targets=targets,
         )
         name = f"random-{kind}" + ("" if kind == "ia3" else f"-r{rank}")
-        adapters[name] = randomise(fresh, seed + number, spread=0.1)
+        adapters[name] = randomise(fresh, seed + number, spread=0.2)
     return adapters
 
 
@@ -63,13 +63,13 @@ def run_demo(source: str, *, max_tokens: int, seed: int) -> None:
     wanted = [(prompt, name) for prompt in PROMPTS for name in names]
     requests = [
         parse_request(
-            {"prompt": prompt} | ({"adapter": name} if name else {}),
+            {"prompt": prompt, "seed": seed} | ({"adapter": name} if name else {}),
             index,
             tokenizer,
             frozenset(adapters),
             config.vocab_size,
             config.n_positions,
-            Defaults(max_tokens=max_tokens),
+            Defaults(max_tokens=max_tokens, temperature=0.7),
         )
         for index, (prompt, name) in enumerate(wanted)
     ]
@@ -90,7 +90,8 @@ def run_demo(source: str, *, max_tokens: int, seed: int) -> None:
         table.add_row(name or "none (base)", *(Text(cell.rstrip()) for cell in cells))
     console.print(table)
     console.print(
-        "The embedded model is tiny and the adapters are random: the text shows the machinery only."
+        "One seed for all rows; the embedded model is tiny and the adapters are random, so the text "
+        "shows the machinery only."
     )
     tokens = sum(len(c.token_ids) for c in completions)
     console.print(

@@ -1,0 +1,50 @@
+"""Pre-training from a directory of source files to a checkpoint that loads, at a tiny size."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flora_jax.serve.tokenizer import load_tokenizer
+from flora_jax.starcoder.checkpoint import load_model
+from flora_jax.starcoder.config import PRESETS
+
+SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "pretrain_mini.py"
+
+
+@pytest.fixture
+def pretrain(monkeypatch):
+    spec = importlib.util.spec_from_file_location("pretrain_mini", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    tiny = dataclasses.replace(
+        PRESETS["mini"], n_embd=16, n_head=2, n_layer=1, n_inner=32, n_positions=32
+    )
+    monkeypatch.setitem(module.PRESETS, "mini", tiny)
+    return module
+
+
+def test_a_directory_of_sources_becomes_a_model_that_loads(pretrain, tmp_path):
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    for number in range(40):
+        text = "".join(f"def f{number}_{i}(x):\n    return x + {i}\n" for i in range(20))
+        (sources / f"{number}.py").write_text(text)
+    output = tmp_path / "run"
+    pretrain.main(sources, output, steps=12, pieces=300, learning_rate=1e-2)
+    metrics = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 10, 12]
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    model = load_model(output / "model")
+    assert model.config.n_positions == 32
+    tokenizer = load_tokenizer(output / "model", model.config.vocab_size)
+    text = "def f(x):\n    return 'ü' + 12\n"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert np.dtype(model.params["wte"]["embedding"][...].dtype) == np.float16
+    assert "| source |" in (output / "model" / "README.md").read_text()
+    pretrain.main(sources, output, steps=12, pieces=300, learning_rate=1e-2)
+    again = (output / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in again] == metrics
