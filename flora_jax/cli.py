@@ -61,20 +61,23 @@ def generate(
         raise ValueError(f"{input}: no such file")
     if not output.absolute().parent.is_dir() or output.is_dir():
         raise ValueError(f"{output}: cannot be written there")
+    if output.exists() and output.samefile(input):
+        raise ValueError(f"{output}: --output is the file of --input")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype is {dtype!r}, expected float32, bfloat16 or float16")
     directory = resolve(_source(model))
     config = describe(directory).config
     tokenizer = load_tokenizer(directory, config.vocab_size)
     adapters = _read_adapters(directories, config)
-    with input.open(encoding="utf-8") as lines:
-        requests = parse_requests(
-            lines,
-            where=str(input),
-            tokenizer=tokenizer,
-            adapters=adapters,
-            vocab_size=config.vocab_size,
-            context=config.n_positions,
-            defaults=defaults,
-        )
+    requests = parse_requests(
+        _lines(input),
+        where=str(input),
+        tokenizer=tokenizer,
+        adapters=adapters,
+        vocab_size=config.vocab_size,
+        context=config.n_positions,
+        defaults=defaults,
+    )
     _prepare_jax()
     from flora_jax.serve.generate import Generator
 
@@ -100,12 +103,13 @@ def info(
     """Shows what a model or an adapter is: kind, parameters, bytes, targets, ranks."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from flora_jax.report import describe_rows
 
     table = Table(show_header=False, box=None)
     for name, value in describe_rows(_source(path)):
-        table.add_row(f"[bold]{name}[/bold]", value)
+        table.add_row(Text(name, style="bold"), Text(value))
     Console().print(table)
 
 
@@ -134,6 +138,8 @@ def main() -> None:
         message = getattr(error, "format_message", None)
         if message is None:
             raise
+        if not message():  # No verb at all: the help is on the screen.
+            sys.exit(2)
         _fail(message())
     sys.exit(code or 0)
 
@@ -145,6 +151,15 @@ def _fail(message: str) -> None:
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8: {error}") from None
 
 
 def _source(model: str) -> str:
@@ -177,8 +192,6 @@ def _dtype(name: str | None) -> str | None:
     """``None`` stands for the checkpoint's own; a CPU computes 16 bits slower than 32."""
     import jax
 
-    if name is not None and name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype is {name!r}, expected float32, bfloat16 or float16")
     if name is None and jax.default_backend() == "cpu":
         return "float32"
     return name

@@ -7,7 +7,7 @@ import pytest
 from random_adapters import KINDS, random_adapter
 
 from flora_jax.serve import steps
-from flora_jax.serve.generate import Generator
+from flora_jax.serve.generate import Generator, Shape
 from flora_jax.serve.request import Request
 from flora_jax.starcoder.config import StarCoderConfig
 from flora_jax.starcoder.model import init_model
@@ -16,6 +16,8 @@ CONFIG = StarCoderConfig(
     vocab_size=97, n_positions=96, n_embd=32, n_layer=2, n_head=4, n_inner=48,
     eos_token_ids=(0,), initializer_range=0.3,
 )  # fmt: skip
+# One padded shape for (almost) all tests: programs take longer to compile than to run.
+SHAPE = Shape(rows=16, length=96, level=4)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,8 @@ def random_requests(generator, seed, count=16):
                 adapter=names[rng.integers(len(names))],
                 max_tokens=int(rng.integers(1, 24)),
                 temperature=float(rng.choice([0.3, 1.0, 2.0])) if warm else 0.0,
-                top_k=int(rng.choice([0, 5])),
-                top_p=float(rng.choice([1.0, 0.8])),
+                top_k=int(rng.choice([0, 5])) if seed % 2 else 0,
+                top_p=float(rng.choice([1.0, 0.8])) if seed % 2 else 1.0,
                 seed=int(rng.integers(1000)) if rng.integers(2) else None,
                 ignore_eos=bool(rng.integers(2)),
             )
@@ -54,46 +56,38 @@ def random_requests(generator, seed, count=16):
     return requests
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_a_row_alone_has_the_tokens_it_has_among_fifteen_others(generator, seed):
+@pytest.mark.parametrize("seed", range(20))
+def test_a_row_has_the_same_tokens_alone_and_among_fifteen_others_in_any_position(generator, seed):
     requests = random_requests(generator, seed)
-    shape = generator.shape(requests)
-    together = list(generator.generate(requests, shape=shape))
+    together = list(generator.generate(requests, shape=SHAPE))
     rng = np.random.default_rng(seed)
-    for row in rng.choice(16, 4, replace=False):
-        (alone,) = generator.generate([requests[row]], shape=shape)
-        assert alone == together[row]
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_a_row_has_the_same_tokens_in_any_position(generator, seed):
-    requests = random_requests(generator, seed)
-    shape = generator.shape(requests)
-    order = np.random.default_rng(seed).permutation(16)
-    together = list(generator.generate(requests, shape=shape))
-    shuffled = list(generator.generate([requests[i] for i in order], shape=shape))
+    order = rng.permutation(16)
+    shuffled = list(generator.generate([requests[i] for i in order], shape=SHAPE))
     assert shuffled == [together[i] for i in order]
+    for row in rng.choice(16, 4, replace=False):
+        (alone,) = generator.generate([requests[row]], shape=SHAPE)
+        assert alone == together[row]
 
 
 def test_in_another_padded_shape_only_near_ties_differ(generator):
     """Batches of 1 and of 16 round differently: differences are counted, and rare."""
     differing = 0
-    for seed in range(4):
+    for seed in range(3):
         requests = random_requests(generator, seed)
-        together = list(generator.generate(requests))
-        for request, expected in zip(requests[:6], together):
-            (alone,) = generator.generate([request])
+        together = list(generator.generate(requests, shape=SHAPE))
+        for request, expected in zip(requests, together):
+            shape = generator.shape([request])._replace(length=SHAPE.length)
+            (alone,) = generator.generate([request], shape=shape)
             differing += alone.token_ids != expected.token_ids
     assert differing == 0
 
 
 def test_seeds_decide_and_indices_stand_in_for_them(generator):
     base = Request(0, (5, 6, 7), max_tokens=20, temperature=1.5, ignore_eos=True)
-    shape = generator.shape([base])
 
     def run(**changes):
         request = dataclasses.replace(base, **changes)
-        return next(generator.generate([request], shape=shape)).token_ids
+        return next(generator.generate([request], shape=SHAPE)).token_ids
 
     assert run(seed=3) == run(seed=3, index=9)
     assert run(seed=3) != run(seed=4)
@@ -111,13 +105,12 @@ def test_programs_stay_within_the_known_bound():
     }
     generator = Generator(init_model(config, 0), adapters, rows=4, chunk=16, block=8)
     before = steps.prefill._cache_size() + steps.decode._cache_size()
-    for seed in range(6):
+    for seed in range(3):
         requests = [
             dataclasses.replace(r, max_tokens=12, token_ids=r.token_ids[:20])
             for r in random_requests(generator, seed)
         ]
-        for _ in generator.generate(requests, shape=None):
-            pass
+        assert len(list(generator.generate(requests))) == 16
     compiled = steps.prefill._cache_size() + steps.decode._cache_size() - before
     assert compiled <= generator.most_programs()
     again = list(generator.generate(requests))
@@ -131,14 +124,14 @@ def test_prompts_up_to_the_context_are_cut_with_reason_length(generator):
         request = dataclasses.replace(
             request, token_ids=tuple(t % 96 + 1 for t in request.token_ids)
         )
-        (completion,) = generator.generate([request])
+        (completion,) = generator.generate([request], shape=SHAPE)
         assert len(completion.token_ids) == expected
         assert completion.finish_reason == "length"
 
 
 def test_a_chunk_length_does_not_change_what_a_prompt_means(generator):
     requests = [r for r in random_requests(generator, 3) if not r.temperature]
-    expected = [c.token_ids for c in generator.generate(requests)]
+    expected = [c.token_ids for c in generator.generate(requests, shape=SHAPE)]
     other = Generator(init_model(CONFIG, 5), {}, chunk=64)
     other.bank = generator.bank
-    assert [c.token_ids for c in other.generate(requests)] == expected
+    assert [c.token_ids for c in other.generate(requests, shape=SHAPE)] == expected

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -110,7 +110,7 @@ def parse_requests(
             continue
         try:
             raw = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # Not only JSONDecodeError: huge integers.
             raise RequestError(f"{where}, line {number}: malformed JSON: {error}") from None
         try:
             requests.append(
@@ -144,7 +144,7 @@ def parse_request(
             f"unknown field {unknown[0]!r}, expected some of {', '.join(sorted(_FIELDS))}"
         )
     adapter = raw.get("adapter")
-    if adapter is not None and adapter not in adapters:
+    if adapter is not None and not (isinstance(adapter, str) and adapter in adapters):
         given = ", ".join(sorted(adapters)) or "none"
         raise RequestError(f"unknown adapter {adapter!r}, given: {given}")
     ignore_eos = raw.get("ignore_eos", False)
@@ -154,7 +154,8 @@ def parse_request(
     stop = _strings(raw.get("stop"))
     if stop and tokenizer is None:
         raise RequestError("stop strings need a tokenizer, and the checkpoint has none")
-    stop_ids = _token_ids("stop_token_ids", raw.get("stop_token_ids") or [], vocab_size)
+    stop_ids = raw.get("stop_token_ids")
+    stop_ids = () if stop_ids is None else _token_ids("stop_token_ids", stop_ids, vocab_size)
     if len(stop_ids) > _MAX_STOP_TOKENS:
         raise RequestError(f"{len(stop_ids)} stop_token_ids, at most {_MAX_STOP_TOKENS} are served")
     return Request(
@@ -173,7 +174,7 @@ def _settings(raw: Mapping[str, Any], defaults: Defaults) -> dict[str, Any]:
     return {
         "max_tokens": _number(raw, "max_tokens", defaults.max_tokens, int, 1),
         "temperature": _number(raw, "temperature", defaults.temperature, float, 0.0),
-        "top_k": max(0, _number(raw, "top_k", defaults.top_k, int, -1)),
+        "top_k": max(0, _number(raw, "top_k", defaults.top_k, int, -1, 2**31 - 1)),
         "top_p": _number(raw, "top_p", defaults.top_p, float, 0.0, 1.0, above=True),
     }
 
@@ -191,7 +192,10 @@ def _prompt(
             raise RequestError(
                 "the checkpoint has no tokenizer.json: give prompt_token_ids in place of prompt"
             )
-        ids = tuple(tokenizer.encode(text).ids)
+        try:
+            ids = tuple(tokenizer.encode(text).ids)
+        except TypeError:  # What the binding makes of a lone surrogate such as \ud800.
+            raise RequestError("the prompt is not valid Unicode") from None
     else:
         ids = _token_ids("prompt_token_ids", raw["prompt_token_ids"], vocab_size)
     if not ids:
@@ -213,7 +217,7 @@ def _token_ids(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
 
 
 def _strings(value: Any) -> tuple[str, ...]:
-    values = [value] if isinstance(value, str) else value or []
+    values = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
         raise RequestError(f"stop is {value!r}, expected a non-empty string or a list of them")
     return tuple(values)
@@ -225,7 +229,7 @@ def _number(
     default: Any,
     kind: type,
     least: float,
-    most: float = float("inf"),
+    most: float = sys.float_info.max,
     *,
     above: bool = False,
 ) -> Any:
@@ -233,10 +237,11 @@ def _number(
     if value is None:
         value = default
     if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-        raise RequestError(f"{name} is {value!r}, expected a number")
+        wanted = "a number" if kind is float else "an integer"
+        raise RequestError(f"{name} is {value!r}, expected {wanted}")
     in_range = least < value if above else least <= value
-    if not in_range or not value <= most or not math.isfinite(value):
+    if not in_range or not value <= most:
         bounds = f"{'above' if above else 'at least'} {least}"
-        bounds += "" if most == float("inf") else f" and at most {most}"
+        bounds += " and finite" if most == sys.float_info.max else f" and at most {most}"
         raise RequestError(f"{name} is {value}, expected {bounds}")
     return kind(value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,27 +22,39 @@ def read_documents(path: Path, suffixes: tuple[str, ...] = ()) -> Iterator[str]:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: a line is not a JSON object with a text column, or a file is of another type.
+        ValueError: a line is not a JSON object with a text column, or a file is damaged or of another
+            type.
     """
     if path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             if not suffixes or file.suffix in suffixes:
-                yield file.read_text(errors="replace")
+                yield file.read_text(encoding="utf-8", errors="replace")
         return
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory")
-    if path.suffix not in (".jsonl", ".gz"):
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
         raise ValueError(f"{path}: expected .jsonl, .jsonl.gz or a directory of source files")
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                yield record["content"] if "content" in record else record["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise ValueError(
-                    f"{path}, line {number}: expected a JSON object with 'content' or 'text'"
-                ) from None
+    number = 0
+    with opener(path, "rb") as lines:
+        try:
+            for line in lines:
+                number += 1
+                yield _text(line)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: damaged after line {number}: {error}") from None
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object with a string 'content' or 'text'"
+            ) from None
+
+
+def _text(line: bytes) -> str:
+    record = json.loads(line)
+    text = record["content"] if "content" in record else record["text"]
+    if not isinstance(text, str):
+        raise TypeError
+    return text
 
 
 def take_bytes(documents: Iterable[str], limit: int | None) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -19,7 +20,7 @@ from flora_jax.train.step import TrainState
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and the last loss before it."""
+    """The loss or the gradient became NaN or infinite; the message names the step it was seen at."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +50,12 @@ def run_loop(
     """Trains to ``options.steps``, from the newest checkpoint in ``directory`` where there is one.
 
     ``batch_at(n)`` gives batch ``n``; ``evaluate(params)`` what is logged as ``"validation"``.
-    ``directory/metrics.jsonl`` has a line for the first, every ``log_every``-th and the last step;
-    lines past the checkpoint resumed from are cut away.
+    ``directory/metrics.jsonl`` has a line for the first, every ``log_every``-th, every evaluated and
+    the last step; lines past the checkpoint resumed from are cut away.
 
     Raises:
-        NonFiniteLossError: at the step whose loss is not finite; nothing is saved after it.
+        NonFiniteLossError: at the first step logged or saved whose loss or gradient is not finite;
+            it is neither logged nor saved.
     """
     directory.mkdir(parents=True, exist_ok=True)
     metrics = directory / "metrics.jsonl"
@@ -70,7 +72,8 @@ def run_loop(
         TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"), console=Console(stderr=True),
     )  # fmt: skip
-    with progress, metrics.open("a") as log:
+    # Closing the manager waits for the checkpoint that is being written.
+    with contextlib.closing(manager), progress, metrics.open("a") as log:
         task = progress.add_task("", total=options.steps, completed=int(state.step), note="")
         saved = logged = time.monotonic()
         since = 0
@@ -79,27 +82,39 @@ def run_loop(
             state, measured = train_step(state, batch_at(number))
             since += 1
             done = number + 1
-            if done == 1 or done % options.log_every == 0 or done == options.steps:
-                loss = float(measured["loss"])
-                if not math.isfinite(loss):
-                    raise NonFiniteLossError(f"loss is {loss} at step {done}, was {previous:.4f}")
-                previous, now = loss, time.monotonic()
+            last = done == options.steps
+            validate = evaluate is not None and (done % options.evaluate_every == 0 or last)
+            save = last or time.monotonic() - saved > options.save_seconds
+            report = done == 1 or done % options.log_every == 0 or validate or last
+            if save or report:
+                previous = _finite_loss(measured, done, previous)
+            if report:
+                now = time.monotonic()
                 rate = since * tokens_per_batch / (now - logged)
                 logged, since = now, 0
                 line: dict[str, Any] = {"step": done, "tokens_per_second": round(rate, 1)}
                 line |= {name: float(value) for name, value in measured.items()}
-                if evaluate and (done % options.evaluate_every == 0 or done == options.steps):
+                if evaluate is not None and validate:
                     line["validation"] = evaluate(state.params)
                     logged = time.monotonic()
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-                progress.update(task, completed=done, note=f"loss {loss:.3f}  {rate:,.0f} tokens/s")
-            if time.monotonic() - saved > options.save_seconds or done == options.steps:
+                note = f"loss {previous:.3f}  {rate:,.0f} tokens/s"
+                progress.update(task, completed=done, note=note)
+            if save:
                 manager.save(done, args=ocp.args.StandardSave(state))
                 saved = time.monotonic()
-    manager.wait_until_finished()
-    manager.close()
     return state
+
+
+def _finite_loss(measured: dict[str, jax.Array], done: int, previous: float) -> float:
+    """The loss; a gradient that is not finite has spoilt the parameters just as a loss would."""
+    for name in sorted(measured, key=lambda name: name != "loss"):
+        if not math.isfinite(value := float(measured[name])):
+            raise NonFiniteLossError(
+                f"{name} is {value} at step {done}, the loss looked at before was {previous:.4f}"
+            )
+    return float(measured["loss"])
 
 
 def _cut_metrics(path: Path, step: int) -> None:

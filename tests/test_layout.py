@@ -1,0 +1,149 @@
+"""The rooms of the package import one way, each module says what it is, and none grows too long."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# A module may import its own room and rooms of lower rank; rooms of one rank know nothing of each
+# other.
+RANKS = [
+    ("shapes",), ("adapters",), ("starcoder",), ("train", "serve"), ("evaluate", "bench", "plan"),
+    ("report", "demo"), ("cli",),
+]  # fmt: skip
+RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
+OUTSIDE = ("convert", "experiments", "tests")
+LINES = 320
+
+
+def modules(root):
+    """Path and dotted name of every module of the package below ``root``."""
+    for path in sorted((root / "flora_jax").rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        yield path, ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path, name):
+    """Dotted names of all that a module imports, wherever in it; ``from a import b`` is ``a.b``."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            parents = parents[: len(parents) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def starts_with(name, package):
+    return name == package or name.startswith(package + ".")
+
+
+def room_of(name):
+    return [*name.split("."), ""][1]
+
+
+def violations(root):
+    """One line per import against the direction, and per room without a rank."""
+    found = []
+    for path, name in modules(root):
+        room = room_of(name)
+        if room and room not in RANK:
+            found.append(f"{name}: no rank for the room {room}")
+            continue
+        for imported in imports(path, name):
+            other = room_of(imported)
+            if any(starts_with(imported, package) for package in OUTSIDE):
+                found.append(f"{name} imports {imported}")
+            if not starts_with(imported, "flora_jax") or other not in RANK or other == room:
+                continue
+            if not room or RANK[other] >= RANK[room]:
+                found.append(f"{name} imports {imported}")
+    return found
+
+
+def users_of(root, package, within):
+    """The modules below ``within`` (a dotted name) that import ``package`` themselves."""
+    return [
+        name
+        for path, name in modules(root)
+        if starts_with(name, within)
+        and any(starts_with(imported, package) for imported in imports(path, name))
+    ]
+
+
+def test_imports_flow_one_way():
+    assert len(list(modules(ROOT))) > 20
+    assert violations(ROOT) == []
+
+
+def test_adapters_know_nothing_of_flax():
+    assert users_of(ROOT, "flax", "flora_jax.adapters") == []
+    assert users_of(ROOT, "flax", "flora_jax.starcoder.model") == ["flora_jax.starcoder.model"]
+
+
+@pytest.mark.parametrize("module", ["serve.request", "serve.stream", "serve.tokenizer", "cli"])
+def test_host_code_starts_without_jax(module):
+    """Importing it, with all that it imports in turn, brings none of the heavy packages in."""
+    if module != "cli":
+        assert users_of(ROOT, "jax", f"flora_jax.{module}") == []
+    heavy = {"jax", "jaxlib", "flax", "numpy", "torch", "transformers", "tokenizers", "orbax"}
+    code = f"import sys, flora_jax.{module}; print(*({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("", "")
+
+
+def test_every_module_says_what_it_is():
+    silent = [
+        name
+        for path, name in modules(ROOT)
+        if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert silent == []
+
+
+def test_no_module_is_too_long():
+    lengths = {
+        name: len(path.read_text(encoding="utf-8").splitlines()) for path, name in modules(ROOT)
+    }
+    assert {name: length for name, length in lengths.items() if length > LINES} == {}
+
+
+@pytest.mark.parametrize(
+    "path, line, found",
+    [
+        ("shapes.py", "import flora_jax.adapters", "flora_jax.adapters"),
+        ("adapters/a.py", "from flora_jax.starcoder import model", "flora_jax.starcoder.model"),
+        ("adapters/a.py", "from flora_jax import starcoder", "flora_jax.starcoder"),
+        ("adapters/a.py", "from ..serve.steps import x", "flora_jax.serve.steps.x"),
+        ("adapters/__init__.py", "from .. import serve", "flora_jax.serve"),
+        ("starcoder/a.py", "def f():\n    import flora_jax.train.loop", "flora_jax.train.loop"),
+        ("serve/a.py", "from flora_jax.train.step import x", "flora_jax.train.step.x"),
+        ("train/a.py", "if True:\n    from flora_jax.serve import x", "flora_jax.serve.x"),
+        ("train/deep/a.py", "from ...serve import x", "flora_jax.serve.x"),
+        ("bench/a.py", "from flora_jax.plan import x", "flora_jax.plan.x"),
+        ("report.py", "import flora_jax.cli", "flora_jax.cli"),
+        ("__init__.py", "from flora_jax.adapters import x", "flora_jax.adapters.x"),
+        ("serve/a.py", "from convert.hf_to_flax import x", "convert.hf_to_flax.x"),
+        ("cli.py", "import experiments.pretrain_mini", "experiments.pretrain_mini"),
+        ("attic/a.py", "", "no rank for the room attic"),
+    ],
+)
+def test_a_planted_import_is_found(path, line, found, tmp_path):
+    for place in ("flora_jax/__init__.py", "flora_jax/serve/good.py", f"flora_jax/{path}"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text("from flora_jax.shapes import x" * ("good" in place))
+    assert [text for text in violations(tmp_path) if "attic" not in text] == []
+    (tmp_path / "flora_jax" / path).write_text(line)
+    assert found in violations(tmp_path)[0]
+
+
+def test_a_planted_package_is_found_inside_a_function(tmp_path):
+    (tmp_path / "flora_jax/adapters").mkdir(parents=True)
+    (tmp_path / "flora_jax/adapters/a.py").write_text("def f():\n    from flax import nnx\n")
+    (tmp_path / "flora_jax/adapters/b.py").write_text("import flaxen\n")
+    assert users_of(tmp_path, "flax", "flora_jax.adapters") == ["flora_jax.adapters.a"]
