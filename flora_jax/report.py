@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 Row = tuple[str, str]
+# As safetensors and as the rest of the program name them.
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 def describe_rows(path: str) -> Iterator[Row]:
@@ -49,7 +51,7 @@ def _adapter_rows(path: str) -> Iterator[Row]:
     yield "adapter", found.kind + (f", reduction {found.reduction}" if found.reduction else "")
     yield "base", found.base_model_name_or_path or "not named"
     yield "parameters", f"{found.parameters:,}"
-    yield "bytes", f"{found.bytes:,} as {', '.join(found.dtypes)}"
+    yield "bytes", f"{found.bytes:,} as {', '.join(_DTYPES[name] for name in found.dtypes)}"
     yield "layers", ", ".join(map(str, found.layers))
     for target in found.targets:
         ranks = ", ".join(map(str, found.ranks[target]))

@@ -16,7 +16,7 @@ import numpy as np
 from flora_jax.adapters.bank import build_bank
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.adapters.pairs import bucket, list_pairs, one_row, pair_lattice
-from flora_jax.serve.request import Completion, Request
+from flora_jax.serve.request import MAX_STOP_TOKENS, Completion, Request
 from flora_jax.serve.sampling import Mode
 from flora_jax.serve.steps import MAX_STOPS, RowSettings, decode, init_state, prefill, stop_rows
 from flora_jax.serve.stream import Stream
@@ -47,7 +47,7 @@ class Generator:
         seed: of the rows that have none of their own.
 
     Raises:
-        ValueError: an adapter that does not fit the model.
+        ValueError: an adapter that does not fit the model, or more end tokens than are looked for.
     """
 
     def __init__(
@@ -62,6 +62,9 @@ class Generator:
         seed: int = 0,
     ):
         config = model.config
+        most = MAX_STOPS - MAX_STOP_TOKENS
+        if len(config.eos_token_ids) > most:
+            raise ValueError(f"the model has {len(config.eos_token_ids)} end tokens, at most {most}")
         self.model = model
         self.tokenizer = tokenizer
         self.rows = bucket(rows, ROWS)

@@ -76,7 +76,7 @@ _FIELDS = frozenset(
     "prompt prompt_token_ids adapter max_tokens temperature top_k top_p seed stop stop_token_ids "
     "ignore_eos".split()
 )
-_MAX_STOP_TOKENS = 8
+MAX_STOP_TOKENS = 8
 
 
 def parse_requests(
@@ -147,7 +147,8 @@ def parse_request(
     if adapter is not None and not (isinstance(adapter, str) and adapter in adapters):
         given = ", ".join(sorted(adapters)) or "none"
         raise RequestError(f"unknown adapter {adapter!r}, given: {given}")
-    ignore_eos = raw.get("ignore_eos", False)
+    ignore_eos = raw.get("ignore_eos")
+    ignore_eos = False if ignore_eos is None else ignore_eos
     if not isinstance(ignore_eos, bool):
         raise RequestError(f"ignore_eos is {ignore_eos!r}, expected true or false")
     seed = raw.get("seed")
@@ -156,8 +157,8 @@ def parse_request(
         raise RequestError("stop strings need a tokenizer, and the checkpoint has none")
     stop_ids = raw.get("stop_token_ids")
     stop_ids = () if stop_ids is None else _token_ids("stop_token_ids", stop_ids, vocab_size)
-    if len(stop_ids) > _MAX_STOP_TOKENS:
-        raise RequestError(f"{len(stop_ids)} stop_token_ids, at most {_MAX_STOP_TOKENS} are served")
+    if len(stop_ids) > MAX_STOP_TOKENS:
+        raise RequestError(f"{len(stop_ids)} stop_token_ids, at most {MAX_STOP_TOKENS} are served")
     return Request(
         index=index,
         token_ids=_prompt(raw, tokenizer, vocab_size, context),
