@@ -276,7 +276,13 @@ def test_info_describes_a_model(program):
 def test_info_describes_an_adapter(name, program):
     code, out, err = program("info", name)
     assert (code, err) == (0, "")
-    for words in (KINDS[name], "tiny/base", "target mlp.c_proj", "rank 2, 24 -> 16", "320 as F32"):
+    for words in (
+        KINDS[name],
+        "tiny/base",
+        "target mlp.c_proj",
+        "rank 2, 24 -> 16",
+        "320 as float32",
+    ):
         assert words in out
 
 

@@ -64,7 +64,9 @@ class Generator:
         config = model.config
         most = MAX_STOPS - MAX_STOP_TOKENS
         if len(config.eos_token_ids) > most:
-            raise ValueError(f"the model has {len(config.eos_token_ids)} end tokens, at most {most}")
+            raise ValueError(
+                f"the model has {len(config.eos_token_ids)} end tokens, at most {most}"
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.rows = bucket(rows, ROWS)
