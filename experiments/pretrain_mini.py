@@ -1,6 +1,6 @@
 """Trains the small StarCoder that ships in the package, and its tokenizer, from scratch.
 
-    python experiments/pretrain_mini.py CORPORA --output runs/mini
+    python experiments/pretrain_mini.py CORPORA --output runs/mini --sources experiments/mini_sources.md
 
 CORPORA is a directory with LANGUAGE.train.jsonl.gz and LANGUAGE.validation.jsonl.gz (a JSON object a
 line, source text in "content"), or any directory of source files. All of Python is used and at most
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -26,6 +27,7 @@ import typer
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from flora_jax.errors import InputError
 from flora_jax.starcoder.checkpoint import save_hf
 from flora_jax.starcoder.config import PRESETS
 from flora_jax.starcoder.model import Model, init_model
@@ -33,6 +35,8 @@ from flora_jax.train import data, loss, step
 from flora_jax.train.loop import LoopOptions, run_loop
 
 END = "<|endoftext|>"
+# What counts as source in a directory that is not a corpus.
+SUFFIXES = (".py", ".d", ".lua", ".pl", ".pm", ".rkt", ".rb", ".rs", ".swift")
 
 
 def corpus(root: Path, split: str, other_bytes: int) -> dict[str, list[str]]:
@@ -48,7 +52,7 @@ def corpus(root: Path, split: str, other_bytes: int) -> dict[str, list[str]]:
             )
             for file in files
         }
-    documents = list(data.read_documents(root))
+    documents = list(data.read_documents(root, SUFFIXES))
     held = max(1, len(documents) // 20)
     return {"source": documents[:held] if split == "validation" else documents[held:]}
 
@@ -83,83 +87,107 @@ def pack(tokenizer: Tokenizer, documents: list[str]) -> data.PackedTokens:
 
 
 def prepare(root: Path, output: Path, pieces: int, other_bytes: int) -> Tokenizer:
-    """Tokenizer and token files in ``output``, made once."""
+    """Tokenizer and token files in ``output``, made once; the training file comes last."""
     output.mkdir(parents=True, exist_ok=True)
     saved = output / "tokenizer.json"
-    training = corpus(root, "train", other_bytes)
-    if not saved.exists():
-        everything = [text for texts in training.values() for text in texts]
-        train_tokenizer(everything, pieces).save(str(saved) + ".part")
-        Path(str(saved) + ".part").rename(saved)
-    tokenizer = Tokenizer.from_file(str(saved))
-    if not (output / "train.npz").exists():
-        mixed = [text for texts in training.values() for text in texts]
-        np.random.default_rng(0).shuffle(mixed)
-        data.save_packed(output / "train.npz", pack(tokenizer, mixed))
-        for language, texts in corpus(root, "validation", other_bytes).items():
-            data.save_packed(output / f"validation.{language}.npz", pack(tokenizer, texts))
+    if (output / "train.npz").exists():
+        return Tokenizer.from_file(str(saved))
+    training = [text for texts in corpus(root, "train", other_bytes).values() for text in texts]
+    np.random.default_rng(0).shuffle(training)
+    tokenizer = train_tokenizer(training, pieces)
+    tokenizer.save(str(saved))
+    for language, texts in corpus(root, "validation", other_bytes).items():
+        data.save_packed(output / f"validation.{language}.npz", pack(tokenizer, texts))
+    data.save_packed(output / "train.npz", pack(tokenizer, training))
     return tokenizer
 
 
 class Recipe(NamedTuple):
-    """What the card says of a run."""
+    """What decides a run's result, and what its card says of it.
 
-    steps: int
-    rows: int
-    length: int
-    learning_rate: float
+    ``steps`` may change between runs: before the decay the learning rate does not depend on it.
+    """
+
+    root: str
+    pieces: int
     other_bytes: int
+    rows: int
+    learning_rate: float
     seed: int
+    steps: int
+
+
+def keep_recipe(recipe: Recipe, output: Path) -> None:
+    """Raises ``InputError`` where ``output`` holds a run of another recipe."""
+    path = output / "recipe.json"
+    output.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        found = json.loads(path.read_text())
+        for name, value in recipe._asdict().items():
+            if name != "steps" and found[name] != value:
+                raise InputError(f"{path}: {name} was {found[name]!r}, now {value!r}")
+    path.write_text(json.dumps(recipe._asdict(), indent=1) + "\n")
+
+
+def windows_of(packed: data.PackedTokens, length: int, most: int) -> np.ndarray:
+    """The first ``most`` windows, int32 ``[windows, length + 1]``."""
+    count = min(most, packed.windows(length))
+    found = [packed.window(number, length) for number in range(count)]
+    return np.array(found, np.int32).reshape(count, length + 1)
+
+
+def piece_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """How many bytes of text each id stands for: a byte-level piece has a character for each."""
+    lengths = np.zeros(tokenizer.get_vocab_size(), np.int64)
+    for piece, number in tokenizer.get_vocab().items():
+        lengths[number] = 0 if piece == END else len(piece)
+    return lengths
 
 
 def export(
-    model: Model, output: Path, training: data.PackedTokens, bits: dict[str, float], recipe: Recipe
-) -> None:
+    model: Model, output: Path, training: data.PackedTokens, validation: dict[str, Any],
+    recipe: Recipe, sources: str,
+) -> None:  # fmt: skip
     """Leaves OUTPUT/model: float16 safetensors, the tokenizer and a card."""
     narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), model.params)
     target = output / "model"
     if target.exists():
         shutil.rmtree(target)
-    # One end token, id 0, which is also the tokenizer's only special piece.
     save_hf(model._replace(params=narrow), target, companions=output)
-    count = sum(leaf.size for leaf in jax.tree.leaves(model.params))
-    seen = recipe.steps * recipe.rows * recipe.length
-    table = "\n".join(f"| {language} | {value:.3f} |" for language, value in bits.items())
-    (target / "README.md").write_text(
-        CARD.format(
-            parameters=f"{count:,}",
-            text_bytes=f"{training.text_bytes:,}",
-            tokens=f"{len(training.tokens):,}",
-            seen=f"{seen:,}",
-            table=table,
-            **recipe._asdict(),
-        )
+    table = "\n".join(
+        f"| {language} | {found['bits_per_byte']:.3f} | {found['bytes']:,} |"
+        for language, found in validation.items()
     )
+    card = CARD.format(
+        parameters=f"{sum(leaf.size for leaf in jax.tree.leaves(model.params)):,}",
+        text_bytes=f"{training.text_bytes:,}",
+        tokens=f"{len(training.tokens):,}",
+        seen=f"{recipe.steps * recipe.rows * model.config.n_positions:,}",
+        length=model.config.n_positions,
+        sources=sources.strip(),
+        table=table,
+        **recipe._asdict(),
+    )
+    (target / "README.md").write_text(card)
 
 
-CARD = """# The embedded small StarCoder
+CARD = """# A small StarCoder, trained from scratch
 
-A GPTBigCode of {parameters} parameters with a byte-level BPE of 4,096 pieces, both trained from
-scratch on a CPU by `experiments/pretrain_mini.py`, so that every command works on a machine without
-hub access. It has seen {seen} tokens: it writes something that looks like code, and is never
-presented as more.
+A GPTBigCode of {parameters} parameters with a byte-level BPE of {pieces} pieces, both trained on a CPU
+by `experiments/pretrain_mini.py`. It has seen {seen} tokens: it writes something that looks like code,
+and is never presented as more.
 
-- **Data**: whole source files from Debian, npm and CPython packages, exact duplicates removed, split
-  by hash of the file; all of the Python (CPython's standard library and tests) and at most
-  {other_bytes} bytes each of D, Lua, Perl, Racket, Ruby, Rust and Swift: {text_bytes} bytes,
-  {tokens} tokens.
-- **Licences of the sources**: Python PSF; Perl Artistic or GPL-1+; Ruby its own, BSD and MIT; Rust and
-  Swift MIT or Apache-2.0; Racket MIT, in part LGPL; D Boost-1.0; Lua MIT or Apache-2.0, a few files
-  LGPL. No evaluation problem is among them. The weights ship under the project's Apache-2.0.
-- **Recipe**: {steps} steps of {rows} windows of {length} tokens (the whole context, so that every
-  position is trained), AdamW (0.9, 0.95, decay 0.1), peak learning rate {learning_rate} after 100
-  warm-up steps, decayed linearly over the last fifth, gradients clipped at norm 1, seed {seed},
-  float32; saved as float16.
+{sources}
+- **Recipe**: {text_bytes} bytes of text (at most {other_bytes} of each language but Python), {tokens}
+  tokens; {steps} steps of {rows} windows of {length} tokens (the whole context, so that every position
+  is trained), AdamW (0.9, 0.95, decay 0.1), peak learning rate {learning_rate} after 100 warm-up steps,
+  decayed linearly over the last fifth, gradients clipped at norm 1, seed {seed}, float32; saved as
+  float16.
 
-Bits per byte on held-out files (up to 32 windows a language):
+Bits per byte on the first windows of held-out files:
 
-| language | bits per byte |
-|---|---|
+| language | bits per byte | bytes measured |
+|---|---|---|
 {table}
 """
 
@@ -174,40 +202,43 @@ def main(
     other_bytes: int = 700_000,
     seed: int = 0,
     save_seconds: float = 300.0,
+    evaluation_windows: int = 32,
+    sources: Annotated[
+        Path | None, typer.Option(help="Markdown about CORPORA and its licences, for the card.")
+    ] = None,
 ) -> None:
-    """Pre-trains the mini model on CORPORA and leaves checkpoints, metrics and token files in OUTPUT."""
+    """Pre-trains the mini model on CORPORA; leaves it and its token files in OUTPUT."""
+    recipe = Recipe(str(root), pieces, other_bytes, rows, learning_rate, seed, steps)
+    about = f"- **Data**: {root}." if sources is None else sources.read_text()
+    keep_recipe(recipe, output)
+    # One end token, id 0, which is also the tokenizer's only special piece.
     config = dataclasses.replace(PRESETS["mini"], vocab_size=pieces, eos_token_ids=(0,))
     length = config.n_positions
-    prepare(root, output, pieces, other_bytes)
+    lengths = piece_bytes(prepare(root, output, pieces, other_bytes))
     training = data.load_packed(output / "train.npz")
     validation = {
-        file.name.split(".")[1]: data.load_packed(file)
+        file.name.split(".")[1]: windows_of(data.load_packed(file), length, evaluation_windows)
         for file in sorted(output.glob("validation.*.npz"))
     }
     print(f"{len(training.tokens):,} tokens of {training.text_bytes:,} bytes")
     _, graph, params = init_model(config, seed)
-    positions_BT = jnp.broadcast_to(jnp.arange(length), (rows, length))
 
     def loss_function(params: Any, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graph, params)
+        positions_BT = jnp.broadcast_to(jnp.arange(length), (windows.shape[0], length))
         hidden_BTD, _ = model.hidden(windows[:, :-1], positions_BT)
         return loss.next_token_loss(model.logits(hidden_BTD), windows[:, 1:])
 
-    evaluate_windows = jax.jit(loss_function)
+    window_loss = jax.jit(loss_function)
 
-    def evaluate(params: Any, most: int = 8) -> dict[str, float]:
-        """Bits per byte by language over the first ``most`` batches of windows."""
+    def evaluate(params: Any) -> dict[str, dict[str, float]]:
+        """Bits per byte by language; a language of less than a window is left out."""
         result = {}
-        for language, packed in validation.items():
-            batches = min(most, packed.windows(length) // rows)
-            if not batches:
-                continue
-            total = 0.0
-            for start in range(0, batches * rows, rows):
-                windows = [packed.window(start + row, length) for row in range(rows)]
-                total += float(evaluate_windows(params, np.stack(windows).astype(np.int32))[0])
-            share = batches * rows * length / len(packed.tokens)
-            result[language] = round(loss.bits_per_byte(total, packed.text_bytes * share), 4)
+        for language, windows in validation.items():
+            total = sum(float(window_loss(params, window[None])[0]) for window in windows)
+            if count := int(lengths[windows[:, 1:]].sum()):
+                bits = round(loss.bits_per_byte(total, count), 4)
+                result[language] = {"bits_per_byte": bits, "bytes": count}
         return result
 
     optimizer = step.adamw(step.warmup_stable_decay(learning_rate, steps))
@@ -220,8 +251,8 @@ def main(
         tokens_per_batch=rows * length,
         evaluate=evaluate,
     )
-    recipe = Recipe(steps, rows, length, learning_rate, other_bytes, seed)
-    export(Model(config, graph, state.params), output, training, evaluate(state.params), recipe)
+    model = Model(config, graph, state.params)
+    export(model, output, training, evaluate(state.params), recipe, about)
 
 
 if __name__ == "__main__":

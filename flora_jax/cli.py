@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from flora_jax.errors import InputError
 
 if TYPE_CHECKING:
     from flora_jax.adapters.model_adapter import ModelAdapter
@@ -53,18 +56,18 @@ def generate(
 
     defaults = Defaults(max_tokens, temperature, top_k, top_p)
     if not 0 <= seed < 2**32:
-        raise ValueError(f"--seed is {seed}, expected 0 to 2^32 - 1")
+        raise InputError(f"--seed is {seed}, expected 0 to 2^32 - 1")
     if not 1 <= batch_size <= 64:
-        raise ValueError(f"--batch-size is {batch_size}, expected 1 to 64")
+        raise InputError(f"--batch-size is {batch_size}, expected 1 to 64")
     directories = _named_directories(adapter or [])
     if not input.is_file():
-        raise ValueError(f"{input}: no such file")
-    if not output.absolute().parent.is_dir() or output.is_dir():
-        raise ValueError(f"{output}: cannot be written there")
+        raise InputError(f"{input}: no such file")
+    if not output.absolute().parent.is_dir() or (output.exists() and not output.is_file()):
+        raise InputError(f"{output}: expected a file in an existing directory")
     if output.exists() and output.samefile(input):
-        raise ValueError(f"{output}: --output is the file of --input")
+        raise InputError(f"{output}: --output is the file of --input")
     if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise ValueError(f"--dtype is {dtype!r}, expected float32, bfloat16 or float16")
+        raise InputError(f"--dtype is {dtype!r}, expected float32, bfloat16 or float16")
     directory = resolve(_source(model))
     config = describe(directory).config
     tokenizer = load_tokenizer(directory, config.vocab_size)
@@ -127,9 +130,11 @@ def demo(
 
 def main() -> None:
     """The entry point: any bad input ends in one line on stderr and exit code 2."""
+    # As an exception, so that nothing half written is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         code = app(standalone_mode=False)
-    except (ValueError, OSError) as error:
+    except (InputError, OSError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -159,7 +164,7 @@ def _lines(path: Path) -> Iterator[str]:
             try:
                 yield line.decode()
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not UTF-8: {error}") from None
+                raise InputError(f"{path}, line {number}: not UTF-8: {error}") from None
 
 
 def _source(model: str) -> str:
@@ -172,9 +177,9 @@ def _named_directories(values: list[str]) -> dict[str, Path]:
     for value in values:
         name, equals, directory = value.partition("=")
         if not (name and equals and directory):
-            raise ValueError(f"--adapter is {value!r}, expected NAME=DIR")
+            raise InputError(f"--adapter is {value!r}, expected NAME=DIR")
         if name in named:
-            raise ValueError(f"--adapter {name}: the name is given twice")
+            raise InputError(f"--adapter {name}: the name is given twice")
         named[name] = Path(directory)
     return named
 
@@ -209,6 +214,7 @@ def _prepare_jax() -> None:
 @contextmanager
 def _whole_file(path: Path) -> Iterator[Any]:
     """A text file that appears under its name only when it is complete."""
+    path = path.resolve()
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with part.open("w", encoding="utf-8") as file:

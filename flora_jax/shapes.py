@@ -10,7 +10,9 @@ A name such as ``x_BTI`` lists its array's axes:
     I  input features of a projection           O  its output features
     R  rank (components of one adapter)         J  components per row, padded
     P  multiplicative pairs of a ragged batch   A  additive pairs of a ragged batch
-    C  slots of a component bank                N  adapters of a bank
+    C  slots of a component bank                N  adapters of a bank; drawn tokens
+    E  stop tokens of a row, padded             W  window of the largest logits
+    X  rows of a product, flattened
 """
 
 from __future__ import annotations

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from random_adapters import KINDS, random_adapter
+from random_adapters import KINDS, random_adapter, random_projection
 
 from flora_jax.adapters import apply
 from flora_jax.adapters.bank import build_bank
+from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.adapters.pairs import list_pairs, one_row, pair_lattice
 from flora_jax.adapters.ragged import OneRow, Ragged
 
@@ -77,6 +78,35 @@ def test_a_single_row_equals_the_explicit_weight_in_its_own_form(seed):
         assert np.abs(found - expected).max() < 3e-6 * np.abs(expected).max()
         # Two or more multiplicative components; HiRA of rank 1 has its frozen ones and another.
         assert own.merged == (name in ("flora2", "flora5", "flora16") or "hira" in str(name))
+
+
+def test_ranks_and_targets_may_differ_by_layer():
+    """Rank 4 in one layer, 1 in another, none in a third; IA3 on outputs here, on inputs there."""
+    flora = [random_projection("flora", n, 24, 40, rank) for n, rank in enumerate((4, 1))]
+    lora = [random_projection("lora", n, 24, 40, rank) for n, rank in enumerate((1, 3))]
+    ia3 = [
+        random_projection("ia3", n, 24, 40, 1, side=side)
+        for n, side in enumerate(("output", "input"))
+    ]
+    adapters = {
+        kind: ModelAdapter(kind, ({TARGET: own[0]}, {TARGET: own[1]}, {}))
+        for kind, own in {"flora": flora, "lora": lora, "ia3": ia3}.items()
+    }
+    bank = build_bank(adapters, SIZES, 3)
+    names = [None, *adapters]
+    x, W, bias = _inputs(0, 4, 2)
+    run = jax.jit(apply)
+    for layer in range(3):
+        resident = bank.layers[layer][TARGET]
+        own = [adapters[name].layers[layer].get(TARGET) if name else None for name in names]
+        expected = np.stack([oracles.project(p, row, W, bias) for p, row in zip(own, x)])
+        together = run(Ragged(resident, list_pairs(bank, names)[TARGET]), x, W, bias)
+        alone = [
+            run(OneRow(resident, one_row(bank, name)[TARGET]), x[row, None], W, bias)[0]
+            for row, name in enumerate(names)
+        ]
+        for found in (together, np.stack(alone)):
+            assert np.abs(found - expected).max() < 3e-6 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -213,7 +213,7 @@ BAD = {
     "batch size 65": ("bare", [GOOD], ["--batch-size", "65"], "--batch-size is 65"),
     "option": ("bare", [GOOD], ["--tempreature", "1"], "--tempreature"),
     "output directory": ("bare", [GOOD], ["--output", "none/out.jsonl"], "none/out.jsonl: cannot be"),
-    "output is a directory": ("bare", [GOOD], ["--output", "bare"], "bare: cannot be written"),
+    "output is a directory": ("bare", [GOOD], ["--output", "bare"], "bare: expected a file"),
 }  # fmt: skip
 
 

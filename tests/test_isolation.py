@@ -1,23 +1,28 @@
-"""A row's tokens do not depend on its company, its position, or what else is resident."""
+"""A row's tokens do not depend on its company or its position."""
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_adapters import KINDS, random_adapter
 
+from flora_jax.adapters.pairs import one_row
+from flora_jax.errors import InputError
 from flora_jax.serve import steps
 from flora_jax.serve.generate import Generator, Shape
 from flora_jax.serve.request import Request
 from flora_jax.starcoder.config import StarCoderConfig
 from flora_jax.starcoder.model import init_model
 
+pytestmark = pytest.mark.usefixtures("optimised")
 CONFIG = StarCoderConfig(
     vocab_size=97, n_positions=96, n_embd=32, n_layer=2, n_head=4, n_inner=48,
     eos_token_ids=(0,), initializer_range=0.3,
 )  # fmt: skip
 # One padded shape for (almost) all tests: programs take longer to compile than to run.
 SHAPE = Shape(rows=16, length=96, level=4)
+TARGETS = ("attn.c_attn", "mlp.c_proj")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,7 @@ def generator():
             kind, rank, CONFIG.projections(), 2, rank=rank, targets=targets
         )
         for kind in KINDS
-        for rank, targets in [(1, ("attn.c_attn",)), (5, ("attn.c_attn", "mlp.c_proj"))]
+        for rank, targets in [(1, TARGETS), (5, TARGETS)]
         if kind != "ia3" or rank == 1
     }
     return Generator(init_model(CONFIG, 5), adapters, chunk=16, block=8)
@@ -80,6 +85,45 @@ def test_in_another_padded_shape_only_near_ties_differ(generator):
             (alone,) = generator.generate([request], shape=shape)
             differing += alone.token_ids != expected.token_ids
     assert differing == 0
+
+
+def test_what_else_is_resident_changes_no_bit_of_a_prefill(generator):
+    """The form of a prompt's pass follows from its own adapter."""
+    request = Request(0, tuple(range(1, 40)), adapter="flora5", max_tokens=1)
+    large = random_adapter("flora", 9, CONFIG.projections(), 2, rank=40, targets=TARGETS)
+    flora5 = random_adapter("flora", 5, CONFIG.projections(), 2, rank=5, targets=TARGETS)
+    model = init_model(CONFIG, 5)
+    caches = []
+    for adapters in ({"flora5": flora5}, {"large": large, "flora5": flora5}):
+        alone = Generator(model, adapters, chunk=16)
+        settings = alone._settings(request)
+        state = steps.init_state(CONFIG, 1, 64, jnp.float32)
+        state = steps.prefill(
+            model.graph, model.params, alone.bank.layers, one_row(alone.bank, "flora5"), state,
+            jnp.int32(0), jnp.asarray(request.token_ids[:16]), jnp.int32(0), jnp.int32(16),
+            settings, mode="greedy",
+        )  # fmt: skip
+        caches.append(np.asarray(state.cache[1].k_BSGK))
+    np.testing.assert_array_equal(*caches)
+    assert np.any(caches[0])
+
+
+def test_a_row_whose_logits_are_not_finite_is_an_error(generator):
+    sick = dataclasses.replace(CONFIG, n_embd=16, n_head=2)
+    model = init_model(sick, 0)
+    model.params["ln_f"]["bias"] = model.params["ln_f"]["bias"].replace(jnp.full(16, jnp.nan))
+    request = Request(3, (5, 6), max_tokens=4)
+    with pytest.raises(InputError, match=r"request 3 \(no adapter\): the logits after 0 tokens"):
+        list(Generator(model, {}, chunk=16).generate([request]))
+
+
+def test_requests_that_do_not_fit_are_refused(generator):
+    with pytest.raises(InputError, match="unknown adapter 'nobody'"):
+        list(generator.generate([Request(0, (1,), adapter="nobody")]))
+    with pytest.raises(InputError, match="token ids 1 to 97, the vocabulary has 0 to 96"):
+        list(generator.generate([Request(0, (1, 97))]))
+    with pytest.raises(ValueError, match=r"the batch needs Shape\(rows=1, length=64"):
+        list(generator.generate([Request(0, (1,), max_tokens=40)], shape=Shape(1, 16, 0)))
 
 
 def test_seeds_decide_and_indices_stand_in_for_them(generator):

@@ -3,11 +3,13 @@
 import dataclasses
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from flora_jax.errors import InputError
 from flora_jax.serve.tokenizer import load_tokenizer
 from flora_jax.starcoder.checkpoint import load_model
 from flora_jax.starcoder.config import PRESETS
@@ -44,7 +46,12 @@ def test_a_directory_of_sources_becomes_a_model_that_loads(pretrain, tmp_path):
     text = "def f(x):\n    return 'ü' + 12\n"
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
     assert np.dtype(model.params["wte"]["embedding"][...].dtype) == np.float16
-    assert "| source |" in (output / "model" / "README.md").read_text()
+    card = (output / "model" / "README.md").read_text()
+    held_out = sum(len((sources / f"{n}.py").read_bytes()) for n in (0, 1))
+    (measured,) = re.findall(r"\| source \| \d\.\d{3} \| ([\d,]+) \|", card)
+    assert 0.8 * held_out < int(measured.replace(",", "")) <= held_out
     pretrain.main(sources, output, steps=12, pieces=300, learning_rate=1e-2)
     again = (output / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in again] == metrics
+    with pytest.raises(InputError, match=r"recipe\.json: pieces was 300, now 310"):
+        pretrain.main(sources, output, steps=12, pieces=310, learning_rate=1e-2)

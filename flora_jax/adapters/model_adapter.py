@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters import IA3, KINDS, kind_of
+from flora_jax.errors import InputError
 
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
@@ -117,9 +118,9 @@ def randomise(adapter: ModelAdapter, seed: int, spread: float = 0.3) -> ModelAda
 def check_fits(
     adapter: ModelAdapter, projections: Mapping[str, tuple[int, int]], layers: int, where: str
 ) -> None:
-    """Raises ``ValueError`` unless every factor has the width of the base model's projection."""
+    """Raises ``InputError`` unless every factor has the width of the base model's projection."""
     if len(adapter.layers) != layers:
-        raise ValueError(f"{where}: adapter of {len(adapter.layers)} layers, base has {layers}")
+        raise InputError(f"{where}: adapter of {len(adapter.layers)} layers, base has {layers}")
     for number, layer in enumerate(adapter.layers):
         for target, params in layer.items():
             inputs, outputs = projections[target]
@@ -131,7 +132,7 @@ def check_fits(
             for side, found in sides.items():
                 expected = inputs if side == "input" else outputs
                 if found != expected:
-                    raise ValueError(
+                    raise InputError(
                         f"{where}: layer {number} {target}: {side} width {found}, "
                         f"the base model has {expected}"
                     )

@@ -95,26 +95,42 @@ def list_pairs(
     return result
 
 
-def one_row(bank: Bank, name: str | None) -> dict[str, RowComponents]:
-    """The components of one row that uses the named adapter, by target.
+def form(bank: Bank, name: str | None) -> dict[str, tuple[int, int]]:
+    """How many multiplicative and additive components a single row is padded to, by target.
 
-    The form follows from the adapter alone: merged where it has two or more multiplicative
-    components on a target, else factored. Numbers of components are padded to the bank's largest,
-    so that a bank has at most two shapes a target.
+    Powers of two that follow from the adapter alone, the same for all its targets; a target it does
+    not have stays at (1, 0).
+
+    Raises:
+        KeyError: the adapter is not resident.
+    """
+    own = bank.slots[name]
+    mul = max((len(slots.multiplicative) for slots in own.values()), default=1)
+    add = max((len(slots.additive) for slots in own.values()), default=0)
+    sizes = _next_power(mul), _next_power(add)
+    return {target: sizes if target in own else (1, 0) for target in bank.targets}
+
+
+def _next_power(count: int) -> int:
+    return 1 << (count - 1).bit_length() if count else 0
+
+
+def one_row(bank: Bank, name: str | None) -> dict[str, RowComponents]:
+    """The components of one row that uses the named adapter, by target, in the adapter's form.
+
+    Two or more multiplicative components are merged into the explicit weight, one is factored.
 
     Raises:
         KeyError: the adapter is not resident.
     """
     result = {}
-    for target in bank.targets:
+    for target, (most_mul, most_add) in form(bank, name).items():
         owned = bank.of(name, target)
-        most_mul, most_add = bank.most(target)
-        merged = len(owned.multiplicative) > 1
-        slot = np.full(most_mul if merged else 1, NOTHING, np.int32)
+        slot = np.full(most_mul, NOTHING, np.int32)
         slot[: len(owned.multiplicative)] = owned.multiplicative
         add = np.full(most_add, NOTHING, np.int32)
         add[: len(owned.additive)] = owned.additive
         result[target] = RowComponents(
-            jnp.asarray(slot), jnp.asarray(add), jnp.int32(owned.bias), merged
+            jnp.asarray(slot), jnp.asarray(add), jnp.int32(owned.bias), merged=most_mul > 1
         )
     return result

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from flora_jax.adapters.flora import Reduction
+from flora_jax.errors import InputError
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_TYPES = {"LORA": "lora", "FLORA": "flora", "IA3": "ia3", "HIRA": "hira"}
@@ -65,7 +66,7 @@ _REFUSED = {
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-class AdapterError(ValueError):
+class AdapterError(InputError):
     """An adapter folder that cannot be read, does not fit its base, or cannot be written."""
 
 

@@ -104,9 +104,11 @@ class OneRow:
 BankLayers = Sequence[Mapping[str, TargetBank]]
 
 
-def ragged_hooks(layers: BankLayers, pairs: Mapping[str, Pairs]) -> list[dict[str, Ragged]]:
+def ragged_hooks(
+    layers: BankLayers, pairs: Mapping[str, Pairs], *, per_token: bool = False
+) -> list[dict[str, Ragged]]:
     """The model's ``adapters`` argument for a mixed batch; call it inside a jitted step."""
-    return [{t: Ragged(bank, pairs[t]) for t, bank in layer.items()} for layer in layers]
+    return [{t: Ragged(bank, pairs[t], per_token) for t, bank in layer.items()} for layer in layers]
 
 
 def one_row_hooks(layers: BankLayers, own: Mapping[str, RowComponents]) -> list[dict[str, OneRow]]:

@@ -15,10 +15,20 @@ import numpy as np
 
 from flora_jax.adapters.bank import build_bank
 from flora_jax.adapters.model_adapter import ModelAdapter
-from flora_jax.adapters.pairs import bucket, list_pairs, one_row, pair_lattice
+from flora_jax.adapters.pairs import bucket, form, list_pairs, one_row, pair_lattice
+from flora_jax.errors import InputError
 from flora_jax.serve.request import MAX_STOP_TOKENS, Completion, Request
 from flora_jax.serve.sampling import Mode
-from flora_jax.serve.steps import MAX_STOPS, RowSettings, decode, init_state, prefill, stop_rows
+from flora_jax.serve.steps import (
+    BROKEN,
+    MAX_STOPS,
+    RESTING,
+    RowSettings,
+    decode,
+    init_state,
+    prefill,
+    stop_rows,
+)
 from flora_jax.serve.stream import Stream
 from flora_jax.starcoder.model import Model
 
@@ -41,13 +51,13 @@ class Generator:
         model: the base.
         adapters: by the names that requests use.
         tokenizer: a ``tokenizers.Tokenizer``; without one completions have no text.
-        rows: rows of a batch at most; a batch is padded to the next of ``ROWS``.
+        rows: requests of a batch at most; its shape is padded to the next of ``ROWS``.
         chunk: prompt tokens of one prefill step.
         block: decode steps of one dispatch; stop strings are looked for between dispatches.
         seed: of the rows that have none of their own.
 
     Raises:
-        ValueError: an adapter that does not fit the model, or more end tokens than are looked for.
+        InputError: an adapter that does not fit the model, or more end tokens than are looked for.
     """
 
     def __init__(
@@ -64,12 +74,13 @@ class Generator:
         config = model.config
         most = MAX_STOPS - MAX_STOP_TOKENS
         if len(config.eos_token_ids) > most:
-            raise ValueError(
+            raise InputError(
                 f"the model has {len(config.eos_token_ids)} end tokens, at most {most}"
             )
         self.model = model
         self.tokenizer = tokenizer
-        self.rows = bucket(rows, ROWS)
+        bucket(rows, ROWS)
+        self.rows = rows
         self.chunk = min(chunk, config.n_positions)
         self.block = block
         self.seed = seed
@@ -77,20 +88,21 @@ class Generator:
         self.dtype = jax.tree.leaves(model.params)[0].dtype
 
     def most_programs(self) -> int:
-        """How many programs a run compiles at most: shapes of prefill plus shapes of decode.
+        """How many programs can ever be compiled: shapes of prefill and of decode.
 
-        Times the numbers of rows and cache lengths that its batches need; most have one of each.
+        A run needs few of them: most have one number of rows, one cache length and one mode.
         """
-        forms = len({self._form(name) for name in self.bank.slots})
-        return len(_MODES) * (forms + self._levels(self.rows))
+        forms = len({tuple(form(self.bank, name).values()) for name in self.bank.slots})
+        padded = [size for size in ROWS if size <= bucket(self.rows, ROWS)]
+        shapes = sum(forms + self._levels(rows) for rows in padded)
+        return shapes * len(_MODES) * len(_cache_lengths(self.model.config.n_positions))
 
     def shape(self, requests: Sequence[Request]) -> Shape:
         """The smallest padded shape that runs these requests as one batch."""
-        context = self.model.config.n_positions
-        longest = max(min(len(r.token_ids) + r.max_tokens, context) for r in requests)
+        longest = max(len(r.token_ids) + self._room(r) for r in requests)
         rows = bucket(len(requests), ROWS)
         level = self._level([request.adapter for request in requests], rows)
-        return Shape(rows, bucket(longest, _cache_lengths(context)), level)
+        return Shape(rows, bucket(longest, _cache_lengths(self.model.config.n_positions)), level)
 
     def generate(
         self, requests: Sequence[Request], *, shape: Shape | None = None
@@ -102,12 +114,34 @@ class Generator:
             shape: run every batch in this shape; without it, each in the smallest that fits.
 
         Raises:
+            InputError: a request that the model or the resident adapters cannot serve, or one whose
+                logits are not finite.
             ValueError: a batch does not fit the given shape.
         """
+        for request in requests:
+            self._check(request)
         rows = self.rows if shape is None else shape.rows
         for start in range(0, len(requests), rows):
             batch = requests[start : start + rows]
-            yield from self._batch(batch, self.shape(batch) if shape is None else shape)
+            smallest = self.shape(batch)
+            if shape is not None and any(a > b for a, b in zip(smallest, shape, strict=True)):
+                raise ValueError(f"the batch needs {smallest}, found {shape}")
+            yield from self._batch(batch, smallest if shape is None else shape)
+
+    def _check(self, request: Request) -> None:
+        config = self.model.config
+        ids = request.token_ids
+        if request.adapter not in self.bank.slots:
+            raise InputError(f"request {request.index}: unknown adapter {request.adapter!r}")
+        if not 1 <= len(ids) <= config.n_positions:
+            raise InputError(
+                f"request {request.index}: {len(ids)} tokens, expected 1 to {config.n_positions}"
+            )
+        if not 0 <= min(ids) <= max(ids) < config.vocab_size:
+            raise InputError(
+                f"request {request.index}: token ids {min(ids)} to {max(ids)}, "
+                f"the vocabulary has 0 to {config.vocab_size - 1}"
+            )
 
     def _batch(self, requests: Sequence[Request], shape: Shape) -> list[Completion]:
         graph, params, layers = self.model.graph, self.model.params, self.bank.layers
@@ -134,7 +168,7 @@ class Generator:
             for request in requests
         ]
         for stream, token in zip(streams, np.asarray(state.token_B)):
-            stream.add([int(token)])
+            self._extend(stream, [int(token)])
         while any(stream.running for stream in streams):
             keep = np.zeros(rows, bool)
             keep[: len(streams)] = [stream.running for stream in streams]
@@ -143,8 +177,18 @@ class Generator:
                 graph, params, layers, pairs, state, mode=mode, steps=self.block
             )
             for stream, tokens in zip(streams, np.asarray(tokens_BN)):
-                stream.add([int(token) for token in tokens if token >= 0])
+                self._extend(stream, [int(token) for token in tokens if token != RESTING])
         return [stream.completion() for stream in streams]
+
+    def _extend(self, stream: Stream, tokens: list[int]) -> None:
+        if BROKEN in tokens:
+            request = stream.request
+            adapter = "no adapter" if request.adapter is None else f"adapter {request.adapter!r}"
+            raise InputError(
+                f"request {request.index} ({adapter}): the logits after {len(stream.token_ids)} "
+                f"tokens are not finite in {self.dtype}"
+            )
+        stream.add(tokens)
 
     def _stops(self, request: Request) -> list[int]:
         ends = () if request.ignore_eos else self.model.config.eos_token_ids
@@ -170,9 +214,6 @@ class Generator:
             top_p=jnp.float32(request.top_p),
             key=key,
         )
-
-    def _form(self, name: str | None) -> tuple[bool, ...]:
-        return tuple(len(self.bank.of(name, t).multiplicative) > 1 for t in self.bank.targets)
 
     def _sizes(self, target: str, rows: int, level: int) -> tuple[int, int]:
         mul, add = self.bank.most(target)

@@ -8,10 +8,12 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from flora_jax.errors import InputError
+
 FinishReason = Literal["stop", "length"]
 
 
-class RequestError(ValueError):
+class RequestError(InputError):
     """A request that cannot be served; the message says which line, what was found and expected."""
 
 
@@ -157,6 +159,10 @@ def parse_request(
         raise RequestError("stop strings need a tokenizer, and the checkpoint has none")
     stop_ids = raw.get("stop_token_ids")
     stop_ids = () if stop_ids is None else _token_ids("stop_token_ids", stop_ids, vocab_size)
+    special = _special_tokens(tokenizer) if stop else {}
+    # The text of a special token is not part of a completion: it can only stop one as a token.
+    stop_ids += tuple(special[text] for text in stop if text in special)
+    stop = tuple(text for text in stop if text not in special)
     if len(stop_ids) > MAX_STOP_TOKENS:
         raise RequestError(f"{len(stop_ids)} stop_token_ids, at most {MAX_STOP_TOKENS} are served")
     return Request(
@@ -183,10 +189,10 @@ def _settings(raw: Mapping[str, Any], defaults: Defaults) -> dict[str, Any]:
 def _prompt(
     raw: Mapping[str, Any], tokenizer: Any | None, vocab_size: int, context: int
 ) -> tuple[int, ...]:
-    if ("prompt" in raw) == ("prompt_token_ids" in raw):
+    text = raw.get("prompt")
+    if (text is None) == (raw.get("prompt_token_ids") is None):
         raise RequestError("expected one of 'prompt' and 'prompt_token_ids'")
-    if "prompt" in raw:
-        text = raw["prompt"]
+    if text is not None:
         if not isinstance(text, str):
             raise RequestError(f"prompt is {type(text).__name__}, expected a string")
         if tokenizer is None:
@@ -204,6 +210,11 @@ def _prompt(
     if len(ids) > context:
         raise RequestError(f"the prompt has {len(ids)} tokens, the context {context}")
     return ids
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    added = tokenizer.get_added_tokens_decoder()
+    return {token.content: number for number, token in added.items() if token.special}
 
 
 def _token_ids(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:

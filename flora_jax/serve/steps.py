@@ -28,6 +28,8 @@ from flora_jax.starcoder.cache import Cache, init_cache
 from flora_jax.starcoder.config import StarCoderConfig
 
 MAX_STOPS = 16
+# In place of a token: nothing was drawn, or nothing could be.
+RESTING, BROKEN = -1, -2
 
 
 @jax.tree_util.register_dataclass
@@ -80,9 +82,15 @@ def init_state(config: StarCoderConfig, rows: int, length: int, dtype: Any) -> D
     )
 
 
+def _draw(logits_BV: jax.Array, sampling: Sampling, drawn_B: jax.Array, mode: Mode) -> jax.Array:
+    """The next tokens; ``BROKEN`` where a logit is NaN or infinite, which no draw may hide."""
+    finite_B = jnp.isfinite(jnp.max(logits_BV, axis=-1))
+    return jnp.where(finite_B, sample(logits_BV, sampling, drawn_B, mode), BROKEN)
+
+
 def _after(token_B: jax.Array, left_B: jax.Array, stops_BE: jax.Array) -> jax.Array:
     """How many tokens may follow the drawn ones: none after a stop token."""
-    stopped_B = jnp.any(token_B[:, None] == stops_BE, axis=1)
+    stopped_B = jnp.any(token_B[:, None] == stops_BE, axis=1) | (token_B == BROKEN)
     return jnp.where(stopped_B, 0, jnp.maximum(left_B - 1, 0))
 
 
@@ -139,7 +147,7 @@ def prefill(
         settings.top_p[None],
         settings.key[None],
     )
-    token_1 = sample(logits_1V, sampling, jnp.zeros(1, jnp.int32), mode)
+    token_1 = _draw(logits_1V, sampling, jnp.zeros(1, jnp.int32), mode)
     left_1 = _after(token_1, settings.left[None], settings.stops_E[None])
     new = DecodeState(
         cache=cache,
@@ -174,7 +182,7 @@ def decode(
     """Draws up to ``steps`` tokens for every row that may have more.
 
     Returns:
-        The state, and the tokens ``[B, steps]`` in order, -1 where a row was at rest.
+        The state, and the tokens ``[B, steps]`` in order, ``RESTING`` where a row was at rest.
     """
     model = nnx.merge(graph, params)
     rows, length = state.cache[0].k_BSGK.shape[:2]
@@ -190,8 +198,9 @@ def decode(
             state.token_B[:, None], positions_B1, cache=state.cache, adapters=hooks
         )
         assert cache is not None
-        drawn_token_B = sample(model.logits(hidden_B1D[:, 0]), state.sampling, state.drawn_B, mode)
-        tokens_BN = tokens_BN.at[:, number].set(jnp.where(running_B, drawn_token_B, -1))
+        logits_BV = model.logits(hidden_B1D[:, 0])
+        drawn_token_B = _draw(logits_BV, state.sampling, state.drawn_B, mode)
+        tokens_BN = tokens_BN.at[:, number].set(jnp.where(running_B, drawn_token_B, RESTING))
         step = running_B.astype(jnp.int32)
         state = DecodeState(
             cache=cache,
@@ -208,7 +217,7 @@ def decode(
         number, state, _ = carry
         return (number < steps) & jnp.any(state.left_B > 0)
 
-    start = jnp.int32(0), state, jnp.full((rows, steps), -1, jnp.int32)
+    start = jnp.int32(0), state, jnp.full((rows, steps), RESTING, jnp.int32)
     _, state, tokens_BN = jax.lax.while_loop(unfinished, one_step, start)
     return state, tokens_BN
 

@@ -5,6 +5,7 @@ Knows nothing of JAX, batches or other rows.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -38,18 +39,32 @@ class Stream:
 
     def add(self, tokens: Sequence[int]) -> None:
         """Takes tokens in order; those after the end are left."""
+        before = len(self.token_ids)
         for token in tokens:
             if not self.running:
-                return
+                break
             self.token_ids.append(token)
-            if token in self.stops:
-                self.stopped = True
-            elif self.request.stop:
-                text = self._decode(self.token_ids)
-                places = [text.find(stop) for stop in self.request.stop]
-                found = [place for place in places if place >= 0]
-                if found:
-                    self.stopped, self._cut = True, min(found)
+            self.stopped = token in self.stops
+        if self.request.stop and len(self.token_ids) > before:
+            self._look_for_stop(before)
+
+    def _look_for_stop(self, before: int) -> None:
+        """Ends the row at the first new token that completes a stop string."""
+        if self._find(len(self.token_ids)) is None:
+            return
+        # Once a stop string is complete it stays so: bisect instead of decoding every prefix.
+        count = bisect.bisect_left(
+            range(before + 1, len(self.token_ids)), True, key=lambda n: self._find(n) is not None
+        )
+        del self.token_ids[before + 1 + count :]
+        self.stopped, self._cut = True, self._find(len(self.token_ids))
+
+    def _find(self, count: int) -> int | None:
+        """Where the first stop string starts in the text of so many tokens."""
+        ids = self.token_ids[:count]
+        text = self._decode(ids[:-1] if ids[-1] in self.stops else ids)
+        places = [text.find(stop) for stop in self.request.stop]
+        return min((place for place in places if place >= 0), default=None)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         assert self.tokenizer is not None

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from flora_jax.errors import InputError
+
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Any | None:
     """The ``tokenizers.Tokenizer`` of ``tokenizer.json``, or ``None`` where there is no such file.
 
     Raises:
-        ValueError: the file is damaged, or has ids that the model has no embedding for.
+        InputError: the file is damaged, or has ids that the model has no embedding for.
     """
     from tokenizers import Tokenizer
 
@@ -20,8 +22,11 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Any | None:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # The binding raises bare Exception.
-        raise ValueError(f"{path}: not a tokenizer: {error}") from None
+        raise InputError(f"{path}: not a tokenizer: {error}") from None
+    # Settings for training batches; they would change a prompt without a word.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= vocab_size:
-        raise ValueError(f"{path}: has token id {highest}, the model's vocabulary is {vocab_size}")
+        raise InputError(f"{path}: has token id {highest}, the model's vocabulary is {vocab_size}")
     return tokenizer

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from flora_jax.errors import InputError
 
 ACTIVATIONS = (
     "gelu_pytorch_tanh",
@@ -79,18 +82,25 @@ class StarCoderConfig:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"config: {name} is {value!r}, expected a positive integer")
+                raise InputError(f"config: {name} is {value!r}, expected a positive integer")
         if self.n_embd % self.n_head:
-            raise ValueError(
+            raise InputError(
                 f"config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}"
             )
+        if not 0 < self.layer_norm_epsilon < math.inf:
+            raise InputError(
+                f"config: layer_norm_epsilon is {self.layer_norm_epsilon}, expected above 0"
+            )
+        for token in self.eos_token_ids:
+            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
+                raise InputError(f"config: eos_token_id is {token!r}, expected token ids")
         if self.activation_function not in ACTIVATIONS:
-            raise ValueError(
+            raise InputError(
                 f"config: activation_function is {self.activation_function!r}, "
                 f"expected one of {', '.join(ACTIVATIONS)}"
             )
         if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ValueError(
+            raise InputError(
                 f"config: dtype is {self.dtype!r}, expected float32, bfloat16 or float16"
             )
 
@@ -116,11 +126,11 @@ class StarCoderConfig:
         """Reads a Hugging Face configuration.
 
         Raises:
-            ValueError: another architecture, an unknown field, or a value of an unsupported kind;
+            InputError: another architecture, an unknown field, or a value of an unsupported kind;
                 the message starts with ``where``.
         """
         if raw.get("model_type") != "gpt_bigcode":
-            raise ValueError(
+            raise InputError(
                 f"{where}: model_type is {raw.get('model_type')!r}, expected 'gpt_bigcode'"
             )
         known = {field.name: field for field in dataclasses.fields(cls)}
@@ -128,32 +138,40 @@ class StarCoderConfig:
         unknown: list[str] = []
         for key, value in raw.items():
             name = _ALIASES.get(key, key)
+            if name != key and raw.get(name, value) != value:
+                raise InputError(f"{where}: {key} is {value!r}, but {name} is {raw[name]!r}")
             if name in ("eos_token_id", "dtype", "torch_dtype", "eos_token_ids"):
                 continue
             if name in known:
                 values[name] = value
             elif key in _ONLY:
                 if value != _ONLY[key]:
-                    raise ValueError(
+                    raise InputError(
                         f"{where}: {key} is {value!r}, only {_ONLY[key]!r} is supported"
                     )
             elif key not in _WITHOUT_EFFECT and not key.startswith("_") and value is not None:
                 unknown.append(f"{key}={value!r}")
         if unknown:
-            raise ValueError(f"{where}: fields of unknown effect: {', '.join(sorted(unknown))}")
-        if values.get("n_inner") is None:
-            values["n_inner"] = 4 * values.get("n_embd", known["n_embd"].default)
+            raise InputError(f"{where}: fields of unknown effect: {', '.join(sorted(unknown))}")
+        inner = values.pop("n_inner", None)
         for name, value in values.items():
             _check_type(where, name, value, known[name].type)
+        if inner is None:
+            inner = 4 * values.get("n_embd", known["n_embd"].default)
+        values["n_inner"] = inner
         eos = raw.get("eos_token_id", 50256)
         values["eos_token_ids"] = (
             tuple(eos) if isinstance(eos, list) else (eos,) * (eos is not None)
         )
         values["dtype"] = raw.get("dtype") or raw.get("torch_dtype") or "float32"
         try:
-            return cls(**values)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            config = cls(**values)
+            heads = raw.get("num_key_value_heads")
+            if heads not in (None, config.kv_heads):
+                raise InputError(f"num_key_value_heads is {heads!r}, expected {config.kv_heads}")
+            return config
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
 
     @classmethod
     def from_file(cls, path: Path) -> StarCoderConfig:
@@ -161,9 +179,9 @@ class StarCoderConfig:
         try:
             raw = json.loads(path.read_text())
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not JSON: {error}") from None
+            raise InputError(f"{path}: not JSON: {error}") from None
         if not isinstance(raw, dict):
-            raise ValueError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+            raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
         return cls.from_dict(raw, str(path))
 
     def to_dict(self) -> dict[str, Any]:
@@ -184,7 +202,7 @@ def _check_type(where: str, name: str, value: Any, annotation: Any) -> None:
     types: dict[str, Any] = {"int": int, "bool": bool, "str": str, "float": (int, float)}
     expected = types[str(annotation)]
     if not isinstance(value, expected) or (annotation != "bool" and isinstance(value, bool)):
-        raise ValueError(f"{where}: {name} is {value!r}, expected {annotation}")
+        raise InputError(f"{where}: {name} is {value!r}, expected {annotation}")
 
 
 def _preset(width: int, layers: int, heads: int, positions: int = 8192) -> StarCoderConfig:

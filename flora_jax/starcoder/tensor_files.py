@@ -21,6 +21,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from flora_jax.errors import InputError
+
 _BLOCK_BYTES = 4 << 20
 _MAPPED_BYTES = 32 << 20
 FLOATS = tuple(np.dtype(t) for t in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64))
@@ -32,7 +34,7 @@ _SAFETENSORS_DTYPES = {
 _TO_SAFETENSORS = {dtype: word for word, dtype in _SAFETENSORS_DTYPES.items()}
 
 
-class CheckpointError(ValueError):
+class CheckpointError(InputError):
     """A checkpoint that cannot be read or written; the message has the file and the values."""
 
 

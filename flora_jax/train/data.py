@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from flora_jax.errors import InputError
+
 
 def read_documents(path: Path, suffixes: tuple[str, ...] = ()) -> Iterator[str]:
     """The texts of a ``.jsonl``/``.jsonl.gz`` file (column ``content``, else ``text``), or of all
@@ -22,7 +24,7 @@ def read_documents(path: Path, suffixes: tuple[str, ...] = ()) -> Iterator[str]:
 
     Raises:
         FileNotFoundError: nothing is there.
-        ValueError: a line is not a JSON object with a text column, or a file is damaged or of another
+        InputError: a line is not a JSON object with a text column, or a file is damaged or of another
             type.
     """
     if path.is_dir():
@@ -33,7 +35,7 @@ def read_documents(path: Path, suffixes: tuple[str, ...] = ()) -> Iterator[str]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory")
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
-        raise ValueError(f"{path}: expected .jsonl, .jsonl.gz or a directory of source files")
+        raise InputError(f"{path}: expected .jsonl, .jsonl.gz or a directory of source files")
     opener = gzip.open if path.suffix == ".gz" else open
     number = 0
     with opener(path, "rb") as lines:
@@ -42,9 +44,9 @@ def read_documents(path: Path, suffixes: tuple[str, ...] = ()) -> Iterator[str]:
                 number += 1
                 yield _text(line)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}: damaged after line {number}: {error}") from None
+            raise InputError(f"{path}: damaged after line {number}: {error}") from None
         except (ValueError, KeyError, TypeError):
-            raise ValueError(
+            raise InputError(
                 f"{path}, line {number}: expected a JSON object with a string 'content' or 'text'"
             ) from None
 
@@ -91,11 +93,11 @@ class PackedTokens:
         Epoch ``e`` visits every window once in the order drawn from ``(seed, e)``.
 
         Raises:
-            ValueError: the stream holds no window of this length.
+            InputError: the stream holds no window of this length.
         """
         count = self.windows(length)
         if count < 1:
-            raise ValueError(
+            raise InputError(
                 f"{len(self.tokens)} tokens hold no window of {length + 1}; give more documents"
             )
         numbers = np.arange(step * rows, (step + 1) * rows)
@@ -109,8 +111,9 @@ class PackedTokens:
 
 def save_packed(path: Path, packed: PackedTokens) -> None:
     """Writes the stream as ``.npz``, whole or not at all."""
-    temporary = path.with_name(path.name + ".part.npz")
-    np.savez(temporary, tokens=packed.tokens, text_bytes=packed.text_bytes)
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:  # Of a path, savez would change the name.
+        np.savez(file, tokens=packed.tokens, text_bytes=packed.text_bytes)
     temporary.rename(path)
 
 
