@@ -14,8 +14,10 @@ from typing import Annotated
 
 import typer
 
-from flora_jax.starcoder.checkpoint import CheckpointError, load_model, save_orbax
-from flora_jax.starcoder.sources import require_new, resolve
+from flora_jax.errors import InputError
+from flora_jax.files import require_new
+from flora_jax.starcoder.checkpoint import load_model, save_orbax
+from flora_jax.starcoder.sources import resolve
 
 
 def main(
@@ -30,7 +32,7 @@ def main(
         require_new(output)
         directory = resolve(source)
         save_orbax(load_model(directory, dtype), output, companions=directory)
-    except (CheckpointError, OSError) as error:
+    except (InputError, OSError) as error:
         typer.echo(f"hf_to_flax: {error}", err=True)
         raise typer.Exit(2) from None
 

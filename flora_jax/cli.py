@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flora_jax.errors import InputError
+from flora_jax.files import whole_file
 
 if TYPE_CHECKING:
     from flora_jax.adapters.model_adapter import ModelAdapter
@@ -87,7 +88,7 @@ def generate(
     loaded = load_model(directory, _dtype(dtype))
     generator = Generator(loaded, adapters, tokenizer=tokenizer, rows=batch_size, seed=seed)
     started, tokens = time.perf_counter(), 0
-    with _whole_file(output) as file, _progress(len(requests)) as advance:
+    with whole_file(output) as file, _progress(len(requests)) as advance:
         for completion in generator.generate(requests):
             file.write(completion.to_json() + "\n")
             tokens += len(completion.token_ids)
@@ -209,19 +210,6 @@ def _prepare_jax() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(home / "flora_jax" / "xla"))
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[Any]:
-    """A text file that appears under its name only when it is complete."""
-    path = path.resolve()
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            yield file
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -3,3 +3,9 @@
 
 class InputError(ValueError):
     """Bad input; the message is one line with the file, what was found and what was expected."""
+
+
+def listing(head: str, problems: list[str], most: int = 20) -> str:
+    """One message of all problems, up to ``most`` of them by name."""
+    rest = [f"and {len(problems) - most} more"] if len(problems) > most else []
+    return f"{head}: " + "; ".join([*problems[:most], *rest])

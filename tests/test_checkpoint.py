@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch_models import flax_logits, random_tokens, tiny_torch_model, torch_logits
 from transformers import GPTBigCodeForCausalLM
 
+from flora_jax.errors import InputError
 from flora_jax.starcoder import sources
 from flora_jax.starcoder.checkpoint import (
     CheckpointError,
@@ -365,7 +366,7 @@ def test_a_damaged_orbax_directory_is_one_error(tmp_path, tiny):
 def test_output_is_whole_or_absent(tmp_path, tiny, monkeypatch):
     model = load_model(tiny)
     for save in (save_hf, save_orbax):
-        with pytest.raises(CheckpointError, match="exists already"):
+        with pytest.raises(InputError, match="exists already"):
             save(model, tiny)
 
     def full(*_):

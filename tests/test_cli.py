@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from byte_tokenizer import PIECES, byte_tokenizer
 from random_adapters import random_adapter
+from safetensors.numpy import load_file, save_file
 from torch_models import TINY, tiny_torch_model
 
 from flora_jax import cli
@@ -212,7 +213,7 @@ BAD = {
     "batch size 0": ("bare", [GOOD], ["--batch-size", "0"], "--batch-size is 0, expected 1 to 64"),
     "batch size 65": ("bare", [GOOD], ["--batch-size", "65"], "--batch-size is 65"),
     "option": ("bare", [GOOD], ["--tempreature", "1"], "--tempreature"),
-    "output directory": ("bare", [GOOD], ["--output", "none/out.jsonl"], "none/out.jsonl: cannot be"),
+    "output directory": ("bare", [GOOD], ["--output", "none/o.jsonl"], "none/o.jsonl: expected a file"),
     "output is a directory": ("bare", [GOOD], ["--output", "bare"], "bare: expected a file"),
 }  # fmt: skip
 
@@ -284,6 +285,16 @@ def test_info_describes_an_adapter(name, program):
         "320 as float32",
     ):
         assert words in out
+
+
+def test_info_looks_into_the_weights(program, home, tmp_path):
+    shutil.copytree(home / "bare", tmp_path / "short")
+    weights = tmp_path / "short" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensors[name] for name in tensors if "ln_f" not in name}, weights)
+    code, _, err = program("info", tmp_path / "short")
+    assert code == 2
+    assert "transformer.ln_f.weight is missing" in err
 
 
 def test_info_prints_a_base_name_as_it_is(program, home, tmp_path):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from broken_folders import C_ATTN, PROJECTIONS, STEM, edit, edit_tensors, error_of, make
+from safetensors.numpy import load_file, save_file
 
 from flora_jax.adapters import KINDS
 from flora_jax.adapters.model_adapter import ModelAdapter
@@ -18,6 +19,7 @@ from flora_jax.adapters.peft_io import (
     describe_adapter,
     write_adapter,
 )
+from flora_jax.errors import InputError
 
 
 @pytest.fixture
@@ -138,15 +140,25 @@ def test_a_folder_in_use_is_never_overwritten_and_no_draft_is_left(tmp_path):
     write_adapter(adapter, tmp_path / "empty")
     write_adapter(adapter, tmp_path / "deep" / "new")
     before = (tmp_path / "empty" / "adapter_config.json").read_text()
-    with pytest.raises(AdapterError, match="already exists and is not an empty folder"):
+    with pytest.raises(InputError, match="exists already, and is not an empty directory"):
         write_adapter(make("hira"), tmp_path / "empty")
     assert (tmp_path / "empty" / "adapter_config.json").read_text() == before
     (tmp_path / "file").write_text("")
-    with pytest.raises(AdapterError, match="not an empty folder"):
+    with pytest.raises(InputError, match="exists already, and is not an empty directory"):
         write_adapter(adapter, tmp_path / "file")
     with pytest.raises(AdapterError, match="cannot be written"):
         write_adapter(adapter, tmp_path / "file" / "below")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "empty", "file"]
+
+
+def test_a_summary_misses_no_tensor(tmp_path):
+    write_adapter(make("lora"), tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    lost = next(name for name in tensors if name.endswith("lora_B.weight"))
+    save_file({name: value for name, value in tensors.items() if name != lost}, path)
+    with pytest.raises(AdapterError, match=f"{re.escape(lost)}: missing beside"):
+        describe_adapter(tmp_path / "a")
 
 
 def test_adapters_that_no_folder_can_hold_are_refused(tmp_path):

@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from byte_tokenizer import byte_tokenizer
+from byte_tokenizer import END, PIECES, byte_tokenizer
 
 from flora_jax.serve.request import Completion, Defaults, Request, RequestError, parse_requests
+from flora_jax.serve.tokenizer import load_tokenizer
 
 TOKENIZER = byte_tokenizer()
 PLAIN = Defaults()
@@ -47,7 +48,7 @@ def error_of(*lines, tokenizer=TOKENIZER):
         ({"prompt": "a", "adapter": ["alpha"]}, ["unknown adapter ['alpha']", "alpha, beta"]),
         ({"prompt": "a", "adapter": 0}, ["unknown adapter 0", "alpha, beta"]),
         ({"prompt": ""}, ["prompt is empty"]),
-        ({"prompt": None}, ["prompt is NoneType", "string"]),
+        ({"prompt": None}, ["one of 'prompt' and 'prompt_token_ids'"]),
         ({"prompt": ["a"]}, ["prompt is list", "string"]),
         ({"prompt": "a\ud800"}, ["not valid Unicode"]),
         ({"prompt": "123456789"}, ["9 tokens", "context 8"]),
@@ -179,3 +180,23 @@ def test_a_completion_is_one_line_of_json():
         "index": 3, "adapter": "alpha", "text": "é\n\u2028", "token_ids": [1, 2],
         "finish_reason": "stop", "prompt_tokens": 4, "completion_tokens": 2,
     }  # fmt: skip
+
+
+def test_a_special_token_as_a_stop_string_stops_as_a_token():
+    """Its text is no part of a completion, so as a string it could never be found."""
+    line = json.dumps({"prompt": "ab", "stop": ["c", END]})
+    (request,) = parse_requests(
+        [line], where="r", tokenizer=byte_tokenizer(), adapters=[], vocab_size=PIECES, context=9,
+        defaults=Defaults(),
+    )  # fmt: skip
+    assert request.stop == ("c",)
+    assert request.stop_token_ids == (0,)
+
+
+def test_a_tokenizers_own_truncation_and_padding_do_not_touch_prompts(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=7)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path, PIECES)
+    assert len(loaded.encode("xyz").ids) == 3

@@ -18,6 +18,9 @@ from flora_jax.train.loop import LoopOptions, NonFiniteLossError, run_loop
 from flora_jax.train.loss import bits_per_byte, next_token_loss
 from flora_jax.train.step import TrainState, adamw, init_state, make_step, warmup_stable_decay
 
+# One test compares with a process of its own, bit for bit.
+pytestmark = pytest.mark.usefixtures("optimised")
+
 VOCABULARY, WIDTH, ROWS, LENGTH, STEPS = 11, 6, 3, 7, 9
 OPTIMIZER = adamw(warmup_stable_decay(0.05, STEPS, warmup=2))
 

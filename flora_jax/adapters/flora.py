@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flora_jax.adapters import multiplicative, product
 from flora_jax.adapters.kind import Components, Kind, uniform_fan_in, zeros
@@ -80,6 +81,10 @@ def init(
     raise ValueError(f"FLoRA's init is {init!r}, expected one of {', '.join(get_args(Init))}")
 
 
+def _scale(params: FLoRA) -> float:
+    return 1.0 / params.B_RI.shape[-2] if params.reduction == "mean" else 1.0
+
+
 def _factors(params: FLoRA) -> tuple[jax.Array, jax.Array]:
     """``B`` and ``s·A`` in float32, gradients of the frozen components stopped."""
 
@@ -89,11 +94,9 @@ def _factors(params: FLoRA) -> tuple[jax.Array, jax.Array]:
         held, free = jnp.split(factor, [params.frozen], axis=-2)
         return jnp.concatenate([jax.lax.stop_gradient(held), free], axis=-2)
 
-    rank = params.B_RI.shape[-2]
-    scale = 1.0 / rank if params.reduction == "mean" else 1.0
     return (
         freeze(params.B_RI).astype(jnp.float32),
-        scale * freeze(params.A_RO).astype(jnp.float32),
+        _scale(params) * freeze(params.A_RO).astype(jnp.float32),
     )
 
 
@@ -122,7 +125,9 @@ def merge(
 
 
 def components(params: FLoRA, inputs: int, outputs: int) -> Components:
-    return Components(*_factors(params), zeros(0, inputs), zeros(0, outputs))
+    A_RO = np.float32(_scale(params)) * np.asarray(params.A_RO, np.float32)
+    none = zeros(0, inputs), zeros(0, outputs)
+    return Components(np.asarray(params.B_RI, np.float32), A_RO, *none)
 
 
 KIND = Kind("flora", FLoRA, init, apply, apply_one, merge, components)

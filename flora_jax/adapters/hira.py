@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flora_jax.adapters import multiplicative, product
-from flora_jax.adapters.kind import Components, Kind, uniform_fan_in, zeros
+from flora_jax.adapters.kind import Components, Kind, ones, uniform_fan_in, zeros
 from flora_jax.shapes import check_shapes
 
 
@@ -63,8 +64,13 @@ def merge(
 
 
 def components(params: HiRA, inputs: int, outputs: int) -> Components:
-    pre, post = _with_ones(params.down_RI), _with_ones(params.up_RO)
-    return Components(pre, post, zeros(0, inputs), zeros(0, outputs))
+    down_RI, up_RO = (np.asarray(x, np.float32) for x in (params.down_RI, params.up_RO))
+    return Components(
+        np.concatenate([ones(1, inputs), down_RI]),
+        np.concatenate([ones(1, outputs), up_RO]),
+        zeros(0, inputs),
+        zeros(0, outputs),
+    )
 
 
 KIND = Kind("hira", HiRA, init, apply, apply_one, merge, components)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flora_jax.adapters import product
 from flora_jax.adapters.kind import Components, Kind, ones, zeros
@@ -86,7 +87,7 @@ def merge(
 
 
 def components(params: IA3, inputs: int, outputs: int) -> Components:
-    factor = params.l.astype(jnp.float32)
+    factor = np.asarray(params.l, np.float32)
     none = zeros(0, inputs), zeros(0, outputs)
     if params.side == "input":
         return Components(factor[None], ones(1, outputs), *none)

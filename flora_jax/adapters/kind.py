@@ -14,23 +14,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array = jax.Array | np.ndarray
 
-
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """One adapter on one projection as pairs of vectors, its scale already in ``post`` and ``up``.
+    """One adapter on one projection as pairs of float32 vectors on the host, its scale already in
+    ``post`` and ``up``.
 
     ``W_i = W ∘ Σ_r pre_r post_rᵀ + Σ_r down_r up_rᵀ`` and
     ``bias_i = bias + bias_scale ∘ bias``; ``bias_scale`` is ``None`` where the bias stays.
     """
 
-    pre_RI: Array
-    post_RO: Array
-    down_RI: Array
-    up_RO: Array
-    bias_scale_O: Array | None = None
+    pre_RI: np.ndarray
+    post_RO: np.ndarray
+    down_RI: np.ndarray
+    up_RO: np.ndarray
+    bias_scale_O: np.ndarray | None = None
 
 
 class Kind(NamedTuple):
@@ -76,12 +74,12 @@ def stack(adapters: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
 
 
-def ones(rank: int, features: int) -> jax.Array:
-    return jnp.ones((rank, features), jnp.float32)
+def ones(rank: int, features: int) -> np.ndarray:
+    return np.ones((rank, features), np.float32)
 
 
-def zeros(rank: int, features: int) -> jax.Array:
-    return jnp.zeros((rank, features), jnp.float32)
+def zeros(rank: int, features: int) -> np.ndarray:
+    return np.zeros((rank, features), np.float32)
 
 
 def uniform_fan_in(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flora_jax.adapters import product
 from flora_jax.adapters.kind import Components, Kind, ones, uniform_fan_in
@@ -74,8 +75,12 @@ def merge(
 
 
 def components(params: LoRA, inputs: int, outputs: int) -> Components:
-    up_RO = params.scale * params.up_RO.astype(jnp.float32)
-    return Components(ones(1, inputs), ones(1, outputs), params.down_RI.astype(jnp.float32), up_RO)
+    return Components(
+        ones(1, inputs),
+        ones(1, outputs),
+        np.asarray(params.down_RI, np.float32),
+        np.float32(params.scale) * np.asarray(params.up_RO, np.float32),
+    )
 
 
 KIND = Kind("lora", LoRA, init, apply, apply_one, merge, components)

@@ -84,9 +84,7 @@ def read_adapter(
     ]
     if problems:
         raise AdapterError(
-            listing(
-                f"{path}: {len(problems)} tensors do not fit the config and the base:", problems
-            )
+            listing(f"{path}: {len(problems)} tensors do not fit the config and the base", problems)
         )
     return ModelAdapter(config.kind, tuple(layers), config.settings)
 
@@ -182,8 +180,12 @@ def describe_adapter(directory: str | Path) -> AdapterSummary:
         ranks.setdefault(target, set()).add(rank)
         inputs, outputs = widths.get(target, (None, None))
         widths[target] = (width, outputs) if inward else (inputs, width)
+        others = tensor_names(config.kind, int(layer), target)
+        problems += [f"{other}: missing beside {name}" for other in others if other not in headers]
     if problems:
-        raise AdapterError(listing(f"{path}: {len(problems)} tensors are unknown:", problems))
+        raise AdapterError(
+            listing(f"{path}: {len(problems)} tensors are unknown or missing", problems)
+        )
     sizes = {name: int(np.prod(header.shape)) for name, header in headers.items()}
     return AdapterSummary(
         kind=config.kind,

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from flora_jax.adapters.model_adapter import TARGETS
 from flora_jax.adapters.peft_config import AdapterConfig, AdapterError
+from flora_jax.errors import listing
 
 EMBEDDINGS = ("lm_head", "transformer.wte", "transformer.wpe")
 EMBEDDINGS_REFUSED = "embedding/lm_head adapters are not supported"
@@ -70,7 +71,7 @@ def adapted_modules(config: AdapterConfig, n_layer: int) -> list[tuple[int, str]
     if not chosen and not problems:
         problems.append(f"target_modules {config.targets!r} leave no module to adapt")
     if problems:
-        raise AdapterError(listing(f"{config.path}: target_modules do not fit:", problems))
+        raise AdapterError(listing(f"{config.path}: target_modules do not fit", problems))
     return [projections[path] for path in chosen]
 
 
@@ -92,12 +93,6 @@ def is_feedforward(config: AdapterConfig, module: str) -> bool:
 def is_embedding(tensor: str) -> bool:
     """Whether a tensor's name belongs to the embeddings or the output head."""
     return not {"lm_head", "wte", "wpe"}.isdisjoint(tensor.split("."))
-
-
-def listing(head: str, problems: list[str], most: int = 20) -> str:
-    """One message, a line for each problem up to ``most`` of them."""
-    rest = [f"and {len(problems) - most} more"] if len(problems) > most else []
-    return "\n  ".join([head, *problems[:most], *rest])
 
 
 def _suffix(path: str, name: str) -> bool:

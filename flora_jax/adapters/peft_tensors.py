@@ -114,7 +114,7 @@ def _check_dtypes(path: Path, dtypes: dict[str, str]) -> None:
         if dtype not in _DTYPES
     ]
     if wrong:
-        raise AdapterError(listing(f"{path}: dtypes of adapters are floating:", wrong))
+        raise AdapterError(listing(f"{path}: dtypes of adapters are floating", wrong))
 
 
 def _load_torch(path: Path) -> dict[str, tuple[Header, np.ndarray]]:

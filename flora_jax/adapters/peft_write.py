@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,6 +21,7 @@ from flora_jax.adapters.model_adapter import ModelAdapter, rank_of
 from flora_jax.adapters.peft_config import CONFIG_FILE, PEFT_TYPES, SETTINGS, AdapterError
 from flora_jax.adapters.peft_targets import module_path
 from flora_jax.adapters.peft_tensors import TENSORS_FILE, tensor_names
+from flora_jax.files import require_new, whole_directory
 
 # The shortest names that mean one projection.
 _SUFFIX = {
@@ -46,12 +45,11 @@ def write_adapter(
     scale that is not exactly ``alpha/r`` for any alpha is written as its nearest neighbour.
 
     Raises:
-        AdapterError: the folder exists and is not empty, the adapter adapts nothing, a factor has
+        InputError: the folder exists and is not empty.
+        AdapterError: it cannot be written, the adapter adapts nothing, a factor has
             a batch axis or is not finite, FLoRAs of different reductions, or an unknown setting.
     """
-    directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise AdapterError(f"{directory}: already exists and is not an empty folder")
+    directory = require_new(directory)
     modules = {
         (layer, target): params
         for layer, targets in enumerate(adapter.layers)
@@ -64,17 +62,13 @@ def write_adapter(
         config["base_model_name_or_path"] = base_model_name_or_path
     tensors = _tensors(adapter.kind, modules, directory)
 
-    draft = directory.parent / f".{directory.name}.{secrets.token_hex(4)}"
     try:
-        draft.mkdir(parents=True)
-        save_file(tensors, draft / TENSORS_FILE, metadata={"format": "pt"})
-        text = json.dumps(config, indent=2, sort_keys=True)
-        (draft / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        draft.rename(directory)
+        with whole_directory(directory) as part:
+            save_file(tensors, part / TENSORS_FILE, metadata={"format": "pt"})
+            text = json.dumps(config, indent=2, sort_keys=True)
+            (part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{directory}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return directory
 
 

@@ -124,7 +124,7 @@ class Generator:
         for start in range(0, len(requests), rows):
             batch = requests[start : start + rows]
             smallest = self.shape(batch)
-            if shape is not None and any(a > b for a, b in zip(smallest, shape, strict=True)):
+            if shape is not None and (smallest.rows > shape.rows or smallest.length > shape.length):
                 raise ValueError(f"the batch needs {smallest}, found {shape}")
             yield from self._batch(batch, smallest if shape is None else shape)
 

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from flora_jax.files import whole_directory
 from flora_jax.starcoder import orbax_io
 from flora_jax.starcoder.config import StarCoderConfig
 from flora_jax.starcoder.describe import (
@@ -34,7 +35,7 @@ from flora_jax.starcoder.hf_names import HFTensor, hf_tensors, match_tensors
 from flora_jax.starcoder.model import Model, abstract_model
 from flora_jax.starcoder.sharding import named_leaves
 from flora_jax.starcoder.sharding import shardings as mesh_shardings
-from flora_jax.starcoder.sources import copy_companions, resolve, whole_directory
+from flora_jax.starcoder.sources import copy_companions, resolve
 from flora_jax.starcoder.tensor_files import (
     FLOATS,
     CheckpointError,

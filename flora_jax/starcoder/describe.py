@@ -1,4 +1,4 @@
-"""What a checkpoint is: its configuration, format and size, read without opening a tensor."""
+"""What a checkpoint is: its configuration, format and size, from config.json and the headers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from flora_jax.errors import InputError
 from flora_jax.starcoder.config import StarCoderConfig
-from flora_jax.starcoder.hf_names import hf_tensors
+from flora_jax.starcoder.hf_names import hf_tensors, match_tensors
 from flora_jax.starcoder.sources import resolve
-from flora_jax.starcoder.tensor_files import CheckpointError, open_directory
+from flora_jax.starcoder.tensor_files import CheckpointError, open_directory, stored_tensors
 
 MARKER = "flora_jax.json"
 VERSION = 1
@@ -39,12 +40,14 @@ class Description:
 
 
 def describe(source: Source) -> Description:
-    """Reads config.json and looks at the files beside it, without opening a tensor.
+    """Reads config.json and checks the files' headers against it; of an orbax directory and of a
+    ``pytorch_model.bin`` only the sizes are looked at.
 
     Of a hub id only the configuration and the tokenizer are fetched.
 
     Raises:
-        CheckpointError: no checkpoint, or one of another architecture or version.
+        CheckpointError: no checkpoint, one of another architecture or version, or one whose
+            safetensors do not fit its config.json.
     """
     directory = resolve(source, weights=False)
     config = read_config(directory)
@@ -55,6 +58,8 @@ def describe(source: Source) -> Description:
         files = [file for file in (directory / "params").rglob("*") if file.is_file()]
     else:
         kind, files, _ = open_directory(directory)
+        if kind == "safetensors":
+            match_tensors(directory, stored_tensors(directory), config)
     count = sum(math.prod(tensor.shape) for tensor in hf_tensors(config).values())
     return Description(
         source=os.fspath(source),
@@ -85,11 +90,22 @@ def is_ours(directory: Path) -> bool:
 
 
 def read_config(directory: Path) -> StarCoderConfig:
-    """config.json; its errors, of another architecture for one, are ``CheckpointError``."""
+    """config.json; its errors, of another architecture for one, are ``CheckpointError``.
+
+    Where it does not name a dtype, the embedding's in a safetensors file counts.
+    """
+    path = directory / "config.json"
     try:
-        return StarCoderConfig.from_file(directory / "config.json")
-    except ValueError as error:
+        config = StarCoderConfig.from_file(path)
+    except InputError as error:
         raise CheckpointError(str(error)) from None
+    raw = json.loads(path.read_text())
+    if raw.get("dtype") or raw.get("torch_dtype") or not any(directory.glob("*.safetensors")):
+        return config
+    for name, tensor in stored_tensors(directory).items():
+        if name.endswith("wte.weight") and tensor.dtype is not None and tensor.dtype.name in DTYPES:
+            return dataclasses.replace(config, dtype=tensor.dtype.name)
+    return config
 
 
 def parameter_dtype(dtype: Any, config: StarCoderConfig) -> np.dtype:

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flora_jax.errors import listing
 from flora_jax.starcoder.config import StarCoderConfig
 from flora_jax.starcoder.tensor_files import FLOATS, CheckpointError, StoredTensor
 
-_LISTED = 20
 _BUFFER = re.compile(r"(?:transformer\.)?(?:h\.(\d+)\.attn\.)?(bias|masked_bias)")
 
 
@@ -95,11 +95,8 @@ def match_tensors(
             f"{head.name} in {head.file.name} differs from {embedding.name}, but config.json ties them"
         )
     if problems:
-        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise CheckpointError(
-            f"{directory}: {len(problems)} tensors do not fit config.json: "
-            f"{'; '.join(problems[:_LISTED])}{more}"
-        )
+        summary = f"{directory}: {len(problems)} tensors do not fit config.json"
+        raise CheckpointError(listing(summary, problems))
     return found
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax.errors import listing
 from flora_jax.starcoder.tensor_files import FLOATS, CheckpointError
 
 
@@ -107,11 +108,8 @@ def _check(
         elif np.dtype(found[path].dtype) not in FLOATS:
             problems.append(f"{path} is {found[path].dtype}, expected floating point")
     if problems:
-        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise CheckpointError(
-            f"{directory}: {len(problems)} parameters do not fit config.json: "
-            f"{'; '.join(problems[:20])}{more}"
-        )
+        head = f"{directory}: {len(problems)} parameters do not fit config.json"
+        raise CheckpointError(listing(head, problems))
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:

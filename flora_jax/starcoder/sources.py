@@ -1,16 +1,13 @@
-"""Where a checkpoint comes from and goes to: directories, hub ids, and output that appears whole.
+"""Where a checkpoint comes from: directories and hub ids.
 
 Knows nothing of tensors.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import secrets
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from flora_jax.starcoder.tensor_files import CheckpointError
@@ -69,36 +66,6 @@ def _fetch(hub_id: str, weights: bool) -> Path:
             f"id: {type(error).__name__}: {reason.strip()}"
         ) from None
     return directory
-
-
-def require_new(target: str | os.PathLike[str]) -> Path:
-    """``target`` as a path.
-
-    Raises:
-        CheckpointError: it is a file, or a directory with something in it.
-    """
-    path = Path(target).absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise CheckpointError(f"{target}: exists already, and is not an empty directory")
-    return path
-
-
-@contextlib.contextmanager
-def whole_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A directory to write into that gets the name ``target`` once all is written, or goes away.
-
-    Raises:
-        CheckpointError: see :func:`require_new`.
-    """
-    path = require_new(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part-{secrets.token_hex(4)}")
-    part.mkdir()
-    try:
-        yield part
-        part.rename(path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def copy_companions(source: str | os.PathLike[str] | None, target: Path) -> None:

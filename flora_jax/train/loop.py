@@ -16,6 +16,7 @@ import orbax.checkpoint as ocp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from flora_jax.files import whole_file
 from flora_jax.train.step import TrainState
 
 
@@ -128,6 +129,5 @@ def _cut_metrics(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             break
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text("".join(kept))
-    temporary.rename(path)
+    with whole_file(path) as file:
+        file.write("".join(kept))

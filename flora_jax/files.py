@@ -1,0 +1,65 @@
+"""Output that appears under its name only when it is whole. Knows nothing of what is written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from flora_jax.errors import InputError
+
+Target = str | os.PathLike[str]
+
+
+def require_new(target: Target) -> Path:
+    """``target`` as an absolute path.
+
+    Raises:
+        InputError: it is a file, or a directory with something in it.
+    """
+    path = Path(target).absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{target}: exists already, and is not an empty directory")
+    return path
+
+
+@contextlib.contextmanager
+def whole_directory(target: Target) -> Iterator[Path]:
+    """A directory to write into that gets the name ``target`` once all is written, or goes away.
+
+    Raises:
+        InputError: see :func:`require_new`.
+    """
+    path = require_new(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = _part(path)
+    part.mkdir()
+    try:
+        yield part
+        part.rename(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_file(target: Target) -> Iterator[TextIO]:
+    """A UTF-8 text file to write into that replaces ``target`` once all is written, or goes away.
+
+    What a symbolic link points to is replaced, not the link.
+    """
+    path = Path(target).resolve()
+    part = _part(path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield file
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
