@@ -1,6 +1,7 @@
 """The Flax model against transformers' torch model, and against itself in other orders of work."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from torch_models import flax_logits, random_tokens, tiny_torch_model, to_flax, 
 from flora_jax.starcoder.attention import attend
 from flora_jax.starcoder.cache import init_cache
 from flora_jax.starcoder.config import ACTIVATIONS, PRESETS, StarCoderConfig
+from flora_jax.starcoder.hf_names import hf_tensors
 from flora_jax.starcoder.model import abstract_model, init_model
 
 TINY = StarCoderConfig(
@@ -176,7 +178,7 @@ def test_rematerialised_gradients_equal_plain_ones():
 
 def test_presets_have_the_published_sizes():
     sizes = {
-        name: sum(leaf.size for leaf in jax.tree.leaves(abstract_model(config).params))
+        name: sum(math.prod(tensor.shape) for tensor in hf_tensors(config).values())
         for name, config in PRESETS.items()
     }
     assert sizes == {
@@ -186,6 +188,9 @@ def test_presets_have_the_published_sizes():
         "3b": 3_043_311_104,
         "15b": 15_517_456_384,
     }
+    for name in ("mini", "164m"):
+        params = abstract_model(PRESETS[name]).params
+        assert sum(leaf.size for leaf in jax.tree.leaves(params)) == sizes[name]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -59,8 +60,12 @@ def to_flax(torch_model: GPTBigCodeForCausalLM) -> Model:
 
 def flax_logits(model: Model, tokens_BT: np.ndarray, adapters: Any = None) -> np.ndarray:
     """Logits ``[B, T, V]`` of one adapter (``ModelAdapter.layers``) or none, for all rows."""
-    merged = nnx.merge(model.graph, model.params)
-    return np.asarray(merged(jnp.asarray(tokens_BT, jnp.int32), adapters=adapters))
+
+    @jax.jit
+    def forward(params: Any, tokens_BT: jax.Array, adapters: Any) -> jax.Array:
+        return nnx.merge(model.graph, params)(tokens_BT, adapters=adapters)
+
+    return np.asarray(forward(model.params, jnp.asarray(tokens_BT, jnp.int32), adapters))
 
 
 def torch_logits(torch_model: Any, tokens_BT: np.ndarray) -> np.ndarray:
