@@ -5,6 +5,7 @@ import json
 import pytest
 from byte_tokenizer import END, PIECES, byte_tokenizer
 
+from flora_jax.errors import InputError
 from flora_jax.serve.request import Completion, Defaults, Request, RequestError, parse_requests
 from flora_jax.serve.tokenizer import load_tokenizer
 
@@ -200,3 +201,12 @@ def test_a_tokenizers_own_truncation_and_padding_do_not_touch_prompts(tmp_path):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path, PIECES)
     assert len(loaded.encode("xyz").ids) == 3
+
+
+def test_starcoders_own_tokenizer_loads_and_fits_its_vocabulary(shared_data):
+    folder = shared_data / "tokenizers" / "starcoder"
+    tokenizer = load_tokenizer(folder, 49_152)
+    text = "fn main() {\n\tlet größe = 2048;\n}\n"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    with pytest.raises(InputError, match="has token id 49151, the model's vocabulary is 49151"):
+        load_tokenizer(folder, 49_151)
