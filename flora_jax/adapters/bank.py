@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters import kind_of
-from flora_jax.adapters.kind import Components
+from flora_jax.adapters.kind import Components, ones, zeros
 from flora_jax.adapters.model_adapter import TARGETS, ModelAdapter, check_fits
 from flora_jax.adapters.ragged import IDENTITY, TargetBank
 
@@ -56,8 +55,7 @@ class Bank:
 def _padded(components: Components, multiplicative: int, additive: int) -> Components:
     """Fills up with components of zeros to the given numbers."""
 
-    def fill(array: Any, rows: int) -> np.ndarray:
-        array = np.asarray(array, np.float32)
+    def fill(array: np.ndarray, rows: int) -> np.ndarray:
         return np.pad(array, ((0, rows - array.shape[0]), (0, 0)))
 
     return Components(
@@ -70,9 +68,7 @@ def _padded(components: Components, multiplicative: int, additive: int) -> Compo
 
 
 def _identity(inputs: int, outputs: int) -> Components:
-    none = np.zeros((0, inputs), np.float32), np.zeros((0, outputs), np.float32)
-    ones = np.ones((1, inputs), np.float32), np.ones((1, outputs), np.float32)
-    return Components(*ones, *none)
+    return Components(ones(1, inputs), ones(1, outputs), zeros(0, inputs), zeros(0, outputs))
 
 
 def build_bank(
@@ -95,9 +91,8 @@ def build_bank(
     stacks: list[dict[str, TargetBank]] = [{} for _ in range(layers)]
     for target in targets:
         inputs, outputs = projections[target]
-        zero_I, zero_O = np.zeros((1, inputs), np.float32), np.zeros((1, outputs), np.float32)
+        zero_I, zero_O = zeros(1, inputs), zeros(1, outputs)
         identity = _identity(inputs, outputs)
-        start = _padded(identity, 1, 0)
         parts: list[list[Components]] = [[] for _ in range(layers)]
         taken_mul, taken_add, taken_bias = 2, 1, 1
         for name, adapter in adapters.items():
@@ -125,10 +120,12 @@ def build_bank(
                     padded = dataclasses.replace(padded, bias_scale_O=zero_O[0])
                 parts[number].append(padded)
         for number, found in enumerate(parts):
-            scales = [np.asarray(c.bias_scale_O)[None] for c in found if c.bias_scale_O is not None]
+            scales = [c.bias_scale_O[None] for c in found if c.bias_scale_O is not None]
             stacks[number][target] = TargetBank(
-                jnp.asarray(np.concatenate([zero_I, start.pre_RI, *(c.pre_RI for c in found)])),
-                jnp.asarray(np.concatenate([zero_O, start.post_RO, *(c.post_RO for c in found)])),
+                jnp.asarray(np.concatenate([zero_I, identity.pre_RI, *(c.pre_RI for c in found)])),
+                jnp.asarray(
+                    np.concatenate([zero_O, identity.post_RO, *(c.post_RO for c in found)])
+                ),
                 jnp.asarray(np.concatenate([zero_I, *(c.down_RI for c in found)])),
                 jnp.asarray(np.concatenate([zero_O, *(c.up_RO for c in found)])),
                 jnp.asarray(np.concatenate([zero_O, *scales])) if scales else None,

@@ -79,8 +79,8 @@ class Generator:
             )
         self.model = model
         self.tokenizer = tokenizer
-        bucket(rows, ROWS)
         self.rows = rows
+        self.most_rows = bucket(rows, ROWS)
         self.chunk = min(chunk, config.n_positions)
         self.block = block
         self.seed = seed
@@ -93,7 +93,7 @@ class Generator:
         A run needs few of them: most have one number of rows, one cache length and one mode.
         """
         forms = len({tuple(form(self.bank, name).values()) for name in self.bank.slots})
-        padded = [size for size in ROWS if size <= bucket(self.rows, ROWS)]
+        padded = [size for size in ROWS if size <= self.most_rows]
         shapes = sum(forms + self._levels(rows) for rows in padded)
         return shapes * len(_MODES) * len(_cache_lengths(self.model.config.n_positions))
 
