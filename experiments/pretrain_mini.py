@@ -28,7 +28,7 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from flora_jax.errors import InputError
-from flora_jax.starcoder.checkpoint import save_hf
+from flora_jax.starcoder.checkpoint import load_model, save_hf
 from flora_jax.starcoder.config import PRESETS
 from flora_jax.starcoder.model import Model, init_model
 from flora_jax.train import data, loss, step
@@ -86,7 +86,9 @@ def pack(tokenizer: Tokenizer, documents: list[str]) -> data.PackedTokens:
     return data.PackedTokens(tokens, sum(len(text.encode()) for text in documents))
 
 
-def prepare(root: Path, output: Path, pieces: int, other_bytes: int) -> Tokenizer:
+def prepare(
+    root: Path, output: Path, pieces: int, other_bytes: int, start_from: Path | None = None
+) -> Tokenizer:
     """Tokenizer and token files in ``output``, made once; the training file comes last."""
     output.mkdir(parents=True, exist_ok=True)
     saved = output / "tokenizer.json"
@@ -94,7 +96,10 @@ def prepare(root: Path, output: Path, pieces: int, other_bytes: int) -> Tokenize
         return Tokenizer.from_file(str(saved))
     training = [text for texts in corpus(root, "train", other_bytes).values() for text in texts]
     np.random.default_rng(0).shuffle(training)
-    tokenizer = train_tokenizer(training, pieces)
+    if start_from is None:
+        tokenizer = train_tokenizer(training, pieces)
+    else:
+        tokenizer = Tokenizer.from_file(str(start_from / "tokenizer.json"))
     tokenizer.save(str(saved))
     for language, texts in corpus(root, "validation", other_bytes).items():
         data.save_packed(output / f"validation.{language}.npz", pack(tokenizer, texts))
@@ -115,6 +120,8 @@ class Recipe(NamedTuple):
     learning_rate: float
     seed: int
     steps: int
+    start_from: str | None = None
+    seen_before: int = 0
 
 
 def keep_recipe(recipe: Recipe, output: Path) -> None:
@@ -124,8 +131,8 @@ def keep_recipe(recipe: Recipe, output: Path) -> None:
     if path.exists():
         found = json.loads(path.read_text())
         for name, value in recipe._asdict().items():
-            if name != "steps" and found[name] != value:
-                raise InputError(f"{path}: {name} was {found[name]!r}, now {value!r}")
+            if name != "steps" and found.get(name) != value:
+                raise InputError(f"{path}: {name} was {found.get(name)!r}, now {value!r}")
     path.write_text(json.dumps(recipe._asdict(), indent=1) + "\n")
 
 
@@ -162,7 +169,8 @@ def export(
         parameters=f"{sum(leaf.size for leaf in jax.tree.leaves(model.params)):,}",
         text_bytes=f"{training.text_bytes:,}",
         tokens=f"{len(training.tokens):,}",
-        seen=f"{recipe.steps * recipe.rows * model.config.n_positions:,}",
+        seen=f"{recipe.seen_before + recipe.steps * recipe.rows * model.config.n_positions:,}",
+        start=START.format(**recipe._asdict()) if recipe.start_from else "",
         length=model.config.n_positions,
         sources=sources.strip(),
         table=table,
@@ -182,7 +190,7 @@ and is never presented as more.
   tokens; {steps} steps of {rows} windows of {length} tokens (the whole context, so that every position
   is trained), AdamW (0.9, 0.95, decay 0.1), peak learning rate {learning_rate} after 100 warm-up steps,
   decayed linearly over the last fifth, gradients clipped at norm 1, seed {seed}, float32; saved as
-  float16.
+  float16.{start}
 
 Bits per byte on the first windows of held-out files:
 
@@ -190,6 +198,9 @@ Bits per byte on the first windows of held-out files:
 |---|---|---|
 {table}
 """
+START = """
+- **Start**: the weights and the tokenizer of an earlier run of the same recipe, which had seen
+  {seen_before:,} tokens."""
 
 
 def main(
@@ -206,22 +217,27 @@ def main(
     sources: Annotated[
         Path | None, typer.Option(help="Markdown about CORPORA and its licences, for the card.")
     ] = None,
+    start_from: Annotated[Path | None, typer.Option(help="An earlier run's OUTPUT/model.")] = None,
+    seen_before: Annotated[int, typer.Option(help="Tokens that START_FROM saw, for the card.")] = 0,
 ) -> None:
     """Pre-trains the mini model on CORPORA; leaves it and its token files in OUTPUT."""
     recipe = Recipe(str(root), pieces, other_bytes, rows, learning_rate, seed, steps)
+    if start_from is not None:
+        recipe = recipe._replace(start_from=str(start_from), seen_before=seen_before)
     about = f"- **Data**: {root}." if sources is None else sources.read_text()
     keep_recipe(recipe, output)
     # One end token, id 0, which is also the tokenizer's only special piece.
     config = dataclasses.replace(PRESETS["mini"], vocab_size=pieces, eos_token_ids=(0,))
     length = config.n_positions
-    lengths = piece_bytes(prepare(root, output, pieces, other_bytes))
+    lengths = piece_bytes(prepare(root, output, pieces, other_bytes, start_from))
     training = data.load_packed(output / "train.npz")
     validation = {
         file.name.split(".")[1]: windows_of(data.load_packed(file), length, evaluation_windows)
         for file in sorted(output.glob("validation.*.npz"))
     }
     print(f"{len(training.tokens):,} tokens of {training.text_bytes:,} bytes")
-    _, graph, params = init_model(config, seed)
+    fresh = init_model(config, seed) if start_from is None else load_model(start_from, "float32")
+    config, graph, params = fresh
 
     def loss_function(params: Any, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graph, params)
