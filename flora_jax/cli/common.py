@@ -1,0 +1,84 @@
+"""What several verbs of the program share: named directories, progress, XLA's cache."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flora_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from flora_jax.adapters.model_adapter import ModelAdapter
+
+MODEL_HELP = "Hugging Face directory, converted directory, hub id, or 'mini' (embedded)."
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def lines(path: Path) -> Iterator[str]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode()
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}, line {number}: not UTF-8: {error}") from None
+
+
+def source(model: str) -> str:
+    """The path of the embedded model where it is asked for by name."""
+    return str(Path(__file__).parents[1] / "assets" / "mini") if model == "mini" else model
+
+
+def named_directories(values: list[str]) -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    for value in values:
+        name, equals, directory = value.partition("=")
+        if not (name and equals and directory):
+            raise InputError(f"--adapter is {value!r}, expected NAME=DIR")
+        if name in named:
+            raise InputError(f"--adapter {name}: the name is given twice")
+        named[name] = Path(directory)
+    return named
+
+
+def read_adapters(directories: dict[str, Path], config: Any) -> dict[str, ModelAdapter]:
+    from flora_jax.adapters.peft_io import read_adapter
+
+    return {
+        name: read_adapter(directory, config.projections(), config.n_layer)
+        for name, directory in directories.items()
+    }
+
+
+def dtype_of(name: str | None) -> str | None:
+    """``None`` stands for the checkpoint's own; a CPU computes 16 bits slower than 32."""
+    import jax
+
+    if name is None and jax.default_backend() == "cpu":
+        return "float32"
+    return name
+
+
+def prepare_jax() -> None:
+    """Keeps compiled programs between runs, unless the user has chosen a place."""
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(home / "flora_jax" / "xla"))
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("generate", total=total)
+        yield lambda: progress.advance(task)

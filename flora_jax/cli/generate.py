@@ -1,0 +1,92 @@
+"""``flora-jax generate``: requests in, completions out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flora_jax.cli.common import (
+    MODEL_HELP,
+    dtype_of,
+    lines,
+    named_directories,
+    prepare_jax,
+    progress,
+    read_adapters,
+    say,
+    source,
+)
+from flora_jax.errors import InputError
+from flora_jax.files import whole_file
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    input: Annotated[Path, typer.Option(help="Requests, a JSON object a line.")],
+    output: Annotated[Path, typer.Option(help="Completions, a JSON object a line.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="An adapter; may be repeated.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Where a request has none.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of requests without one, folded with their line.")] = 0,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16 [default: float32 on CPU, else its own]."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows of a batch, 1 to 64.")] = 16,
+) -> None:
+    """Completes every request of a file, each with its own adapter, settings and seed."""
+    from flora_jax.serve.request import Defaults, parse_requests
+    from flora_jax.serve.tokenizer import load_tokenizer
+    from flora_jax.starcoder.checkpoint import describe, load_model
+    from flora_jax.starcoder.sources import resolve
+
+    defaults = Defaults(max_tokens, temperature, top_k, top_p)
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed is {seed}, expected 0 to 2^32 - 1")
+    if not 1 <= batch_size <= 64:
+        raise InputError(f"--batch-size is {batch_size}, expected 1 to 64")
+    directories = named_directories(adapter or [])
+    if not input.is_file():
+        raise InputError(f"{input}: no such file")
+    if not output.absolute().parent.is_dir() or (output.exists() and not output.is_file()):
+        raise InputError(f"{output}: expected a file in an existing directory")
+    if output.exists() and output.samefile(input):
+        raise InputError(f"{output}: --output is the file of --input")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise InputError(f"--dtype is {dtype!r}, expected float32, bfloat16 or float16")
+    directory = resolve(source(model))
+    config = describe(directory).config
+    tokenizer = load_tokenizer(directory, config.vocab_size)
+    adapters = read_adapters(directories, config)
+    requests = parse_requests(
+        lines(input),
+        where=str(input),
+        tokenizer=tokenizer,
+        adapters=adapters,
+        vocab_size=config.vocab_size,
+        context=config.n_positions,
+        defaults=defaults,
+    )
+    prepare_jax()
+    from flora_jax.serve.generate import Generator
+
+    loaded = load_model(directory, dtype_of(dtype))
+    generator = Generator(loaded, adapters, tokenizer=tokenizer, rows=batch_size, seed=seed)
+    started, tokens = time.perf_counter(), 0
+    with whole_file(output) as file, progress(len(requests)) as advance:
+        for completion in generator.generate(requests):
+            file.write(completion.to_json() + "\n")
+            tokens += len(completion.token_ids)
+            advance()
+    seconds = time.perf_counter() - started
+    say(
+        f"{len(requests)} completions, {tokens} tokens in {seconds:.1f} s "
+        f"({tokens / seconds:.0f} tokens/s, compilation included) -> {output}"
+    )
