@@ -31,8 +31,11 @@ from flora_jax.errors import InputError
 from flora_jax.starcoder.checkpoint import load_model, save_hf
 from flora_jax.starcoder.config import PRESETS
 from flora_jax.starcoder.model import Model, init_model
-from flora_jax.train import data, loss, step
+from flora_jax.train import loss, step
+from flora_jax.train.data import windows_at
+from flora_jax.train.documents import Document, read_documents
 from flora_jax.train.loop import LoopOptions, run_loop
+from flora_jax.train.tokens import pack, piece_bytes
 
 END = "<|endoftext|>"
 # What counts as source in a directory that is not a corpus.
@@ -44,17 +47,19 @@ def corpus(root: Path, split: str, other_bytes: int) -> dict[str, list[str]]:
     files = sorted(root.glob(f"*.{split}.jsonl.gz"))
     if files:
         return {
-            file.name.split(".")[0]: list(
-                data.take_bytes(
-                    data.read_documents(file),
-                    None if file.name.startswith("python.") else other_bytes,
-                )
+            file.name.split(".")[0]: texts(
+                file, limit_bytes=None if file.name.startswith("python.") else other_bytes
             )
             for file in files
         }
-    documents = list(data.read_documents(root, SUFFIXES))
+    documents = texts(root, suffixes=SUFFIXES)
     held = max(1, len(documents) // 20)
     return {"source": documents[:held] if split == "validation" else documents[held:]}
+
+
+def texts(source: Path, **options: Any) -> list[str]:
+    """The documents of ``source``; a corrupt line stops the run."""
+    return [found.text for found in read_documents(source, max_corrupt=0.0, **options)]
 
 
 def train_tokenizer(documents: list[str], pieces: int) -> Tokenizer:
@@ -79,11 +84,51 @@ def train_tokenizer(documents: list[str], pieces: int) -> Tokenizer:
     return tokenizer
 
 
-def pack(tokenizer: Tokenizer, documents: list[str]) -> data.PackedTokens:
+class Stream(NamedTuple):
+    """Documents end to end as whole windows, whose rows take no notice of where a document ends.
+
+    ``tokens [n]`` is unsigned; ``text_bytes`` counts the UTF-8 bytes of the documents.
+    """
+
+    tokens: np.ndarray
+    text_bytes: int
+
+    def windows(self, length: int) -> int:
+        """How many windows of ``length + 1`` tokens there are, each overlapping the next by one."""
+        return (len(self.tokens) - 1) // length
+
+    def window(self, index: int, length: int) -> np.ndarray:
+        return self.tokens[index * length : index * length + length + 1]
+
+    def batch(self, step: int, rows: int, length: int, seed: int) -> np.ndarray:
+        """Batch number ``step`` as int32 ``[rows, length + 1]``; see :func:`.data.windows_at`.
+
+        Raises:
+            InputError: the stream holds no window of this length.
+        """
+        if (count := self.windows(length)) < 1:
+            raise InputError(
+                f"{len(self.tokens)} tokens hold no window of {length + 1}; give more documents"
+            )
+        picked = [self.window(n, length) for n in windows_at(step, rows, count, seed)]
+        return np.stack(picked).astype(np.int32)
+
+    def save(self, path: Path) -> None:
+        temporary = path.with_name(path.name + ".part")
+        with temporary.open("wb") as file:  # Of a path, savez would change the name.
+            np.savez(file, tokens=self.tokens, text_bytes=self.text_bytes)
+        temporary.rename(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Stream:
+        with np.load(path) as arrays:
+            return cls(arrays["tokens"], int(arrays["text_bytes"]))
+
+
+def stream(tokenizer: Tokenizer, documents: list[str]) -> Stream:
     """The documents' tokens end to end, each closed by the end token (id 0)."""
-    streams = [[*encoding.ids, 0] for encoding in tokenizer.encode_batch(documents)]
-    tokens = np.concatenate([np.asarray(ids, np.uint16) for ids in streams])
-    return data.PackedTokens(tokens, sum(len(text.encode()) for text in documents))
+    packed = pack((Document("", text) for text in documents), tokenizer, end_id=0)
+    return Stream(packed.tokens, packed.text_bytes)
 
 
 def prepare(
@@ -94,16 +139,16 @@ def prepare(
     saved = output / "tokenizer.json"
     if (output / "train.npz").exists():
         return Tokenizer.from_file(str(saved))
-    training = [text for texts in corpus(root, "train", other_bytes).values() for text in texts]
+    training = [text for group in corpus(root, "train", other_bytes).values() for text in group]
     np.random.default_rng(0).shuffle(training)
     if start_from is None:
         tokenizer = train_tokenizer(training, pieces)
     else:
         tokenizer = Tokenizer.from_file(str(start_from / "tokenizer.json"))
     tokenizer.save(str(saved))
-    for language, texts in corpus(root, "validation", other_bytes).items():
-        data.save_packed(output / f"validation.{language}.npz", pack(tokenizer, texts))
-    data.save_packed(output / "train.npz", pack(tokenizer, training))
+    for language, documents in corpus(root, "validation", other_bytes).items():
+        stream(tokenizer, documents).save(output / f"validation.{language}.npz")
+    stream(tokenizer, training).save(output / "train.npz")
     return tokenizer
 
 
@@ -136,23 +181,15 @@ def keep_recipe(recipe: Recipe, output: Path) -> None:
     path.write_text(json.dumps(recipe._asdict(), indent=1) + "\n")
 
 
-def windows_of(packed: data.PackedTokens, length: int, most: int) -> np.ndarray:
+def windows_of(packed: Stream, length: int, most: int) -> np.ndarray:
     """The first ``most`` windows, int32 ``[windows, length + 1]``."""
     count = min(most, packed.windows(length))
     found = [packed.window(number, length) for number in range(count)]
     return np.array(found, np.int32).reshape(count, length + 1)
 
 
-def piece_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """How many bytes of text each id stands for: a byte-level piece has a character for each."""
-    lengths = np.zeros(tokenizer.get_vocab_size(), np.int64)
-    for piece, number in tokenizer.get_vocab().items():
-        lengths[number] = 0 if piece == END else len(piece)
-    return lengths
-
-
 def export(
-    model: Model, output: Path, training: data.PackedTokens, validation: dict[str, Any],
+    model: Model, output: Path, training: Stream, validation: dict[str, Any],
     recipe: Recipe, sources: str,
 ) -> None:  # fmt: skip
     """Leaves OUTPUT/model: float16 safetensors, the tokenizer and a card."""
@@ -230,9 +267,9 @@ def main(
     config = dataclasses.replace(PRESETS["mini"], vocab_size=pieces, eos_token_ids=(0,))
     length = config.n_positions
     lengths = piece_bytes(prepare(root, output, pieces, other_bytes, start_from))
-    training = data.load_packed(output / "train.npz")
+    training = Stream.load(output / "train.npz")
     validation = {
-        file.name.split(".")[1]: windows_of(data.load_packed(file), length, evaluation_windows)
+        file.name.split(".")[1]: windows_of(Stream.load(file), length, evaluation_windows)
         for file in sorted(output.glob("validation.*.npz"))
     }
     print(f"{len(training.tokens):,} tokens of {training.text_bytes:,} bytes")

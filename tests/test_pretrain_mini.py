@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from flora_jax.errors import InputError
-from flora_jax.serve.tokenizer import load_tokenizer
 from flora_jax.starcoder.checkpoint import load_model
 from flora_jax.starcoder.config import PRESETS
+from flora_jax.starcoder.tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[1] / "experiments" / "pretrain_mini.py"
 
@@ -27,6 +27,27 @@ def pretrain(monkeypatch):
     )
     monkeypatch.setitem(module.PRESETS, "mini", tiny)
     return module
+
+
+@pytest.mark.parametrize("windows, rows, extra", [(12, 4, 0), (12, 5, 4), (7, 3, 2), (1, 2, 0)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_epoch_visits_every_whole_window_once(pretrain, windows, rows, extra, seed):
+    tokens = np.arange(windows * 5 + 1 + extra, dtype=np.uint16)
+    stream = pretrain.Stream(tokens, 1000)
+    batches = [stream.batch(step, rows, 5, seed) for step in range(-(-3 * windows // rows))]
+    assert {(batch.dtype.name, batch.shape) for batch in batches} == {("int32", (rows, 6))}
+    found = np.concatenate(batches)
+    np.testing.assert_array_equal(np.diff(found, axis=1), 1)
+    for epoch in range(3):
+        order = np.random.default_rng([seed, epoch]).permutation(windows)
+        np.testing.assert_array_equal(found[epoch * windows :][:windows, 0], 5 * order)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_a_stream_shorter_than_a_window_is_an_error(pretrain, tokens):
+    stream = pretrain.Stream(np.zeros(tokens, np.uint16), 1)
+    with pytest.raises(InputError, match=f"{tokens} tokens hold no window of 6"):
+        stream.batch(0, 1, 5, 0)
 
 
 def test_a_directory_of_sources_becomes_a_model_that_loads(pretrain, tmp_path):

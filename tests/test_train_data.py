@@ -1,164 +1,163 @@
-"""Documents are read whole, closed by the end token, and cut into batches by the step alone."""
-
-import gzip
-import importlib.util
-import json
-from pathlib import Path
+"""Packed documents become batches by the step alone: nothing lost, nothing across a boundary."""
 
 import numpy as np
 import pytest
-from byte_tokenizer import byte_tokenizer
 
-from flora_jax.train.data import (
-    PackedTokens,
-    load_packed,
-    read_documents,
-    save_packed,
-    take_bytes,
-)
+from flora_jax.train.data import PackedTokens, epoch_order
 
-LENGTH = 5
+SEEDS = [0, 1, 2]
 
 
-def packed_of(windows, extra=0):
-    """Tokens that tell their own place."""
-    return PackedTokens(np.arange(windows * LENGTH + 1 + extra, dtype=np.uint16), 1000)
+def packed_of(lengths):
+    """Documents of these many tokens; every token is its own place in the stream, from 1."""
+    tokens = np.arange(1, sum(lengths) + 1, dtype=np.uint16)
+    starts = np.cumsum([0, *lengths], dtype=np.int64)[:-1]
+    return PackedTokens(tokens, starts, tuple(f"d{n}" for n in range(len(lengths))), 1000)
 
 
-def starts(packed, steps, rows, seed):
-    """The first token of each row of these batches, which is its place in the stream."""
-    batches = [packed.batch(step, rows, LENGTH, seed) for step in steps]
-    return np.concatenate(batches)[:, 0] // LENGTH
+def random_packed(seed, documents=20, longest=40):
+    lengths = np.random.default_rng(seed).integers(1, longest, documents)
+    return packed_of([int(n) for n in lengths]), [int(n) for n in lengths]
 
 
-@pytest.mark.parametrize("windows, rows", [(12, 4), (12, 5), (7, 3), (3, 8), (1, 2)])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_every_epoch_visits_every_window_once(windows, rows, seed):
-    packed = packed_of(windows, extra=LENGTH - 1)
-    steps = -(-3 * windows // rows)
-    order = starts(packed, range(steps), rows, seed)
-    epochs = [order[e * windows : (e + 1) * windows] for e in range(3)]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(windows))
-    if windows >= 7:
-        assert not np.array_equal(epochs[0], epochs[1])
+def oracle(lengths, length):
+    """Every window, token by token: tokens, positions, segments, mask, and documents' numbers."""
+    stream = [(doc, 1 + sum(lengths[:doc]) + i) for doc, n in enumerate(lengths) for i in range(n)]
+    windows = []
+    for first in range(0, len(stream) - 1, length):
+        tokens, positions, segments, mask, documents = [], [], [], [], []
+        for place in range(first, first + length):
+            if place >= len(stream):
+                tokens.append(0), positions.append(0), segments.append(0), mask.append(0.0)
+                continue
+            doc, token = stream[place]
+            same = bool(documents) and documents[-1] == doc
+            if not same:
+                documents.append(doc)
+            tokens.append(token)
+            positions.append(positions[-1] + 1 if same else 0)
+            segments.append(len(documents))
+            mask.append(float(place + 1 < len(stream) and stream[place + 1][0] == doc))
+        last = first + length
+        tokens.append(stream[last][1] if last < len(stream) else 0)
+        windows.append((tokens, positions, segments, mask, documents))
+    return windows
 
 
-def test_a_batch_is_a_function_of_seed_and_step():
-    packed = packed_of(12)
-    straight = [packed.batch(step, 5, LENGTH, 3) for step in range(6)]
-    resumed = [packed_of(12).batch(step, 5, LENGTH, 3) for step in (3, 4, 5)]
-    np.testing.assert_array_equal(straight[3:], resumed)
-    assert not np.array_equal(straight[0], packed.batch(0, 5, LENGTH, 4))
+def joined(batches):
+    return [np.concatenate(arrays) for arrays in zip(*batches)]
 
 
-def test_rows_are_consecutive_tokens_with_one_to_predict():
-    packed = packed_of(4)
-    batch = packed.batch(0, 4, LENGTH, 0)
-    assert (batch.dtype, batch.shape) == (np.int32, (4, LENGTH + 1))
-    np.testing.assert_array_equal(np.diff(batch, axis=1), 1)
-    assert batch.max() == packed.tokens[-1]
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("length", [1, 5, 16, 200, 2000])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_windows_are_those_of_an_oracle_that_goes_token_by_token(length, rows, seed):
+    packed, lengths = random_packed(seed)
+    expected = oracle(lengths, length)
+    batches = list(packed.evaluation(length, rows))
+    assert {tuple(array.dtype.name for array in batch) for batch in batches} == {
+        ("int32", "int32", "int32", "float32")
+    }
+    assert {batch.tokens.shape for batch in batches} == {(rows, length + 1)}
+    found = joined(batches)
+    assert packed.windows(length) == len(expected)
+    for array, wanted in zip(found, zip(*expected)):
+        np.testing.assert_array_equal(array[: len(expected)], wanted)
+        assert not array[len(expected) :].any()
 
 
-@pytest.mark.parametrize("tokens", [0, 1, LENGTH])
-def test_a_stream_shorter_than_a_window_is_an_error(tokens):
-    packed = PackedTokens(np.zeros(tokens, np.uint16), 1)
-    with pytest.raises(ValueError, match=f"{tokens} tokens hold no window of {LENGTH + 1}"):
-        packed.batch(0, 1, LENGTH, 0)
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("length, rows", [(5, 4), (16, 3), (16, 64), (2000, 2)])
+def test_an_epoch_predicts_every_target_of_every_document_once(length, rows, seed):
+    packed, lengths = random_packed(seed)
+    count = packed.windows(length)
+    batches = [packed.batch(step, rows, length, seed) for step in range(-(-3 * count // rows))]
+    tokens, _, _, mask = joined(batches)
+    starts = {1 + sum(lengths[:doc]) for doc in range(len(lengths))}
+    targets = sorted(set(range(1, sum(lengths) + 1)) - starts)
+    orders = []
+    for epoch in range(3):
+        rows_of = slice(epoch * count, (epoch + 1) * count)
+        predicted = tokens[rows_of][:, 1:][mask[rows_of] == 1]
+        assert sorted(predicted) == targets
+        orders.append(tuple(tokens[rows_of, 0]))
+    if count > 8:
+        assert len(set(orders)) == 3
 
 
-def test_documents_are_closed_by_the_end_token():
-    path = Path(__file__).resolve().parents[1] / "experiments" / "pretrain_mini.py"
-    spec = importlib.util.spec_from_file_location("pretrain_mini", path)
-    pretrain = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pretrain)
-    tokenizer = byte_tokenizer()
-    texts = ["one", "", "dos é"]
-    packed = pretrain.pack(tokenizer, texts)
-    assert packed.text_bytes == len("onedos é".encode())
-    ends = np.flatnonzero(packed.tokens == 0)
-    assert len(ends) == len(texts)
-    assert ends[-1] == len(packed.tokens) - 1
-    assert [tokenizer.decode(part[part > 0]) for part in np.split(packed.tokens, ends)][:3] == texts
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_run_resumed_in_mid_epoch_sees_the_rest_of_the_same_stream(seed):
+    def batches(steps):
+        packed, _ = random_packed(seed)
+        return [packed.batch(step, 5, 16, seed) for step in steps]
+
+    straight = batches(range(12))
+    epoch_order.cache_clear()
+    for expected, found in zip(straight[4:], batches(range(4, 12))):
+        for one, other in zip(expected, found):
+            np.testing.assert_array_equal(one, other)
+    other_seed = random_packed(seed)[0].batch(0, 5, 16, seed + 1)
+    assert not np.array_equal(straight[0].tokens, other_seed.tokens)
 
 
-def test_a_saved_stream_comes_back_the_same(tmp_path):
-    packed = PackedTokens(np.arange(50, dtype=np.uint16)[::-1].copy(), 123)
-    save_packed(tmp_path / "train.npz", packed)
-    again = load_packed(tmp_path / "train.npz")
-    np.testing.assert_array_equal(again.tokens, packed.tokens)
-    assert (again.tokens.dtype, again.text_bytes) == (np.uint16, 123)
-    assert [file.name for file in tmp_path.iterdir()] == ["train.npz"]
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("length, rows", [(5, 4), (16, 3), (2000, 2)])
+def test_the_documents_of_a_batch_are_those_of_its_inputs(length, rows, seed):
+    packed, lengths = random_packed(seed)
+    windows = oracle(lengths, length)
+    by_first = {tokens[0]: documents for tokens, *_, documents in windows}
+    for step in range(2 * len(windows) // rows):
+        firsts = packed.batch(step, rows, length, seed).tokens[:, 0]
+        wanted = [f"d{doc}" for first in firsts for doc in by_first[int(first)]]
+        found = packed.documents_of(step, rows, length, seed)
+        assert found == list(dict.fromkeys(wanted))
 
 
-RECORDS = [{"content": "aé\n", "path": "x"}, {"text": "b"}, {"content": "", "text": "unread"}]
+@pytest.mark.parametrize("most, count", [(0, 0), (1, 1), (4, 4), (5, 5), (None, 13), (99, 13)])
+def test_evaluation_takes_the_first_windows(most, count):
+    packed = packed_of([130])
+    batches = list(packed.evaluation(10, 4, most))
+    assert len(batches) == -(-count // 4)
+    firsts = [int(token) for batch in batches for token in batch.tokens[:, 0]]
+    padding = -count % 4
+    assert firsts == [1 + 10 * n for n in range(count)] + [0] * padding
+    if padding:
+        assert not any(array[-padding:].any() for array in batches[-1])
 
 
-def write_lines(path, lines):
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "wb") as file:
-        for line in lines:
-            file.write((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n")
-    return path
+def test_a_long_document_goes_on_as_if_it_began_in_each_window():
+    (batch,) = packed_of([25]).evaluation(8, 4)
+    np.testing.assert_array_equal(batch.positions[:3], [np.arange(8)] * 3)
+    assert (batch.segments[:3] == 1).all()
+    assert batch.mask.sum() == 24
 
 
-@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz"])
-def test_documents_are_the_text_column_of_each_line(name, tmp_path):
-    path = write_lines(tmp_path / name, RECORDS)
-    assert list(read_documents(path)) == ["aé\n", "b", ""]
+def test_two_tokens_are_enough():
+    batch = packed_of([2]).batch(7, 3, 100, 0)
+    assert batch.mask.sum() == 3
+    np.testing.assert_array_equal(batch.tokens[:, :3], [[1, 2, 0]] * 3)
 
 
-def test_documents_of_a_directory_come_in_the_order_of_their_paths(tmp_path):
-    (tmp_path / "b").mkdir()
-    for name, raw in [("b/1.py", b"two"), ("a.py", "é".encode()), ("c.rs", b"\xff3"), ("n", b"4")]:
-        (tmp_path / name).write_bytes(raw)
-    assert list(read_documents(tmp_path)) == ["é", "two", "\ufffd3", "4"]
-    assert list(read_documents(tmp_path, (".py", ".rs"))) == ["é", "two", "\ufffd3"]
+@pytest.mark.parametrize("lengths", [[], [1], [1, 1, 1]])
+def test_documents_with_nothing_to_predict_are_an_error(lengths):
+    packed = packed_of(lengths)
+    message = f"{sum(lengths)} tokens of {len(lengths)} documents hold nothing to predict"
+    for use in [
+        lambda: packed.batch(0, 1, 4, 0),
+        lambda: packed.documents_of(0, 1, 4, 0),
+        lambda: list(packed.evaluation(4, 1)),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            use()
 
 
-@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz"])
-@pytest.mark.parametrize(
-    "line",
-    [b"{", b"", b"[]", b"3", b'"content"', {"path": "x"}, {"content": None}, {"text": 3}, b"\xff"],
-    ids=str,
-)
-def test_a_bad_line_is_named(name, line, tmp_path):
-    path = write_lines(tmp_path / name, [RECORDS[0], line])
-    documents = read_documents(path)
-    assert next(documents) == "aé\n"
-    with pytest.raises(ValueError) as caught:
-        next(documents)
-    assert str(caught.value).startswith(f"{path}, line 2: expected a JSON object")
+def test_an_end_token_inside_a_document_is_no_boundary():
+    packed = PackedTokens(np.array([5, 0, 6, 0, 7, 0], np.uint16), np.array([0, 4]), ("a", "b"), 9)
+    (batch,) = packed.evaluation(8, 1)
+    np.testing.assert_array_equal(batch.segments[0], [1, 1, 1, 1, 2, 2, 0, 0])
+    np.testing.assert_array_equal(batch.mask[0], [1, 1, 1, 0, 1, 0, 0, 0])
 
 
-@pytest.mark.parametrize("damage", ["truncated", "not gzip", "flipped"])
-def test_a_damaged_archive_is_named(damage, tmp_path):
-    path = write_lines(tmp_path / "d.jsonl.gz", [{"content": str(n)} for n in range(2000)])
-    raw = bytearray(path.read_bytes())
-    if damage == "flipped":
-        raw[len(raw) // 2] ^= 0xFF
-    path.write_bytes({"truncated": raw[:-20], "not gzip": b"{}\n", "flipped": raw}[damage])
-    with pytest.raises(ValueError) as caught:
-        list(read_documents(path))
-    assert str(path) in str(caught.value)
-    assert "line" in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["d.txt", "d.tar.gz", "d.json"])
-def test_other_files_are_refused(name, tmp_path):
-    (tmp_path / name).write_text("{}")
-    with pytest.raises(ValueError, match=r"expected \.jsonl, \.jsonl\.gz or a directory"):
-        list(read_documents(tmp_path / name))
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"none\.jsonl: no such file"):
-        list(read_documents(tmp_path / "none.jsonl"))
-
-
-@pytest.mark.parametrize(
-    "limit, count", [(None, 4), (0, 0), (1, 1), (3, 1), (4, 2), (5, 3), (100, 4)]
-)
-def test_whole_documents_are_taken_until_they_make_the_limit(limit, count):
-    texts = ["aé", "b", "cc", "d"]  # 3, 1, 2, 1 bytes
-    assert list(take_bytes(iter(texts), limit)) == texts[:count]
+def test_an_order_cannot_be_spoilt_by_who_gets_it():
+    with pytest.raises(ValueError, match="read-only"):
+        epoch_order(5, 0, 0)[0] = 1
