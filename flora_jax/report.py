@@ -23,9 +23,9 @@ def describe_rows(path: str) -> Iterator[Row]:
 
 
 def _model_rows(path: str) -> Iterator[Row]:
-    from flora_jax.serve.tokenizer import load_tokenizer
     from flora_jax.starcoder.cache import cache_bytes_per_token
     from flora_jax.starcoder.checkpoint import describe
+    from flora_jax.starcoder.tokenizer import load_tokenizer
 
     found = describe(path)
     config = found.config

@@ -86,7 +86,7 @@ def test_adapters_know_nothing_of_flax():
     assert users_of(ROOT, "flax", "flora_jax.starcoder.model") == ["flora_jax.starcoder.model"]
 
 
-@pytest.mark.parametrize("module", ["serve.request", "serve.stream", "serve.tokenizer", "cli"])
+@pytest.mark.parametrize("module", ["serve.request", "serve.stream", "starcoder.tokenizer", "cli"])
 def test_host_code_starts_without_jax(module):
     """Importing it, with all that it imports in turn, brings none of the heavy packages in."""
     if module != "cli":

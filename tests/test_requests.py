@@ -7,7 +7,7 @@ from byte_tokenizer import END, PIECES, byte_tokenizer
 
 from flora_jax.errors import InputError
 from flora_jax.serve.request import Completion, Defaults, Request, RequestError, parse_requests
-from flora_jax.serve.tokenizer import load_tokenizer
+from flora_jax.starcoder.tokenizer import load_tokenizer
 
 TOKENIZER = byte_tokenizer()
 PLAIN = Defaults()

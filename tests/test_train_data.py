@@ -114,13 +114,13 @@ def test_the_documents_of_a_batch_are_those_of_its_inputs(length, rows, seed):
 
 
 @pytest.mark.parametrize("most, count", [(0, 0), (1, 1), (4, 4), (5, 5), (None, 13), (99, 13)])
-def test_evaluation_takes_the_first_windows(most, count):
+def test_evaluation_takes_all_windows_or_some_evenly_spread(most, count):
     packed = packed_of([130])
     batches = list(packed.evaluation(10, 4, most))
     assert len(batches) == -(-count // 4)
     firsts = [int(token) for batch in batches for token in batch.tokens[:, 0]]
     padding = -count % 4
-    assert firsts == [1 + 10 * n for n in range(count)] + [0] * padding
+    assert firsts == [1 + 10 * (13 * n // count) for n in range(count)] + [0] * padding
     if padding:
         assert not any(array[-padding:].any() for array in batches[-1])
 

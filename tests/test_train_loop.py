@@ -277,8 +277,8 @@ def test_a_loss_that_is_not_finite_is_named_and_never_saved(name, log_every, tmp
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
-def test_a_loss_that_is_not_finite_between_logs_is_seen_at_the_next_one(tmp_path):
-    with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 6, .* before was [0-9.]+$"):
+def test_a_loss_that_is_not_finite_between_logs_is_named_at_the_next_one(tmp_path):
+    with pytest.raises(NonFiniteLossError, match=r"loss is nan at step 4, .* before was [0-9.]+$"):
         run(tmp_path, step=spoiled_step(4, "loss"), log_every=3, save_seconds=1e9)
     assert saved_steps(tmp_path) == []
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 3]

@@ -57,6 +57,18 @@ class ModelAdapter:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.layers))
 
 
+def match_targets(names: Sequence[str]) -> tuple[str, ...]:
+    """The projections that ``names`` mean, by the end of their path as in PEFT: "c_proj" is two.
+
+    Raises:
+        InputError: a name that no projection ends in.
+    """
+    for name in names:
+        if not any(f".{target}".endswith(f".{name}") for target in TARGETS):
+            raise InputError(f"target {name!r}: expected the end of one of {', '.join(TARGETS)}")
+    return tuple(t for t in TARGETS if any(f".{t}".endswith(f".{name}") for name in names))
+
+
 def rank_of(params: Any) -> int:
     """The number of learned components of one projection's factors."""
     if isinstance(params, IA3):

@@ -35,14 +35,18 @@ Value = TypeVar("Value", int, float)
 
 
 def write_adapter(
-    adapter: ModelAdapter, directory: str | Path, base_model_name_or_path: str | None = None
+    adapter: ModelAdapter,
+    directory: str | Path,
+    base_model_name_or_path: str | None = None,
+    *,
+    card: str | None = None,
 ) -> Path:
     """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` (float32); returns the folder.
 
     The folder is written beside its place and renamed. ``base_model_name_or_path`` replaces the
-    adapter's own setting. PEFT 0.21 ignores a HiRA's ``rank_pattern``: it refuses a HiRA written
-    here with ranks that differ between modules, and loads every other folder of its kinds. A LoRA
-    scale that is not exactly ``alpha/r`` for any alpha is written as its nearest neighbour.
+    adapter's own setting; ``card`` is the folder's README.md. PEFT 0.21 ignores a HiRA's
+    ``rank_pattern``: it refuses a HiRA written here with ranks that differ between modules, and loads
+    every other folder of its kinds. A LoRA scale that is not exactly ``alpha/r`` for any alpha is written as its nearest neighbour.
 
     Raises:
         InputError: the folder exists and is not empty.
@@ -67,6 +71,8 @@ def write_adapter(
             save_file(tensors, part / TENSORS_FILE, metadata={"format": "pt"})
             text = json.dumps(config, indent=2, sort_keys=True)
             (part / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+            if card is not None:
+                (part / "README.md").write_text(card, encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{directory}: cannot be written: {error}") from error
     return directory

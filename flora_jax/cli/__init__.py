@@ -9,6 +9,7 @@ import typer
 
 from flora_jax.cli.generate import generate
 from flora_jax.cli.inspect import demo, info
+from flora_jax.cli.train import train
 from flora_jax.errors import InputError
 
 app = typer.Typer(
@@ -19,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for _verb in (generate, info, demo):
+for _verb in (generate, train, info, demo):
     app.command()(_verb)
 
 

@@ -14,6 +14,7 @@ from flora_jax.errors import InputError
 if TYPE_CHECKING:
     from flora_jax.adapters.model_adapter import ModelAdapter
 
+ASSETS = Path(__file__).parents[1] / "assets"
 MODEL_HELP = "Hugging Face directory, converted directory, hub id, or 'mini' (embedded)."
 
 
@@ -32,18 +33,19 @@ def lines(path: Path) -> Iterator[str]:
 
 def source(model: str) -> str:
     """The path of the embedded model where it is asked for by name."""
-    return str(Path(__file__).parents[1] / "assets" / "mini") if model == "mini" else model
+    return str(ASSETS / "mini") if model == "mini" else model
 
 
-def named_directories(values: list[str]) -> dict[str, Path]:
+def named_paths(values: list[str], option: str, form: str = "NAME=PATH") -> dict[str, Path]:
+    """The values of an option that is repeated as ``form``."""
     named: dict[str, Path] = {}
     for value in values:
-        name, equals, directory = value.partition("=")
-        if not (name and equals and directory):
-            raise InputError(f"--adapter is {value!r}, expected NAME=DIR")
+        name, equals, path = value.partition("=")
+        if not (name and equals and path):
+            raise InputError(f"--{option} is {value!r}, expected {form}")
         if name in named:
-            raise InputError(f"--adapter {name}: the name is given twice")
-        named[name] = Path(directory)
+            raise InputError(f"--{option} {name}: the name is given twice")
+        named[name] = Path(path)
     return named
 
 
@@ -70,8 +72,12 @@ def prepare_jax() -> None:
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        jax.config.update("jax_compilation_cache_dir", str(home / "flora_jax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
+
+
+def cache_directory() -> Path:
+    """Where the program keeps what it can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flora_jax"
 
 
 @contextmanager

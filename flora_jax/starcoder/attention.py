@@ -5,6 +5,8 @@ Knows nothing of parameters or adapters.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -65,11 +67,16 @@ def attend(
         scores = scores * scale
     # Finite, so that a row of padding that sees nothing stays finite too.
     scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(dtype)
+    weights = _softmax(scores).astype(dtype)
     weights_BGXS = weights.reshape(batch, groups, shared * length, slots)
     out = jnp.einsum("bgxs,bgsk->bgxk", weights_BGXS, v_BGSK, preferred_element_type=jnp.float32)
     out_BGQTK = out.astype(dtype).reshape(batch, groups, shared, length, head_dim)
     return out_BGQTK.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads * head_dim)
+
+
+# Checkpointed: the scores alone are kept for the backward pass, not the softmax's intermediates too,
+# which with the activation function's are a third of what training holds.
+_softmax = jax.checkpoint(functools.partial(jax.nn.softmax, axis=-1))
 
 
 def causal_mask(positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:

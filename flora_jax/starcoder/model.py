@@ -8,7 +8,7 @@ is anything that ``flora_jax.adapters.apply`` takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from flora_jax.starcoder.cache import Cache, LayerCache
 from flora_jax.starcoder.config import StarCoderConfig
 
 LayerAdapters = Mapping[str, Any]
+Remat = Literal["none", "products", "full"]
 Adapters = Sequence[LayerAdapters]
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -32,6 +33,13 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
 }
+
+
+def _rematerialised(block: Block, remat: Remat) -> Callable[..., Any]:
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(
+        block, static_argnums=(5,), policy=policy if remat == "products" else None
+    )
 
 
 class LayerNorm(nnx.Module):
@@ -99,7 +107,8 @@ class MLP(nnx.Module):
         self, x_BTD: jax.Array, adapters: LayerAdapters, config: StarCoderConfig
     ) -> jax.Array:
         h_BTF = _project(x_BTD, self.c_fc, adapters, "mlp.c_fc")
-        h_BTF = _ACTIVATIONS[config.activation_function](h_BTF)
+        # Checkpointed: its input alone is kept for the backward pass.
+        h_BTF = jax.checkpoint(_ACTIVATIONS[config.activation_function])(h_BTF)
         return _project(h_BTF, self.c_proj, adapters, "mlp.c_proj")
 
 
@@ -156,13 +165,16 @@ class StarCoder(nnx.Module):
         cache: Cache | None = None,
         segments_BT: jax.Array | None = None,
         adapters: Adapters | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> tuple[jax.Array, Cache | None]:
         """The final normalised activations ``[B, T, D]`` and the cache with these tokens in it.
 
         Without a cache a token sees the earlier positions of its own segment; segment 0 is padding.
         With one it sees every cached position up to its own, so padding must stand at a position
         outside ``[0, S)``: its keys are dropped, and its own output means nothing.
+
+        ``remat`` trades time for memory in the backward pass: "products" keeps the results of the
+        projections alone, "full" only what enters each block.
         """
         if cache is None:
             if segments_BT is None:
@@ -176,7 +188,7 @@ class StarCoder(nnx.Module):
         for number, block in enumerate(self.h):
             layer_adapters = {} if adapters is None else adapters[number]
             layer_cache = None if cache is None else cache[number]
-            run = jax.checkpoint(block, static_argnums=(5,)) if remat else block
+            run = block if remat == "none" else _rematerialised(block, remat)
             x_BTD, layer_cache = run(
                 x_BTD, positions_BT, mask_BTS, layer_cache, layer_adapters, self.config
             )
@@ -185,13 +197,15 @@ class StarCoder(nnx.Module):
         x_BTD = layer_norm(x_BTD, self.ln_f, self.config.layer_norm_epsilon)
         return x_BTD, (None if cache is None else layers)
 
-    def logits(self, hidden_xD: jax.Array) -> jax.Array:
-        """Scores over the vocabulary ``[..., V]``, float32, by the tied or the own head."""
+    def head(self) -> jax.Array:
+        """The output projection ``[D, V]``, tied to the embedding or its own."""
         if self.config.tie_word_embeddings:
-            head_DV = self.wte.embedding[...].T
-        else:
-            head_DV = self.lm_head[...]
-        return jnp.matmul(hidden_xD, head_DV, preferred_element_type=jnp.float32)
+            return self.wte.embedding[...].T
+        return self.lm_head[...]
+
+    def logits(self, hidden_xD: jax.Array) -> jax.Array:
+        """Scores over the vocabulary ``[..., V]`` in float32."""
+        return jnp.matmul(hidden_xD, self.head(), preferred_element_type=jnp.float32)
 
     def __call__(
         self,

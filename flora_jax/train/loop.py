@@ -7,11 +7,12 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,21 +22,28 @@ from flora_jax.train.step import TrainState
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient became NaN or infinite; the message names the step it was seen at."""
+    """The loss or the gradient became NaN or infinite; the message names the step and the data."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
     """How long to run and what to keep.
 
-    Times are in seconds, the rest counts steps. The last ``keep`` checkpoints stay on disk.
+    Times are in seconds, the rest counts steps; a checkpoint is saved when either is due, and at the
+    end. The last ``keep`` checkpoints stay on disk.
     """
 
     steps: int
     save_seconds: float = 300.0
+    save_every: int | None = None
     log_every: int = 10
     evaluate_every: int = 500
+    evaluate_first: bool = False
     keep: int = 2
+
+
+def _scalars(measured: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    return {name: float(value) for name, value in measured.items()}
 
 
 def run_loop(
@@ -47,16 +55,29 @@ def run_loop(
     *,
     tokens_per_batch: int,
     evaluate: Callable[[Any], dict[str, Any]] | None = None,
+    describe: Callable[[Mapping[str, np.ndarray]], dict[str, Any]] = _scalars,
+    blame: Callable[[int, int], str] | None = None,
 ) -> TrainState:
     """Trains to ``options.steps``, from the newest checkpoint in ``directory`` where there is one.
 
-    ``batch_at(n)`` gives batch ``n``; ``evaluate(params)`` what is logged as ``"validation"``.
     ``directory/metrics.jsonl`` has a line for the first, every ``log_every``-th, every evaluated and
-    the last step; lines past the checkpoint resumed from are cut away.
+    the last step, and with ``evaluate_first`` one for step 0; lines past the checkpoint resumed from
+    are cut away.
+
+    Args:
+        state: where to start without a checkpoint; donated.
+        train_step: its measures must have "loss", a scalar or an entry for each thing trained.
+        batch_at: gives batch ``n``.
+        directory: of the run.
+        options: see there.
+        tokens_per_batch: for the speed.
+        evaluate: of the parameters, what is logged as ``"validation"``.
+        describe: makes a log line's entries of what ``train_step`` measured.
+        blame: says of a batch and an entry of the measures whose data they were.
 
     Raises:
-        NonFiniteLossError: at the first step logged or saved whose loss or gradient is not finite;
-            it is neither logged nor saved.
+        NonFiniteLossError: a loss or gradient is not finite; looked at when a step is logged or
+            saved, it names the first such step, and nothing of it is logged or saved.
     """
     directory.mkdir(parents=True, exist_ok=True)
     metrics = directory / "metrics.jsonl"
@@ -75,31 +96,40 @@ def run_loop(
     )  # fmt: skip
     # Closing the manager waits for the checkpoint that is being written.
     with contextlib.closing(manager), progress, metrics.open("a") as log:
+
+        def write(line: dict[str, Any]) -> None:
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+
         task = progress.add_task("", total=options.steps, completed=int(state.step), note="")
+        first = options.evaluate_first and not int(state.step) and not metrics.stat().st_size
+        if evaluate is not None and first:
+            write({"step": 0, "validation": evaluate(state.params)})
         saved = logged = time.monotonic()
         since = 0
+        unseen: dict[int, dict[str, jax.Array]] = {}
         previous = math.nan
         for number in range(int(state.step), options.steps):
-            state, measured = train_step(state, batch_at(number))
+            state, unseen[number] = train_step(state, batch_at(number))
             since += 1
             done = number + 1
             last = done == options.steps
             validate = evaluate is not None and (done % options.evaluate_every == 0 or last)
             save = last or time.monotonic() - saved > options.save_seconds
+            save |= options.save_every is not None and done % options.save_every == 0
             report = done == 1 or done % options.log_every == 0 or validate or last
             if save or report:
-                previous = _finite_loss(measured, done, previous)
+                measured, previous = _look(unseen, previous, blame)
+                unseen.clear()
             if report:
                 now = time.monotonic()
                 rate = since * tokens_per_batch / (now - logged)
                 logged, since = now, 0
-                line: dict[str, Any] = {"step": done, "tokens_per_second": round(rate, 1)}
-                line |= {name: float(value) for name, value in measured.items()}
+                line = {"step": done, "tokens_per_second": round(rate, 1), **describe(measured)}
                 if evaluate is not None and validate:
                     line["validation"] = evaluate(state.params)
                     logged = time.monotonic()
-                log.write(json.dumps(line) + "\n")
-                log.flush()
+                write(line)
                 note = f"loss {previous:.3f}  {rate:,.0f} tokens/s"
                 progress.update(task, completed=done, note=note)
             if save:
@@ -108,14 +138,27 @@ def run_loop(
     return state
 
 
-def _finite_loss(measured: dict[str, jax.Array], done: int, previous: float) -> float:
-    """The loss; a gradient that is not finite has spoilt the parameters just as a loss would."""
-    for name in sorted(measured, key=lambda name: name != "loss"):
-        if not math.isfinite(value := float(measured[name])):
-            raise NonFiniteLossError(
-                f"{name} is {value} at step {done}, the loss looked at before was {previous:.4f}"
-            )
-    return float(measured["loss"])
+def _look(
+    unseen: Mapping[int, Mapping[str, jax.Array]],
+    previous: float,
+    blame: Callable[[int, int], str] | None,
+) -> tuple[dict[str, np.ndarray], float]:
+    """The last step's measures and mean loss, once those of all steps since are known as finite.
+
+    A gradient that is not finite has spoilt the parameters just as a loss would.
+    """
+    for number, arrays in unseen.items():
+        measured = {name: np.asarray(value) for name, value in arrays.items()}
+        for name in sorted(measured, key=lambda name: name != "loss"):
+            values = measured[name].reshape(-1)
+            for entry in np.flatnonzero(~np.isfinite(values))[:1]:
+                whose = "" if blame is None else f"; {blame(number, int(entry))}"
+                raise NonFiniteLossError(
+                    f"{name} is {values[entry]} at step {number + 1}, the loss before was "
+                    f"{previous:.4f}{whose}"
+                )
+        previous = float(np.mean(measured["loss"]))
+    return measured, previous
 
 
 def _cut_metrics(path: Path, step: int) -> None:

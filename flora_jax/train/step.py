@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,21 @@ def warmup_stable_decay(
         ],
         [warmup, max(warmup, steps - last)],
     )
+
+
+def warmup_then(
+    shape: Literal["cosine", "linear", "constant"], peak: float, steps: int, warmup: int
+) -> optax.Schedule:
+    """Linear warm-up from 0, then down to 0 at the last step, or constant."""
+    rest = max(1, steps - warmup)
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "constant": optax.constant_schedule(peak),
+    }[shape]
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
 def adamw(

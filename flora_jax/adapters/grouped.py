@@ -1,0 +1,132 @@
+"""Training several adapters in one batch: the hook in which each adapter owns an equal share of rows.
+
+Row ``j · N + n`` of a batch belongs to adapter ``n``, so that a batch split over devices in
+contiguous pieces gives every device rows of every adapter. Knows nothing of losses or optimizers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.adapters import IA3, FLoRA, HiRA, LoRA, kind_of, product
+from flora_jax.adapters.model_adapter import rank_of
+
+# Below so many tokens for an adapter, building its explicit weight costs more than it saves.
+_MERGE_TOKENS = 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Grouped:
+    """The hook of ``N`` adapters of one kind and shape on one projection.
+
+    ``params`` are their factors with a leading axis ``N``; ``keys [N]`` the dropout keys of this
+    projection, or ``None``. ``dropout`` is the probability with which an input of LoRA's branch is
+    dropped (the others are scaled up), as in PEFT.
+    """
+
+    params: Any
+    keys: jax.Array | None = None
+    dropout: float = dataclasses.field(default=0.0, metadata=dict(static=True))
+
+
+def grouped_hooks(
+    layers: Sequence[Mapping[str, Any]], keys_N: jax.Array | None = None, dropout: float = 0.0
+) -> list[dict[str, Grouped]]:
+    """The model's ``adapters`` argument for training; call it inside a jitted step.
+
+    Args:
+        layers: ``layers[n][target]`` are stacked factors, leading axis ``N``.
+        keys_N: one PRNG key an adapter; without them nothing is dropped.
+        dropout: see :class:`Grouped`.
+
+    Raises:
+        ValueError: dropout for a kind other than LoRA.
+    """
+    hooks: list[dict[str, Grouped]] = []
+    for number, layer in enumerate(layers):
+        hooks.append({})
+        for place, (target, params) in enumerate(sorted(layer.items())):
+            if keys_N is None or not dropout:
+                hooks[-1][target] = Grouped(params)
+                continue
+            if not isinstance(params, LoRA):
+                raise ValueError(f"dropout is LoRA's, found {type(params).__name__}")
+            fold = jax.vmap(lambda key, n=64 * number + place: jax.random.fold_in(key, n))
+            hooks[-1][target] = Grouped(params, fold(keys_N), dropout)
+    return hooks
+
+
+def builds_weight(params: Any, tokens: int) -> bool:
+    """Whether an adapter's explicit ``W_i`` is used for ``tokens`` tokens.
+
+    With gradients the explicit form costs 6 · tokens · I · O operations whatever the rank (one
+    product forward, two backward), the factored one 4 for each multiplicative component.
+    """
+    if isinstance(params, LoRA | IA3) or tokens < _MERGE_TOKENS:
+        return False
+    return rank_of(params) + isinstance(params, HiRA) >= 2
+
+
+@product.apply.register
+def _apply_grouped(
+    adapter: Grouped, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+) -> jax.Array:
+    many = jax.tree.leaves(adapter.params)[0].shape[0]
+    rows, tokens, inputs = x_BTI.shape
+    if rows % many:
+        raise ValueError(f"{rows} rows cannot be split evenly over {many} adapters")
+    merged = builds_weight(
+        jax.tree.map(lambda leaf: leaf[0], adapter.params), rows // many * tokens
+    )
+
+    def one(params: Any, x_bTI: jax.Array, key: jax.Array | None) -> jax.Array:
+        flat_XI = x_bTI.reshape(-1, inputs)
+        if merged:
+            y_XO = _explicit(params, flat_XI, W_IO, bias_O)
+        elif key is not None:
+            y_XO = _dropped(params, flat_XI, W_IO, bias_O, key, adapter.dropout)
+        else:
+            y_XO = kind_of(params).apply_one(params, flat_XI, W_IO, bias_O)
+        return y_XO.reshape(*x_bTI.shape[:-1], W_IO.shape[1])
+
+    # A group of one needs no batched product.
+    if many == 1:
+        first, key = jax.tree.map(lambda leaf: leaf[0], (adapter.params, adapter.keys))
+        return one(first, x_BTI, key)
+    x_bNTI = x_BTI.reshape(rows // many, many, tokens, inputs)
+    keys_axis = None if adapter.keys is None else 0
+    y_bNTO = jax.vmap(one, (0, 1, keys_axis), 1)(adapter.params, x_bNTI, adapter.keys)
+    return y_bNTO.reshape(rows, tokens, -1)
+
+
+def _explicit(
+    params: FLoRA | HiRA, x_XI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None
+) -> jax.Array:
+    # Checkpointed: the explicit weights of all layers would otherwise live until the backward pass.
+    @jax.checkpoint
+    def run(params: Any, x_XI: jax.Array) -> jax.Array:
+        own_IO, own_bias_O = kind_of(params).merge(params, W_IO, bias_O)
+        return product.finish(product.product(x_XI, own_IO), own_bias_O, x_XI.dtype)
+
+    return run(params, x_XI)
+
+
+def _dropped(
+    params: LoRA,
+    x_XI: jax.Array,
+    W_IO: jax.Array,
+    bias_O: jax.Array | None,
+    key: jax.Array,
+    dropout: float,
+) -> jax.Array:
+    kept_XI = jax.random.bernoulli(key, 1.0 - dropout, x_XI.shape)
+    wide_XI = jnp.where(kept_XI, x_XI.astype(jnp.float32) / (1.0 - dropout), 0.0)
+    delta_XO = wide_XI @ params.down_RI.astype(jnp.float32).T @ params.up_RO.astype(jnp.float32)
+    y_XO = product.product(x_XI, W_IO) + params.scale * delta_XO
+    return product.finish(y_XO, bias_O, x_XI.dtype)

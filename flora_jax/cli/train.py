@@ -1,0 +1,127 @@
+"""``flora-jax train``: one adapter for each data set, all in one run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flora_jax.cli.common import MODEL_HELP, cache_directory, named_paths, prepare_jax, say, source
+from flora_jax.errors import InputError
+
+Data = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=PATH", help="Trains adapter NAME on a .jsonl(.gz) or Parquet file, "
+                 "a directory of source files or a hub data set; may be repeated."),
+]  # fmt: skip
+
+
+def train(
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="New directory: NAME/ for each adapter, metrics.jsonl, curve.png."),
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="flora, lora, ia3 or hira.")] = None,
+    data: Data = None,
+    validation: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="Held-out data of adapter NAME; may be repeated."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="[default: 1]")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Projections, comma-separated, by name. [default: c_attn]")
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option(help="FLoRA: zero_sum (default), ones or frozen_ones.")
+    ] = None,
+    reduction: Annotated[str | None, typer.Option(help="FLoRA: mean (default) or sum.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA. [default: the rank]")] = None,
+    dropout: Annotated[float | None, typer.Option(help="LoRA. [default: 0]")] = None,
+    steps: Annotated[int | None, typer.Option(help="[default: 1500]")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Rows of a step, split evenly over the adapters. [default: 8]"),
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a row. [default: 512]")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Passes that a step's rows are split into. [default: 1]")
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Peak. [default: flora 8e-3, lora 1e-4, ia3 5e-3, hira 8e-3]"),
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="cosine, linear or constant. [default: cosine]")
+    ] = None,
+    warmup_steps: Annotated[
+        int | None, typer.Option(help="[default: a tenth of the steps, at most 100]")
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="AdamW's, towards zero factors. [default: 0]")
+    ] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="Largest gradient norm of an adapter. [default: 1]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="[default: 0]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the base. [default: float32 on CPU, else bfloat16]")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="The base's weights: int8, int4 or none. [default: none]")
+    ] = None,
+    remat: Annotated[
+        str | None,
+        typer.Option(help="Recompute activations: none, products or full. [default: none]"),
+    ] = None,
+    mesh: Annotated[
+        str | None, typer.Option(help="Devices, as data=2,tensor=4. [default: one device]")
+    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="[default: content, else text]")] = None,
+    max_corrupt: Annotated[
+        float | None, typer.Option(help="Share of unreadable lines that stops. [default: 0.01]")
+    ] = None,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps; also before the first and at the end. [default: 250]")
+    ] = None,
+    eval_windows: Annotated[
+        int | None, typer.Option(help="Rows of validation at most. [default: all]")
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints. [default: 100]")
+    ] = None,
+    keep: Annotated[int | None, typer.Option(help="Checkpoints to keep. [default: 2]")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A .toml or .json file of these options; the command line wins."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT, if any.")
+    ] = False,
+) -> None:
+    """Fine-tunes adapters on a frozen base, any number of them in one run."""
+    given = {name: value for name, value in locals().items() if value is not None}
+    from flora_jax.train.options import make_options, read_file
+
+    values: dict[str, Any] = {} if config is None else read_file(config)
+    for name in ("config", "output", "resume"):
+        given.pop(name, None)
+    for name in ("data", "validation"):
+        if name in given:
+            given[name] = {k: str(path) for k, path in named_paths(given[name], name).items()}
+    options = make_options(values | given)
+    if output is None:
+        raise InputError("output is missing, expected --output DIR")
+    # Read by the hub's clients at import.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    prepare_jax()
+    from flora_jax.train.run import train as run
+
+    folders = run(
+        options, output, resume=resume, source=source(options.model),
+        cache=cache_directory() / "tokens", say=say,
+    )  # fmt: skip
+    for name, folder in folders.items():
+        say(f"{name} -> {folder}")

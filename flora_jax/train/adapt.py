@@ -1,0 +1,178 @@
+"""The jitted step that trains adapters over a frozen base: N of them at once, each on its own rows.
+
+Everything but the forward pass runs per adapter under ``vmap``: its loss, the clip of its gradient,
+its optimizer state. Training N adapters is therefore the same as training each alone on its own
+rows. Knows nothing of files, clocks or names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from flora_jax.adapters import FLoRA
+from flora_jax.adapters.grouped import grouped_hooks
+from flora_jax.starcoder.model import Remat, StarCoder
+from flora_jax.train.loss import frozen_head_nll, token_scores
+from flora_jax.train.step import TrainState
+
+
+class GroupedBatch(NamedTuple):
+    """Rows ``b`` of each of ``N`` adapters: ``tokens [b, N, T + 1]``, the others ``[b, N, T]``.
+
+    Integers are int32, ``mask`` is float32; see :class:`flora_jax.train.data.Batch`.
+    """
+
+    tokens: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+    mask: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """``accumulate`` splits every adapter's rows into so many parts, run one after another."""
+
+    accumulate: int = 1
+    remat: Remat = "none"
+    dropout: float = 0.0
+
+
+def _hidden(
+    model: StarCoder, batch: GroupedBatch, hooks: Any, remat: Remat
+) -> tuple[jax.Array, jax.Array]:
+    """Activations ``[b·N, T, D]`` and targets ``[b·N, T]``."""
+    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), batch)
+    hidden_BTD, _ = model.hidden(
+        flat.tokens[:, :-1], flat.positions, segments_BT=flat.segments, adapters=hooks, remat=remat
+    )
+    return hidden_BTD, flat.tokens[:, 1:]
+
+
+def _per_adapter(values_BT: jax.Array, mask_bNT: jax.Array) -> jax.Array:
+    return jnp.sum(values_BT.reshape(mask_bNT.shape) * mask_bNT, axis=(0, 2))
+
+
+def make_adapter_step(
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    options: StepOptions,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """A jitted ``(state, base, batch, keys_N) → (state, metrics)``; only the state is donated.
+
+    ``state.params`` are an adapter's layers with a leading axis ``N`` on every leaf, ``base`` the
+    model's parameters, which get no gradient and are not copied; ``keys [N]`` seed each adapter's
+    dropout, folded with the step. Metrics are float32: ``loss [N]`` in nats per token, ``grad_norm
+    [N]`` before clipping, and the scalar ``learning_rate``.
+
+    Raises:
+        ValueError: an adapter's rows are no multiple of ``options.accumulate``.
+    """
+
+    def part_loss(
+        layers: Any, base: Any, part: GroupedBatch, keys_N: jax.Array, count_N: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graph, base)
+        hooks = grouped_hooks(layers, keys_N, options.dropout)
+        hidden_BTD, targets_BT = _hidden(model, part, hooks, options.remat)
+        nll_BT = frozen_head_nll(hidden_BTD, model.head(), targets_BT)
+        loss_N = _per_adapter(nll_BT, part.mask) / count_N
+        # No adapter's rows touch another's factors, so the sum's gradient is each one's own.
+        return jnp.sum(loss_N), loss_N
+
+    gradient = jax.value_and_grad(part_loss, has_aux=True)
+
+    def step(
+        state: TrainState, base: Any, batch: GroupedBatch, keys_N: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        parts = options.accumulate
+        if batch.tokens.shape[0] % parts:
+            raise ValueError(
+                f"{batch.tokens.shape[0]} rows an adapter cannot be split into {parts} equal parts"
+            )
+        count_N = jnp.maximum(jnp.sum(batch.mask, axis=(0, 2)), 1.0)
+        keys_N = jax.vmap(lambda key: jax.random.fold_in(key, state.step))(keys_N)
+
+        def one_part(number: jax.Array, part: GroupedBatch) -> tuple[jax.Array, Any]:
+            own_N = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys_N)
+            (_, loss_N), grads = gradient(state.params, base, part, own_N, count_N)
+            return loss_N, grads
+
+        if parts == 1:
+            loss_N, grads = one_part(jnp.int32(0), batch)
+        else:
+            # Every parts-th row makes a part, so that each device keeps its share of every part.
+            cut = jax.tree.map(
+                lambda leaf: jnp.moveaxis(leaf.reshape(-1, parts, *leaf.shape[1:]), 1, 0), batch
+            )
+            start = jnp.zeros_like(count_N), jax.tree.map(jnp.zeros_like, state.params)
+
+            def add(total: Any, numbered: Any) -> tuple[Any, None]:
+                return jax.tree.map(jnp.add, total, one_part(*numbered)), None
+
+            (loss_N, grads), _ = jax.lax.scan(add, start, (jnp.arange(parts), cut))
+        # optax mixes weakly typed scalars with arrays, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
+            norm_N = jax.vmap(optax.tree.norm)(grads)
+            updates, opt_state = jax.vmap(optimizer.update)(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, _hold_frozen(updates))
+            rate = jnp.asarray(schedule(state.step), jnp.float32)
+        new = TrainState(params, opt_state, state.step + 1)
+        return new, {"loss": loss_N, "grad_norm": norm_N, "learning_rate": rate}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def init_adapter_state(layers: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first update; ``layers`` have a leading axis ``N`` on every leaf.
+
+    The optimizer sees one adapter at a time. Takes ownership of ``layers``, which a step donates.
+    """
+    return TrainState(layers, jax.vmap(optimizer.init)(layers), jnp.int32(0))
+
+
+def _hold_frozen(updates: Any) -> Any:
+    """No update, not even weight decay's, for FLoRA's frozen components."""
+
+    def hold(params: Any) -> Any:
+        if not isinstance(params, FLoRA) or not params.frozen:
+            return params
+        return jax.tree.map(lambda leaf: leaf.at[..., : params.frozen, :].set(0.0), params)
+
+    return jax.tree.map(hold, updates, is_leaf=lambda node: isinstance(node, FLoRA))
+
+
+class Scores(NamedTuple):
+    """Sums over an adapter's targets, float32 ``[N]``: nats, right first guesses, targets."""
+
+    nll: jax.Array
+    hits: jax.Array
+    count: jax.Array
+
+
+def make_scorer(graph: nnx.GraphDef) -> Callable[[Any, Any, GroupedBatch], Scores]:
+    """A jitted ``(layers, base, batch) → Scores`` without dropout.
+
+    ``layers`` as in :func:`make_adapter_step`; ``None`` scores the base alone, as one group of rows
+    for each of the batch's.
+    """
+
+    def score(layers: Mapping[str, Any] | None, base: Any, batch: GroupedBatch) -> Scores:
+        model = nnx.merge(graph, base)
+        hooks = None if layers is None else grouped_hooks(layers)
+        hidden_BTD, targets_BT = _hidden(model, batch, hooks, "none")
+        nll_BT, hit_BT = token_scores(hidden_BTD, model.head(), targets_BT)
+        return Scores(
+            _per_adapter(nll_BT, batch.mask),
+            _per_adapter(hit_BT, batch.mask),
+            jnp.sum(batch.mask, axis=(0, 2)),
+        )
+
+    return jax.jit(score)

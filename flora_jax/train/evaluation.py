@@ -1,0 +1,70 @@
+"""Validation of several adapters side by side: loss, perplexity, bits per byte, accuracy."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from flora_jax.train.adapt import GroupedBatch, Scores
+from flora_jax.train.data import Batch, PackedTokens
+from flora_jax.train.loss import bits_per_byte
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Called with the adapters' layers, it gives the measures of each that has validation data.
+
+    ``names`` are all adapters in the order of the layers' leading axis; ``most`` bounds the windows
+    looked at of each; ``piece_bytes [V]`` are the bytes of text that a token stands for.
+    """
+
+    scorer: Callable[[Any, Any, GroupedBatch], Scores]
+    base: Any
+    data: Mapping[str, PackedTokens]
+    names: tuple[str, ...]
+    length: int
+    rows: int
+    most: int | None
+    piece_bytes: np.ndarray
+    place: Callable[[GroupedBatch], GroupedBatch]
+
+    def __call__(self, layers: Any) -> dict[str, dict[str, float]]:
+        """Per name ``loss`` (nats a token), ``perplexity``, ``bits_per_byte`` and ``accuracy``.
+
+        Each target of the windows counts once, whatever the padding.
+        """
+        empty = Batch(
+            np.zeros((self.rows, self.length + 1), np.int32),
+            *(np.zeros((self.rows, self.length), np.int32) for _ in range(2)),
+            np.zeros((self.rows, self.length), np.float32),
+        )
+        streams = [
+            self.data[name].evaluation(self.length, self.rows, self.most)
+            if name in self.data
+            else iter(())
+            for name in self.names
+        ]
+        sums = np.zeros((3, len(self.names)))
+        text_bytes = np.zeros(len(self.names))
+        for own in itertools.zip_longest(*streams, fillvalue=empty):
+            batch = GroupedBatch(*(np.stack(parts, axis=1) for parts in zip(*own)))
+            sums += np.asarray(self.scorer(layers, self.base, self.place(batch)), np.float64)
+            counted = self.piece_bytes[batch.tokens[..., 1:]] * batch.mask
+            text_bytes += counted.sum(axis=(0, 2))
+        result = {}
+        for number, name in enumerate(self.names):
+            if name in self.data:
+                nll, hits, count = sums[:, number]
+                result[name] = {
+                    "loss": nll / count,
+                    "perplexity": math.exp(min(nll / count, 700.0)),
+                    "bits_per_byte": bits_per_byte(nll, text_bytes[number]),
+                    "accuracy": hits / count,
+                    "tokens": int(count),
+                }
+        return result

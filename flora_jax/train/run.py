@@ -1,0 +1,260 @@
+"""One fine-tuning run from its options to adapter folders, resumable at any moment.
+
+Ties the data, the step and the loop to a directory; knows nothing of the command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, match_targets
+from flora_jax.errors import InputError
+from flora_jax.files import require_new, whole_file
+from flora_jax.starcoder.checkpoint import describe, load_model
+from flora_jax.starcoder.config import StarCoderConfig
+from flora_jax.starcoder.sharding import make_mesh
+from flora_jax.starcoder.sources import resolve
+from flora_jax.starcoder.tokenizer import load_tokenizer
+from flora_jax.train.adapt import (
+    GroupedBatch,
+    StepOptions,
+    init_adapter_state,
+    make_adapter_step,
+    make_scorer,
+)
+from flora_jax.train.data import PackedTokens
+from flora_jax.train.evaluation import Evaluator
+from flora_jax.train.loop import LoopOptions, run_loop
+from flora_jax.train.options import TrainOptions
+from flora_jax.train.results import write_results
+from flora_jax.train.step import warmup_then
+from flora_jax.train.tokens import piece_bytes, tokenize
+
+CONFIG, DATA = "config.json", "data.json"
+# What a resumed run may change: none of it touches the result.
+_FREE = ("keep", "save_every")
+
+
+def train(
+    options: TrainOptions,
+    output: Path,
+    *,
+    resume: bool = False,
+    source: str | None = None,
+    cache: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Path]:
+    """Trains one adapter for each entry of ``options.data``; their folders by name.
+
+    Args:
+        options: of the run; saved as ``output/config.json``.
+        output: new or empty, or with ``resume`` the directory of a run with the same options.
+        resume: go on from the newest checkpoint, or start where there is none.
+        source: where the model is, if not at ``options.model``.
+        cache: where tokenised data is kept between runs.
+        say: takes notes for the user, a line each.
+
+    Raises:
+        InputError: anything in the options, the data or the model that does not fit.
+        NonFiniteLossError: training diverged.
+    """
+    _claim(options, output, resume)
+    folders = {name: output / name for name in options.data}
+    if (output / DATA).exists() and all(folder.exists() for folder in folders.values()):
+        say(f"{output}: this run is finished, nothing to do")
+        return folders
+    directory = resolve(source or options.model)
+    config = describe(directory).config
+    if options.seq_len > config.n_positions:
+        raise InputError(
+            f"seq_len is {options.seq_len}, the model's context has {config.n_positions} positions"
+        )
+    match_targets(options.targets)
+    tokenizer = load_tokenizer(directory, config.vocab_size)
+    if tokenizer is None or not config.eos_token_ids:
+        raise InputError(f"{directory}: training needs a tokenizer and an end token, found neither")
+    prepare = functools.partial(
+        tokenize, tokenizer=tokenizer, end_id=config.eos_token_ids[0], cache=cache,
+        column=options.text_column, max_corrupt=options.max_corrupt,
+    )  # fmt: skip
+    training = {name: prepare(path) for name, path in options.data.items()}
+    validation = {name: prepare(path) for name, path in options.validation.items()}
+    _remember_data(output, training, validation, say)
+
+    mesh = _mesh(options)
+    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    quantize = None if options.quantize == "none" else options.quantize
+    model = load_model(directory, dtype, mesh=mesh, **({} if quantize is None else {"quantize": quantize}))
+    schedule = warmup_then(options.schedule, options.rate, options.steps, options.warmup)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(options.clip),
+        optax.adamw(schedule, weight_decay=options.weight_decay),
+    )
+    keys = {name: adapter_key(options.seed, name) for name in options.data}
+    fresh = [_fresh(options, config, key) for key in keys.values()]
+    layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one.layers for one in fresh))
+    with jax.numpy_dtype_promotion("standard"):
+        state = init_adapter_state(layers, optimizer)
+    if mesh is not None:
+        state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    dropout_N = jnp.stack([jax.random.fold_in(key, 1) for key in keys.values()])
+    step = make_adapter_step(
+        model.graph, optimizer, schedule,
+        StepOptions(options.accumulate, options.remat, options.dropout),
+    )  # fmt: skip
+    place = functools.partial(_place, mesh=mesh)
+    packed = {name: found for name, (found, _) in training.items()}
+    evaluator = Evaluator(
+        make_scorer(model.graph), model.params,
+        {name: found for name, (found, _) in validation.items()},
+        tuple(options.data), options.seq_len, options.rows, options.eval_windows,
+        piece_bytes(tokenizer), place,
+    )  # fmt: skip
+
+    def batch_at(number: int) -> GroupedBatch:
+        own = [
+            found.batch(number, options.rows, options.seq_len, options.seed)
+            for found in packed.values()
+        ]
+        return place(GroupedBatch(*(np.stack(parts, axis=1) for parts in zip(*own))))
+
+    def blame(number: int, entry: int) -> str:
+        name = list(packed)[entry]
+        documents = packed[name].documents_of(number, options.rows, options.seq_len, options.seed)
+        return f"adapter {name}, batch of {', '.join(documents)}"
+
+    def log_line(measured: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        line = {name: float(np.mean(value)) for name, value in measured.items()}
+        if len(packed) == 1:
+            return line
+        losses = dict(zip(packed, map(float, measured["loss"]), strict=True))
+        return line | {"losses": losses}
+
+    state = run_loop(
+        state,
+        lambda state, batch: step(state, model.params, batch, dropout_N),
+        batch_at,
+        output,
+        LoopOptions(
+            steps=options.steps, save_seconds=float("inf"), save_every=options.save_every,
+            evaluate_every=options.eval_every, evaluate_first=True, keep=options.keep,
+        ),
+        tokens_per_batch=options.batch_size * options.seq_len,
+        evaluate=evaluator if validation else None,
+        describe=log_line,
+        blame=blame,
+    )  # fmt: skip
+    adapters = {
+        name: dataclasses.replace(
+            fresh[number], layers=jax.tree.map(lambda leaf, n=number: leaf[n], state.params)
+        )
+        for number, name in enumerate(packed)
+    }
+    write_results(options, output, adapters, folders)
+    return folders
+
+
+def adapter_key(seed: int, name: str) -> jax.Array:
+    """Depends on the adapter's own name, so that its company does not change how it starts."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
+
+
+def _fresh(options: TrainOptions, config: StarCoderConfig, key: jax.Array) -> ModelAdapter:
+    given = {name: getattr(options, name) for name in ("init", "reduction", "alpha")}
+    adapter = init_adapter(
+        key, options.kind, config.projections(), config.n_layer, rank=options.rank,
+        targets=match_targets(options.targets),
+        **{name: value for name, value in given.items() if value is not None},
+    )  # fmt: skip
+    settings: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if options.kind == "lora":
+        settings["lora_dropout"] = options.dropout
+    if options.kind == "flora":
+        settings["init"] = options.init or "zero_sum"
+    return dataclasses.replace(adapter, settings=settings)
+
+
+def _mesh(options: TrainOptions) -> Mesh | None:
+    data, tensor = options.devices()
+    if options.mesh is None:
+        return None
+    if data * tensor > jax.device_count():
+        raise InputError(
+            f"mesh {options.mesh} needs {data * tensor} devices, found {jax.device_count()}"
+        )
+    return make_mesh(data, tensor)
+
+
+def _place(batch: GroupedBatch, *, mesh: Mesh | None) -> GroupedBatch:
+    """Rows over the mesh's axis "data". Every process gives the rows of the devices it has."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, batch)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(rows, leaf), batch)
+
+
+def _claim(options: TrainOptions, output: Path, resume: bool) -> None:
+    """Saves the options in a new directory, or compares them with the run's that is there."""
+    saved = output / CONFIG
+    if not resume or not saved.exists():
+        require_new(output)
+        output.mkdir(parents=True, exist_ok=True)
+    else:
+        before, now = json.loads(saved.read_text()), json.loads(options.model_dump_json())
+        for name in sorted(before.keys() | now.keys()):
+            if name not in _FREE and before.get(name) != now.get(name):
+                raise InputError(
+                    f"{saved}: the run to resume has {name} {before.get(name)!r}, now "
+                    f"{now.get(name)!r}"
+                )
+    with whole_file(saved) as file:
+        file.write(options.model_dump_json(indent=1) + "\n")
+
+
+Tokenized = Mapping[str, tuple[PackedTokens, list[str]]]
+
+
+def _remember_data(
+    output: Path, training: Tokenized, validation: Tokenized, say: Callable[[str], None]
+) -> None:
+    """Saves what was read, or checks that it is what the run to resume read."""
+    found = {
+        split: {
+            name: {
+                "documents": len(packed.starts),
+                "tokens": len(packed.tokens),
+                "text_bytes": packed.text_bytes,
+                "sha256": hashlib.sha256(np.ascontiguousarray(packed.tokens)).hexdigest(),
+                "skipped": skipped,
+            }
+            for name, (packed, skipped) in tokenized.items()
+        }
+        for split, tokenized in (("training", training), ("validation", validation))
+    }
+    saved = output / DATA
+    if saved.exists():
+        before = json.loads(saved.read_text())
+        for split, entries in found.items():
+            for name, entry in entries.items():
+                if before[split][name]["sha256"] != entry["sha256"]:
+                    raise InputError(f"{saved}: {split} data of {name!r} are not what they were")
+    for split, tokenized in (("data", training), ("validation", validation)):
+        for name, (packed, skipped) in tokenized.items():
+            say(f"{split} {name}: {len(packed.starts):,} documents, {len(packed.tokens):,} tokens")
+            for line in skipped:
+                say(f"{split} {name}: skipped {line}")
+    with whole_file(saved) as file:
+        file.write(json.dumps(found, indent=1) + "\n")
