@@ -10,7 +10,7 @@ from flora_jax.adapters.hira import HiRA
 from flora_jax.adapters.ia3 import IA3
 from flora_jax.adapters.kind import Components, Kind, apply_vmap, stack
 from flora_jax.adapters.lora import LoRA
-from flora_jax.adapters.product import apply
+from flora_jax.adapters.product import Weight, apply
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (lora.KIND, flora.KIND, ia3.KIND, hira.KIND)}
 _KIND_OF = {kind.type: kind for kind in KINDS.values()}
@@ -22,7 +22,7 @@ def kind_of(params: Any) -> Kind:
 
 
 def _apply_uniform(
-    params: Any, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+    params: Any, x_BTI: jax.Array, W_IO: Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     """Factors without a batch axis are one adapter's, shared by every row."""
     kind = kind_of(params)

@@ -101,7 +101,7 @@ def _factors(params: FLoRA) -> tuple[jax.Array, jax.Array]:
 
 
 def apply(
-    params: FLoRA, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+    params: FLoRA, x_BTI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     """Eq. 6 with one adapter per row: ``[B, T, O]`` in the dtype of ``x``; the bias comes after."""
     check_shapes("flora.apply", x_BTI=x_BTI, W_IO=W_IO, B_BRI=params.B_RI, A_BRO=params.A_RO)
@@ -110,7 +110,7 @@ def apply(
 
 
 def apply_one(
-    params: FLoRA, x_TI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+    params: FLoRA, x_TI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     """One example (Eq. 5): ``[T, O]``."""
     y_TO = multiplicative.apply_one(*_factors(params), x_TI, W_IO)
@@ -118,7 +118,7 @@ def apply_one(
 
 
 def merge(
-    params: FLoRA, W_IO: jax.Array, bias_O: jax.Array | None = None
+    params: FLoRA, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
     """The explicit ``W_i`` (Eq. 4) in the dtype of ``W``, and the unchanged bias."""
     return multiplicative.merge(*_factors(params), W_IO), bias_O

@@ -75,7 +75,7 @@ def builds_weight(params: Any, tokens: int) -> bool:
 
 @product.apply.register
 def _apply_grouped(
-    adapter: Grouped, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+    adapter: Grouped, x_BTI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     many = jax.tree.leaves(adapter.params)[0].shape[0]
     rows, tokens, inputs = x_BTI.shape
@@ -106,7 +106,7 @@ def _apply_grouped(
 
 
 def _explicit(
-    params: FLoRA | HiRA, x_XI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None
+    params: FLoRA | HiRA, x_XI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None
 ) -> jax.Array:
     # Checkpointed: the explicit weights of all layers would otherwise live until the backward pass.
     @jax.checkpoint
@@ -120,7 +120,7 @@ def _explicit(
 def _dropped(
     params: LoRA,
     x_XI: jax.Array,
-    W_IO: jax.Array,
+    W_IO: product.Weight,
     bias_O: jax.Array | None,
     key: jax.Array,
     dropout: float,

@@ -39,7 +39,7 @@ def _with_ones(factor: jax.Array) -> jax.Array:
 
 
 def apply(
-    params: HiRA, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+    params: HiRA, x_BTI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     """``x W + Σ_r up_r ∘ ((x ∘ down_r) W) + bias`` with one adapter per row: ``[B, T, O]``."""
     check_shapes("hira.apply", x_BTI=x_BTI, W_IO=W_IO, down_BRI=params.down_RI, up_BRO=params.up_RO)
@@ -48,7 +48,7 @@ def apply(
 
 
 def apply_one(
-    params: HiRA, x_TI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+    params: HiRA, x_TI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     """One example: ``[T, O]``."""
     pre, post = _with_ones(params.down_RI), _with_ones(params.up_RO)
@@ -56,7 +56,7 @@ def apply_one(
 
 
 def merge(
-    params: HiRA, W_IO: jax.Array, bias_O: jax.Array | None = None
+    params: HiRA, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
     """The explicit ``W_i`` in the dtype of ``W``, and the unchanged bias."""
     pre, post = _with_ones(params.down_RI), _with_ones(params.up_RO)

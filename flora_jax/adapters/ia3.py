@@ -16,6 +16,7 @@ import numpy as np
 from flora_jax.adapters import product
 from flora_jax.adapters.kind import Components, Kind, ones, zeros
 from flora_jax.adapters.multiplicative import scale_inputs
+from flora_jax.adapters.quantized import dequantize
 from flora_jax.shapes import check_shapes
 
 Side = Literal["output", "input"]
@@ -50,7 +51,7 @@ def init(
 
 
 def apply(
-    params: IA3, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+    params: IA3, x_BTI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     """One adapter per row: ``[B, T, O]`` in the dtype of ``x``."""
     if params.side == "input":
@@ -63,7 +64,7 @@ def apply(
 
 
 def apply_one(
-    params: IA3, x_TI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+    params: IA3, x_TI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     """One example: ``[T, O]``."""
     if params.side == "input":
@@ -74,11 +75,11 @@ def apply_one(
 
 
 def merge(
-    params: IA3, W_IO: jax.Array, bias_O: jax.Array | None = None
+    params: IA3, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
     """The explicit weight in the dtype of ``W``; an output's scale goes into the bias as well."""
     factor = params.l.astype(jnp.float32)
-    wide_IO = W_IO.astype(jnp.float32)
+    wide_IO = dequantize(W_IO, jnp.float32)
     if params.side == "input":
         return (wide_IO * factor[:, None]).astype(W_IO.dtype), bias_O
     if bias_O is not None:

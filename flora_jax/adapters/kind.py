@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax.adapters.product import Weight
+
 
 @dataclasses.dataclass(frozen=True)
 class Components:
@@ -51,7 +53,7 @@ class Kind(NamedTuple):
 
 
 def apply_vmap(
-    kind: Kind, params: Any, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+    kind: Kind, params: Any, x_BTI: jax.Array, W_IO: Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     """``kind.apply`` written as ``jax.vmap`` of ``kind.apply_one``: ``[B, T, O]``."""
     return jax.vmap(kind.apply_one, in_axes=(0, 0, None, None))(params, x_BTI, W_IO, bias_O)

@@ -15,6 +15,7 @@ import numpy as np
 
 from flora_jax.adapters import product
 from flora_jax.adapters.kind import Components, Kind, ones, uniform_fan_in
+from flora_jax.adapters.quantized import dequantize
 from flora_jax.shapes import check_shapes
 
 
@@ -44,7 +45,7 @@ def init(
 
 
 def apply(
-    params: LoRA, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+    params: LoRA, x_BTI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     """``x W + scale · (x downᵀ) up + bias`` with one adapter per row; ``[B, T, O]``, dtype of ``x``."""
     check_shapes("lora.apply", x_BTI=x_BTI, W_IO=W_IO, down_BRI=params.down_RI, up_BRO=params.up_RO)
@@ -58,7 +59,7 @@ def apply(
 
 
 def apply_one(
-    params: LoRA, x_TI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+    params: LoRA, x_TI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     """One example: ``[T, O]``."""
     h_TR = x_TI.astype(jnp.float32) @ params.down_RI.astype(jnp.float32).T
@@ -67,11 +68,11 @@ def apply_one(
 
 
 def merge(
-    params: LoRA, W_IO: jax.Array, bias_O: jax.Array | None = None
+    params: LoRA, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
     """The explicit ``W_i`` in the dtype of ``W``, and the unchanged bias."""
     delta_IO = params.down_RI.astype(jnp.float32).T @ params.up_RO.astype(jnp.float32)
-    return (W_IO.astype(jnp.float32) + params.scale * delta_IO).astype(W_IO.dtype), bias_O
+    return (dequantize(W_IO, jnp.float32) + params.scale * delta_IO).astype(W_IO.dtype), bias_O
 
 
 def components(params: LoRA, inputs: int, outputs: int) -> Components:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flora_jax.adapters.product import product
+from flora_jax.adapters.product import Weight, product
+from flora_jax.adapters.quantized import dequantize
 
 
 def scale_inputs(x_xI: jax.Array, pre_xI: jax.Array) -> jax.Array:
@@ -18,14 +19,14 @@ def scale_inputs(x_xI: jax.Array, pre_xI: jax.Array) -> jax.Array:
 
 
 def apply_batch(
-    pre_BRI: jax.Array, post_BRO: jax.Array, x_BTI: jax.Array, W_IO: jax.Array
+    pre_BRI: jax.Array, post_BRO: jax.Array, x_BTI: jax.Array, W_IO: Weight
 ) -> jax.Array:
     """Each row under its own components: float32 ``[B, T, O]`` by one product of ``B·R·T`` rows."""
     y_BRTO = product(scale_inputs(x_BTI[:, None], pre_BRI[:, :, None]), W_IO)
     return jnp.einsum("brto,bro->bto", y_BRTO, post_BRO.astype(jnp.float32))
 
 
-def apply_one(pre_RI: jax.Array, post_RO: jax.Array, x_TI: jax.Array, W_IO: jax.Array) -> jax.Array:
+def apply_one(pre_RI: jax.Array, post_RO: jax.Array, x_TI: jax.Array, W_IO: Weight) -> jax.Array:
     """One example, component by component: float32 ``[T, O]``. The body of the ``vmap`` form."""
 
     def component(pre_I: jax.Array, post_O: jax.Array) -> jax.Array:
@@ -35,7 +36,7 @@ def apply_one(pre_RI: jax.Array, post_RO: jax.Array, x_TI: jax.Array, W_IO: jax.
     return jnp.sum(jax.vmap(component)(pre_RI, post_RO), axis=0)
 
 
-def merge(pre_RI: jax.Array, post_RO: jax.Array, W_IO: jax.Array) -> jax.Array:
+def merge(pre_RI: jax.Array, post_RO: jax.Array, W_IO: Weight) -> jax.Array:
     """``W ∘ Σ_r pre_r post_rᵀ`` in the dtype of ``W``; about ``2·R·I·O`` operations."""
     factor_IO = jnp.einsum("ri,ro->io", pre_RI.astype(jnp.float32), post_RO.astype(jnp.float32))
-    return (W_IO.astype(jnp.float32) * factor_IO).astype(W_IO.dtype)
+    return (dequantize(W_IO, jnp.float32) * factor_IO).astype(W_IO.dtype)

@@ -46,7 +46,8 @@ def write_adapter(
     The folder is written beside its place and renamed. ``base_model_name_or_path`` replaces the
     adapter's own setting; ``card`` is the folder's README.md. PEFT 0.21 ignores a HiRA's
     ``rank_pattern``: it refuses a HiRA written here with ranks that differ between modules, and loads
-    every other folder of its kinds. A LoRA scale that is not exactly ``alpha/r`` for any alpha is written as its nearest neighbour.
+    every other folder of its kinds. A LoRA scale that is not exactly ``alpha/r`` for any alpha is
+    written as its nearest neighbour.
 
     Raises:
         InputError: the folder exists and is not empty.

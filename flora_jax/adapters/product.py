@@ -10,11 +10,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from flora_jax.adapters.quantized import Quantized, matmul
+
+PRODUCT = "product"
+# What stands as a base weight [I, O] in every function of a kind.
+Weight = jax.Array | Quantized
 
 
-def product(x_xI: jax.Array, W_IO: jax.Array) -> jax.Array:
-    """``x @ W`` over the last axis of ``x``, accumulated and returned in float32."""
-    return jnp.matmul(x_xI, W_IO, preferred_element_type=jnp.float32)
+def product(x_xI: jax.Array, W_IO: Weight) -> jax.Array:
+    """``x @ W`` over the last axis of ``x``, accumulated and returned in float32.
+
+    A quantised weight gets no gradient. The result is named :data:`PRODUCT` for policies of
+    rematerialisation.
+    """
+    if isinstance(W_IO, Quantized):
+        return checkpoint_name(matmul(x_xI, W_IO), PRODUCT)
+    y_xO = jnp.matmul(x_xI, W_IO, preferred_element_type=jnp.float32)
+    return checkpoint_name(y_xO, PRODUCT)
 
 
 def finish(y_xO: jax.Array, bias_O: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
@@ -26,7 +40,7 @@ def finish(y_xO: jax.Array, bias_O: jax.Array | None, dtype: jnp.dtype) -> jax.A
 
 @singledispatch
 def apply(
-    adapter: Any, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+    adapter: Any, x_BTI: jax.Array, W_IO: Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     """A projection under an adapter: ``[B, T, I] → [B, T, O]`` in the dtype of ``x``.
 
@@ -40,6 +54,6 @@ def apply(
 
 @apply.register
 def _base(
-    adapter: None, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+    adapter: None, x_BTI: jax.Array, W_IO: Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     return finish(product(x_BTI, W_IO), bias_O, x_BTI.dtype)

@@ -132,7 +132,7 @@ def _bias_change(
 
 @product.apply.register
 def _apply_ragged(
-    adapter: Ragged, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+    adapter: Ragged, x_BTI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     bank, pairs = adapter.bank, adapter.pairs
     batch, tokens, _ = x_BTI.shape
@@ -165,7 +165,7 @@ def _apply_ragged(
 
 @product.apply.register
 def _apply_one_row(
-    adapter: OneRow, x_BTI: jax.Array, W_IO: jax.Array, bias_O: jax.Array | None = None
+    adapter: OneRow, x_BTI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     bank, own = adapter.bank, adapter.own
     if x_BTI.shape[0] != 1:

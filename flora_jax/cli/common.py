@@ -36,17 +36,22 @@ def source(model: str) -> str:
     return str(ASSETS / "mini") if model == "mini" else model
 
 
-def named_paths(values: list[str], option: str, form: str = "NAME=PATH") -> dict[str, Path]:
-    """The values of an option that is repeated as ``form``."""
-    named: dict[str, Path] = {}
+def named_values(values: list[str], option: str, form: str = "NAME=PATH") -> dict[str, str]:
+    """The values of an option that is repeated as ``form``, as they were written."""
+    named: dict[str, str] = {}
     for value in values:
         name, equals, path = value.partition("=")
         if not (name and equals and path):
             raise InputError(f"--{option} is {value!r}, expected {form}")
         if name in named:
             raise InputError(f"--{option} {name}: the name is given twice")
-        named[name] = Path(path)
+        named[name] = path
     return named
+
+
+def named_paths(values: list[str], option: str, form: str = "NAME=PATH") -> dict[str, Path]:
+    """The same as paths."""
+    return {name: Path(path) for name, path in named_values(values, option, form).items()}
 
 
 def read_adapters(directories: dict[str, Path], config: Any) -> dict[str, ModelAdapter]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -12,7 +12,7 @@ from flora_jax.cli.common import (
     MODEL_HELP,
     dtype_of,
     lines,
-    named_directories,
+    named_paths,
     prepare_jax,
     progress,
     read_adapters,
@@ -39,20 +39,23 @@ def generate(
         str | None,
         typer.Option(help="float32, bfloat16 or float16 [default: float32 on CPU, else its own]."),
     ] = None,
+    quantize: Annotated[
+        str, typer.Option(help="int8, int4 or none: the base in 8 or 4 bits, the rest as it is.")
+    ] = "none",
     batch_size: Annotated[int, typer.Option(help="Rows of a batch, 1 to 64.")] = 16,
 ) -> None:
     """Completes every request of a file, each with its own adapter, settings and seed."""
     from flora_jax.serve.request import Defaults, parse_requests
-    from flora_jax.serve.tokenizer import load_tokenizer
     from flora_jax.starcoder.checkpoint import describe, load_model
     from flora_jax.starcoder.sources import resolve
+    from flora_jax.starcoder.tokenizer import load_tokenizer
 
     defaults = Defaults(max_tokens, temperature, top_k, top_p)
     if not 0 <= seed < 2**32:
         raise InputError(f"--seed is {seed}, expected 0 to 2^32 - 1")
     if not 1 <= batch_size <= 64:
         raise InputError(f"--batch-size is {batch_size}, expected 1 to 64")
-    directories = named_directories(adapter or [])
+    directories = named_paths(adapter or [], "adapter", "NAME=DIR")
     if not input.is_file():
         raise InputError(f"{input}: no such file")
     if not output.absolute().parent.is_dir() or (output.exists() and not output.is_file()):
@@ -61,6 +64,8 @@ def generate(
         raise InputError(f"{output}: --output is the file of --input")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype is {dtype!r}, expected float32, bfloat16 or float16")
+    if quantize not in ("none", "int8", "int4"):
+        raise InputError(f"--quantize is {quantize!r}, expected int8, int4 or none")
     directory = resolve(source(model))
     config = describe(directory).config
     tokenizer = load_tokenizer(directory, config.vocab_size)
@@ -77,7 +82,9 @@ def generate(
     prepare_jax()
     from flora_jax.serve.generate import Generator
 
-    loaded = load_model(directory, dtype_of(dtype))
+    loaded = load_model(
+        directory, dtype_of(dtype), quantize=None if quantize == "none" else cast(Any, quantize)
+    )
     generator = Generator(loaded, adapters, tokenizer=tokenizer, rows=batch_size, seed=seed)
     started, tokens = time.perf_counter(), 0
     with whole_file(output) as file, progress(len(requests)) as advance:

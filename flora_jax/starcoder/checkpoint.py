@@ -9,14 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from flora_jax.adapters.quantized import Method, Quantized
 from flora_jax.files import whole_directory
 from flora_jax.starcoder import orbax_io
 from flora_jax.starcoder.config import StarCoderConfig
@@ -33,6 +34,7 @@ from flora_jax.starcoder.describe import (
 )
 from flora_jax.starcoder.hf_names import HFTensor, hf_tensors, match_tensors
 from flora_jax.starcoder.model import Model, abstract_model
+from flora_jax.starcoder.quantize import quantize_abstract, quantizer
 from flora_jax.starcoder.sharding import named_leaves
 from flora_jax.starcoder.sharding import shardings as mesh_shardings
 from flora_jax.starcoder.sources import copy_companions, resolve
@@ -40,6 +42,7 @@ from flora_jax.starcoder.tensor_files import (
     FLOATS,
     CheckpointError,
     read_array,
+    stored_dtype,
     stored_tensors,
     write_safetensors,
 )
@@ -48,7 +51,12 @@ __all__ = ["CheckpointError", "Description", "describe", "load_model", "save_hf"
 
 
 def load_model(
-    source: Source, dtype: Any = None, *, mesh: Mesh | None = None, shardings: Any = None
+    source: Source,
+    dtype: Any = None,
+    *,
+    quantize: Method | None = None,
+    mesh: Mesh | None = None,
+    shardings: Any = None,
 ) -> Model:
     """The model of a Hugging Face directory, a directory of :func:`save_orbax`, or a hub id.
 
@@ -58,49 +66,74 @@ def load_model(
     Args:
         source: where the checkpoint is.
         dtype: of all parameters: float32, bfloat16 or float16; None for config.json's.
+        quantize: "int8" or "int4" quantises the projections' kernels as they are read, from the
+            precision in which they are stored (:mod:`flora_jax.starcoder.quantize`).
         mesh: places every parameter by :func:`flora_jax.starcoder.sharding.shardings`.
         shardings: instead of ``mesh``, a tree like ``Model.params`` with a sharding at every leaf.
 
     Raises:
         CheckpointError: not a checkpoint; another architecture; a damaged file; tensors missing,
             unexpected, mis-shaped or not floating point; values too large for ``dtype``.
+        InputError: ``quantize`` is another word, or int4 cannot take a kernel's number of inputs.
     """
+    if quantize not in (None, *get_args(Method)):
+        raise CheckpointError(f"quantize is {quantize!r}, expected 'int8', 'int4' or None")
     directory = resolve(source)
     config = read_config(directory)
     wanted = parameter_dtype(dtype, config)
-    abstract = abstract_model(config, wanted)
+    dense = abstract_model(config, wanted)
+    abstract = dense if quantize is None else quantize_abstract(dense, quantize)
     if mesh is not None:
         if shardings is not None:
             raise CheckpointError("load_model: mesh and shardings are both given, expected one")
         shardings = mesh_shardings(abstract, mesh)
     leaves, structure = named_leaves(abstract.params)
-    placed = dict(zip(leaves, jax.tree.leaves(shardings), strict=True)) if shardings else None
+    placed = dict(zip(leaves, _places(shardings), strict=True)) if shardings else {}
+    convert = {
+        path: quantizer(leaf.method, leaf.dtype.name, placed.get(path))
+        for path, leaf in leaves.items()
+        if isinstance(leaf, Quantized)
+    }
+    # A weight lies where its values will, until it is quantised.
+    first = {path: at.values if path in convert else at for path, at in placed.items()}
     if is_ours(directory):
         device = SingleDeviceSharding(jax.local_devices()[0])
         arrays = orbax_io.restore_params(
             directory / "params",
             {path: leaf.shape for path, leaf in leaves.items()},
             wanted,
-            placed or dict.fromkeys(leaves, device),
+            first or dict.fromkeys(leaves, device),
+            convert,
         )
     else:
-        arrays = _load_hf(directory, config, wanted, placed or {})
+        arrays = _load_hf(directory, config, wanted, first, convert)
     params = jax.tree.unflatten(structure, [arrays[path] for path in leaves])
     return Model(config, abstract.graph, params)
 
 
+def _places(shardings: Any) -> list[Any]:
+    return jax.tree.leaves(shardings, is_leaf=lambda place: isinstance(place, Quantized))
+
+
 def _load_hf(
-    directory: Path, config: StarCoderConfig, dtype: np.dtype, placed: dict[str, Any]
-) -> dict[str, jax.Array]:
+    directory: Path,
+    config: StarCoderConfig,
+    dtype: np.dtype,
+    placed: Mapping[str, Any],
+    convert: Mapping[str, Callable[[jax.Array], Any]],
+) -> dict[str, Any]:
     table = hf_tensors(config)
     stored = match_tensors(directory, stored_tensors(directory), config)
-    arrays = {}
-    for path in sorted(table, key=lambda path: -math.prod(table[path].shape)):
-        host = read_array(stored[path], dtype, table[path].transposed)
-        arrays[path] = jax.device_put(host, placed.get(path))
+
+    def load(path: str) -> Any:
+        own = stored_dtype(stored[path].dtype) if path in convert else dtype
+        host = read_array(stored[path], own, table[path].transposed)
+        array = jax.device_put(host, placed.get(path))
         # A transfer still under way would keep the host's copy beside the next one's.
-        arrays[path].block_until_ready()
-    return arrays
+        return jax.block_until_ready(convert[path](array) if path in convert else array)
+
+    by_size = sorted(table, key=lambda path: -math.prod(table[path].shape))
+    return {path: load(path) for path in by_size}
 
 
 def save_hf(
@@ -184,6 +217,10 @@ def _checked_leaves(model: Model) -> dict[str, jax.Array]:
     }
     for path in expected.keys() | leaves.keys():
         leaf = leaves.get(path)
+        if isinstance(leaf, Quantized):
+            raise CheckpointError(
+                f"save: parameter {path} is {leaf.method}, expected full precision"
+            )
         found = None if leaf is None else (leaf.shape, np.dtype(leaf.dtype))
         if found is None or found[0] != expected.get(path) or found[1] not in FLOATS[:3]:
             seen = "missing" if found is None else f"{found[1]} of shape {found[0]}"

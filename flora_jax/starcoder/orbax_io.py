@@ -6,7 +6,7 @@ Knows nothing of Hugging Face or of configurations. Orbax is imported when first
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.errors import listing
-from flora_jax.starcoder.tensor_files import FLOATS, CheckpointError
+from flora_jax.starcoder.tensor_files import FLOATS, CheckpointError, stored_dtype
 
 
 def save_params(arrays: Mapping[str, jax.Array], directory: Path) -> None:
@@ -31,8 +31,11 @@ def restore_params(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: np.dtype,
     shardings: Mapping[str, Any],
-) -> dict[str, jax.Array]:
+    convert: Mapping[str, Callable[[jax.Array], Any]] | None = None,
+) -> dict[str, Any]:
     """Arrays by dotted path in ``dtype``, each straight into its sharding.
+
+    Those in ``convert`` are restored as they are stored (float64 as float32) and converted at once.
 
     Raises:
         CheckpointError: the directory is damaged; its parameters are not exactly ``shapes`` (all
@@ -41,6 +44,7 @@ def restore_params(
     import orbax.checkpoint as ocp
 
     directory = directory.absolute()
+    convert = {} if convert is None else convert
     with ocp.PyTreeCheckpointer() as checkpointer:
         try:
             metadata = checkpointer.metadata(directory).item_metadata
@@ -48,11 +52,13 @@ def restore_params(
         except Exception as error:
             raise _unreadable(directory, error) from None
         _check(directory, found, shapes)
-        restored: dict[str, jax.Array] = {}
+        restored: dict[str, Any] = {}
         for paths in _batches(shapes, dtype.itemsize):
             arguments = {
                 path: ocp.ArrayRestoreArgs(
-                    dtype=dtype, sharding=shardings[path], global_shape=shapes[path]
+                    dtype=stored_dtype(found[path].dtype) if path in convert else dtype,
+                    sharding=shardings[path],
+                    global_shape=shapes[path],
                 )
                 for path in paths
             }
@@ -67,10 +73,11 @@ def restore_params(
                 )
             except Exception as error:
                 raise _unreadable(directory, error) from None
-            restored |= _flat(part)
+            for path, array in _flat(part).items():
+                restored[path] = convert[path](array) if path in convert else array
     overflows = jax.jit(lambda array: jnp.isinf(array).any())
     for path, array in restored.items():
-        narrows = dtype == np.float16 and found[path].dtype != dtype
+        narrows = dtype == np.float16 and found[path].dtype != dtype and path not in convert
         if narrows and bool(overflows(array)):
             raise CheckpointError(f"{directory}: {path} has values too large for {dtype}")
     return restored

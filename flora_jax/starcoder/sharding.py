@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from flora_jax.adapters.quantized import Quantized
 from flora_jax.starcoder.model import Model
 
 # A parameter's path, "*" for any one part, and one logical axis for each of its dimensions. As in
@@ -62,9 +63,12 @@ def make_mesh(data: int, tensor: int) -> Mesh:
 def named_leaves(params: Any) -> tuple[dict[str, Any], Any]:
     """Leaves by dotted path (``h.0.attn.c_attn.kernel``), in order, and the tree's structure.
 
+    A quantised weight is one leaf.
     ``jax.tree.unflatten(structure, values)`` takes values in the same order.
     """
-    flat, structure = jax.tree_util.tree_flatten_with_path(params)
+    flat, structure = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda leaf: isinstance(leaf, Quantized)
+    )
     return {_dotted(path): leaf for path, leaf in flat}, structure
 
 
@@ -105,13 +109,16 @@ def partition_specs(
             message has the parameter's path.
     """
     leaves, structure = named_leaves(params)
-    specs = []
+    specs: list[Any] = []
     for name, leaf in leaves.items():
         axes = logical_axes(name, len(leaf.shape), rules)
         unknown = [axis for axis in axes if axis not in mesh_axes]
         if unknown:
             raise ValueError(f"sharding: {name} has the logical axis {unknown[0]!r}, unknown here")
-        specs.append(PartitionSpec(*(mesh_axes[axis] for axis in axes)))
+        spec = PartitionSpec(*(mesh_axes[axis] for axis in axes))
+        # The values and scales of a quantised weight have its axes, on the inputs shorter ones.
+        is_quantised = isinstance(leaf, Quantized)
+        specs.append(jax.tree.map(lambda _, spec=spec: spec, leaf) if is_quantised else spec)
     return jax.tree.unflatten(structure, specs)
 
 

@@ -63,6 +63,11 @@ class StoredTensor:
             yield start, self.read(start * row, stop * row).reshape(stop - start, *rest)
 
 
+def stored_dtype(dtype: Any) -> np.dtype:
+    """The dtype in which to hold a stored tensor as it is: its own, of float64 the half."""
+    return np.dtype(np.float32) if np.dtype(dtype) == np.float64 else np.dtype(dtype)
+
+
 def read_array(stored: StoredTensor, dtype: np.dtype, transposed: bool) -> np.ndarray:
     """The whole tensor in ``dtype``, its two axes exchanged if ``transposed``.
 
