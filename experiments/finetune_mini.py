@@ -134,7 +134,7 @@ class Windows(NamedTuple):
 
     nll: np.ndarray
     hits: np.ndarray
-    count: np.ndarray
+    targets: np.ndarray
     text: np.ndarray
 
 
@@ -173,7 +173,7 @@ def compare(found: Windows, base: Windows, draws: int = 2000) -> dict[str, Any]:
         bits = [
             (w.nll[picked].sum(-1) / math.log(2)) / w.text[picked].sum(-1) for w in (found, base)
         ]
-        right = [w.hits[picked].sum(-1) / w.count[picked].sum(-1) for w in (found, base)]
+        right = [w.hits[picked].sum(-1) / w.targets[picked].sum(-1) for w in (found, base)]
         return np.stack([bits[0], bits[0] - bits[1], right[0], right[0] - right[1]])
 
     windows = len(found.nll)
@@ -181,7 +181,7 @@ def compare(found: Windows, base: Windows, draws: int = 2000) -> dict[str, Any]:
     low, high = np.percentile(measures(drawn), [2.5, 97.5], axis=1)
     whole = measures(np.arange(windows))
     names = ("bits_per_byte", "bits_per_byte_change", "accuracy", "accuracy_change")
-    result: dict[str, Any] = {"windows": windows, "tokens": int(found.count.sum())}
+    result: dict[str, Any] = {"windows": windows, "tokens": int(found.targets.sum())}
     for number, name in enumerate(names):
         result[name] = round(float(whole[number]), 5)
         result[f"{name}_95"] = [round(float(low[number]), 5), round(float(high[number]), 5)]
@@ -263,6 +263,7 @@ def main(
             if stage == "inits":
                 line["spectrum"] = learned_spectrum(adapter)
             lines.append(json.dumps(line) + "\n")
+        RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a") as file:
             file.writelines(lines)
         print(*lines, sep="")

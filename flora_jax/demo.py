@@ -1,77 +1,79 @@
-"""The first thing a newcomer runs: the embedded model, one batch, another adapter in every row."""
+"""The first thing a newcomer runs: the embedded model and its adapters, another one in every row."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, randomise
+from flora_jax.adapters.model_adapter import ModelAdapter
+from flora_jax.adapters.peft_io import read_adapter
 from flora_jax.serve.generate import Generator
-from flora_jax.serve.request import Defaults, parse_request
-from flora_jax.serve.tokenizer import load_tokenizer
+from flora_jax.serve.request import Completion, Defaults, Request, parse_request
 from flora_jax.starcoder.checkpoint import load_model
 from flora_jax.starcoder.config import StarCoderConfig
+from flora_jax.starcoder.tokenizer import load_tokenizer
 
-PROMPTS = (
-    "def read_lines(path):\n",
-    'class Stack:\n    """A last-in, first-out list."""\n\n    def push(self, item):\n',
-)
-_SHAPES = (
-    ("lora", 8, ("attn.c_attn",)),
-    ("flora", 1, ("attn.c_attn",)),
-    ("flora", 8, ("attn.c_attn", "mlp.c_fc")),
-    ("ia3", 1, ("attn.c_attn", "mlp.c_proj")),
-    ("hira", 4, ("attn.c_attn", "attn.c_proj")),
-)
+# The same function's head in each language, by the name of its adapter.
+PROMPTS = {
+    "d": "int sum(int[] numbers)\n{\n",
+    "perl": "sub sum {\n    my @numbers = @_;\n",
+    "ruby": "def sum(numbers)\n",
+    "rust": "fn sum(numbers: &[i32]) -> i32 {\n",
+    "racket": "(define (sum numbers)\n",
+    "swift": "func sum(_ numbers: [Int]) -> Int {\n",
+    "lua": "local function sum(numbers)\n",
+}
+KINDS = ("flora", "lora", "ia3")
 
 
-def random_adapters(config: StarCoderConfig, seed: int) -> dict[str, ModelAdapter]:
-    """Untrained adapters of every kind, named as what they are."""
-    adapters = {}
-    for number, (kind, rank, targets) in enumerate(_SHAPES):
-        fresh = init_adapter(
-            jax.random.key(seed),
-            kind,
-            config.projections(),
-            config.n_layer,
-            rank=rank,
-            targets=targets,
+def shipped_adapters(assets: Path, config: StarCoderConfig) -> dict[str, ModelAdapter]:
+    """The embedded adapters by ``kind/language``."""
+    return {
+        f"{kind}/{language}": read_adapter(
+            assets / "adapters" / kind / language, config.projections(), config.n_layer
         )
-        name = f"random-{kind}" + ("" if kind == "ia3" else f"-r{rank}")
-        adapters[name] = randomise(fresh, seed + number, spread=0.2)
-    return adapters
+        for kind in KINDS
+        for language in PROMPTS
+    }
 
 
-def run_demo(source: str, *, max_tokens: int, seed: int) -> None:
+def run_demo(assets: Path, *, language: str, max_tokens: int, seed: int) -> None:
     """Prints the completions side by side, the speed, and each row against itself alone.
+
+    One batch: every language under the base and under its own FLoRA, and the prompt of ``language``
+    under the other kinds as well.
 
     Raises:
         RuntimeError: a row's tokens differ from those it has without company.
     """
     console = Console()
+    source = assets / "mini"
     model = load_model(source, "float32")
     config = model.config
-    tokenizer = load_tokenizer(Path(source), config.vocab_size)
-    adapters = random_adapters(config, seed)
+    tokenizer = load_tokenizer(source, config.vocab_size)
+    adapters = shipped_adapters(assets, config)
     generator = Generator(model, adapters, tokenizer=tokenizer, seed=seed)
-    names: list[str | None] = [None, *adapters]
-    wanted = [(prompt, name) for prompt in PROMPTS for name in names]
+    wanted = [
+        (name, adapter)
+        for name in PROMPTS
+        for adapter in (None, *(f"{kind}/{name}" for kind in KINDS[: 3 if name == language else 1]))
+    ]
     requests = [
         parse_request(
-            {"prompt": prompt, "seed": seed} | ({"adapter": name} if name else {}),
+            {"prompt": PROMPTS[name], "seed": seed} | ({"adapter": adapter} if adapter else {}),
             index,
             tokenizer,
             frozenset(adapters),
             config.vocab_size,
             config.n_positions,
-            Defaults(max_tokens=max_tokens, temperature=0.7),
+            Defaults(max_tokens=max_tokens, temperature=0.2),
         )
-        for index, (prompt, name) in enumerate(wanted)
+        for index, (name, adapter) in enumerate(wanted)
     ]
     started = time.perf_counter()
     completions = list(generator.generate(requests))
@@ -82,22 +84,39 @@ def run_demo(source: str, *, max_tokens: int, seed: int) -> None:
     if [c.token_ids for c in again] != [c.token_ids for c in completions]:
         raise RuntimeError("the same batch gave other tokens the second time")
 
-    table = Table(
-        "adapter", *(prompt.splitlines()[0] + " ..." for prompt in PROMPTS), show_lines=True
-    )
-    for number, name in enumerate(names):
-        cells = [completions[number + p * len(names)].text or "" for p in range(len(PROMPTS))]
-        table.add_row(name or "none (base)", *(Text(cell.rstrip()) for cell in cells))
-    console.print(table)
-    console.print(
-        "One seed for all rows; the embedded model is tiny and the adapters are random, so the text "
-        "shows the machinery only."
-    )
+    _show(console, dict(zip(wanted, completions, strict=True)), language)
     tokens = sum(len(c.token_ids) for c in completions)
     console.print(
-        f"{len(requests)} rows, {len(names)} adapters (the base among them), {tokens} tokens: "
-        f"{tokens / seconds:.0f} tokens/s; {first:.1f} s the first time, with compilation"
+        f"{len(requests)} rows of one batch, {len({name for _, name in wanted})} adapters (the base "
+        f"among them), {tokens} tokens: {tokens / seconds:.0f} tokens/s; {first:.1f} s the first "
+        "time, with compilation"
     )
+    _check_alone(console, generator, requests, completions)
+
+
+def _show(
+    console: Console, found: Mapping[tuple[str, str | None], Completion], language: str
+) -> None:
+    def cell(name: str, adapter: str | None) -> Text:
+        return Text((found[name, adapter].text or "").rstrip())
+
+    table = Table("language", "prompt", "base", "its FLoRA of rank 1", show_lines=True)
+    for name, prompt in PROMPTS.items():
+        table.add_row(name, Text(prompt.rstrip()), cell(name, None), cell(name, f"flora/{name}"))
+    console.print(table)
+    table = Table(f"{language} under", "completion", show_lines=True)
+    for adapter in (None, *(f"{kind}/{language}" for kind in KINDS)):
+        table.add_row(adapter or "no adapter", cell(language, adapter))
+    console.print(table)
+    console.print(
+        "The embedded model has seen a few million tokens only: mind how the adapters change its text, "
+        "not whether the text is right."
+    )
+
+
+def _check_alone(
+    console: Console, generator: Generator, requests: list[Request], completions: list[Completion]
+) -> None:
     shape = generator.shape(requests)
     same = sum(
         next(generator.generate([request], shape=shape)).token_ids == completion.token_ids

@@ -1,8 +1,12 @@
-"""The one base of errors that a user's input causes. A bug in the program is never one of them."""
+"""The bases of errors that a user is told of in one line. A bug in the program is never one of them."""
 
 
 class InputError(ValueError):
     """Bad input; the message is one line with the file, what was found and what was expected."""
+
+
+class RunError(RuntimeError):
+    """Work that began and cannot go on, though nothing in the input looked wrong; one line says why."""
 
 
 def listing(head: str, problems: list[str], most: int = 20) -> str:

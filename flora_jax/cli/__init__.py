@@ -10,7 +10,7 @@ import typer
 from flora_jax.cli.generate import generate
 from flora_jax.cli.inspect import demo, info
 from flora_jax.cli.train import train
-from flora_jax.errors import InputError
+from flora_jax.errors import InputError, RunError
 
 app = typer.Typer(
     name="flora-jax",
@@ -25,13 +25,15 @@ for _verb in (generate, train, info, demo):
 
 
 def main() -> None:
-    """The entry point: any bad input ends in one line on stderr and exit code 2."""
+    """The entry point: bad input ends in one line on stderr and exit code 2, a failed run in 1."""
     # As an exception, so that nothing half written is left behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         code = app(standalone_mode=False)
     except (InputError, OSError) as error:
         _fail(str(error))
+    except RunError as error:
+        _fail(str(error), 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -45,6 +47,6 @@ def main() -> None:
     sys.exit(code or 0)
 
 
-def _fail(message: str) -> None:
+def _fail(message: str, code: int = 2) -> None:
     print(f"flora-jax: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

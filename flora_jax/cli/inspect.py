@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from flora_jax.cli.common import MODEL_HELP, prepare_jax, source
+from flora_jax.cli.common import ASSETS, MODEL_HELP, prepare_jax, source
+from flora_jax.errors import InputError
 
 
 def info(
@@ -26,11 +27,16 @@ def info(
 
 
 def demo(
-    max_tokens: Annotated[int, typer.Option(help="Tokens a row.")] = 48,
-    seed: Annotated[int, typer.Option(help="Of the sampled rows and the random adapters.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="Tokens a row.")] = 40,
+    seed: Annotated[int, typer.Option(help="Of every row.")] = 0,
+    language: Annotated[
+        str, typer.Option(help="Shown under every kind: d, perl, ruby, rust, racket, swift, lua.")
+    ] = "lua",
 ) -> None:
-    """Runs the embedded model: one batch, another adapter in every row, each checked alone."""
+    """Completes one prompt in seven languages in one batch, each row with its own adapter."""
     prepare_jax()
-    from flora_jax.demo import run_demo
+    from flora_jax.demo import PROMPTS, run_demo
 
-    run_demo(source("mini"), max_tokens=max_tokens, seed=seed)
+    if language not in PROMPTS:
+        raise InputError(f"--language is {language!r}, expected one of {', '.join(PROMPTS)}")
+    run_demo(ASSETS, language=language, max_tokens=max_tokens, seed=seed)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flora_jax.cli.common import MODEL_HELP, cache_directory, named_paths, prepare_jax, say, source
+from flora_jax.cli.common import MODEL_HELP, cache_directory, named_values, prepare_jax, say, source
 from flora_jax.errors import InputError
 
 Data = Annotated[
@@ -110,7 +110,8 @@ def train(
         given.pop(name, None)
     for name in ("data", "validation"):
         if name in given:
-            given[name] = {k: str(path) for k, path in named_paths(given[name], name).items()}
+            # As written: "./a/b" is a directory and "a/b" may be a data set of the hub.
+            given[name] = named_values(given[name], name)
     options = make_options(values | given)
     if output is None:
         raise InputError("output is missing, expected --output DIR")

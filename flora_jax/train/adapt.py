@@ -8,17 +8,19 @@ rows. Knows nothing of files, clocks or names.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from flora_jax.adapters import FLoRA
 from flora_jax.adapters.grouped import grouped_hooks
 from flora_jax.starcoder.model import Remat, StarCoder
+from flora_jax.train.data import Batch
 from flora_jax.train.loss import frozen_head_nll, token_scores
 from flora_jax.train.step import TrainState
 
@@ -29,10 +31,15 @@ class GroupedBatch(NamedTuple):
     Integers are int32, ``mask`` is float32; see :class:`flora_jax.train.data.Batch`.
     """
 
-    tokens: jax.Array
-    positions: jax.Array
-    segments: jax.Array
-    mask: jax.Array
+    tokens: Any
+    positions: Any
+    segments: Any
+    mask: Any
+
+
+def group(batches: Sequence[Batch]) -> GroupedBatch:
+    """One batch of each adapter, of equally many rows, side by side; still in NumPy."""
+    return GroupedBatch(*(np.stack(parts, axis=1) for parts in zip(*batches, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +71,15 @@ def make_adapter_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     options: StepOptions,
+    place: jax.sharding.Sharding | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """A jitted ``(state, base, batch, keys_N) → (state, metrics)``; only the state is donated.
 
     ``state.params`` are an adapter's layers with a leading axis ``N`` on every leaf, ``base`` the
     model's parameters, which get no gradient and are not copied; ``keys [N]`` seed each adapter's
     dropout, folded with the step. Metrics are float32: ``loss [N]`` in nats per token, ``grad_norm
-    [N]`` before clipping, and the scalar ``learning_rate``.
+    [N]`` before clipping, and the scalar ``learning_rate``. ``place`` is where the results are, the
+    state's own place: elsewhere, the next step would be compiled anew for it.
 
     Raises:
         ValueError: an adapter's rows are no multiple of ``options.accumulate``.
@@ -127,7 +136,7 @@ def make_adapter_step(
         new = TrainState(params, opt_state, state.step + 1)
         return new, {"loss": loss_N, "grad_norm": norm_N, "learning_rate": rate}
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=place)
 
 
 def init_adapter_state(layers: Any, optimizer: optax.GradientTransformation) -> TrainState:
@@ -154,7 +163,7 @@ class Scores(NamedTuple):
 
     nll: jax.Array
     hits: jax.Array
-    count: jax.Array
+    targets: jax.Array
 
 
 def make_scorer(graph: nnx.GraphDef) -> Callable[[Any, Any, GroupedBatch], Scores]:
@@ -164,7 +173,7 @@ def make_scorer(graph: nnx.GraphDef) -> Callable[[Any, Any, GroupedBatch], Score
     for each of the batch's.
     """
 
-    def score(layers: Mapping[str, Any] | None, base: Any, batch: GroupedBatch) -> Scores:
+    def score(layers: Sequence[Mapping[str, Any]] | None, base: Any, batch: GroupedBatch) -> Scores:
         model = nnx.merge(graph, base)
         hooks = None if layers is None else grouped_hooks(layers)
         hidden_BTD, targets_BT = _hidden(model, batch, hooks, "none")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flora_jax.train.adapt import GroupedBatch, Scores
+from flora_jax.train.adapt import GroupedBatch, Scores, group
 from flora_jax.train.data import Batch, PackedTokens
 from flora_jax.train.loss import bits_per_byte
 
@@ -38,11 +38,8 @@ class Evaluator:
 
         Each target of the windows counts once, whatever the padding.
         """
-        empty = Batch(
-            np.zeros((self.rows, self.length + 1), np.int32),
-            *(np.zeros((self.rows, self.length), np.int32) for _ in range(2)),
-            np.zeros((self.rows, self.length), np.float32),
-        )
+        none = np.zeros((self.rows, self.length), np.int32)
+        empty = Batch(np.pad(none, ((0, 0), (0, 1))), none, none, none.astype(np.float32))
         streams = [
             self.data[name].evaluation(self.length, self.rows, self.most)
             if name in self.data
@@ -52,18 +49,19 @@ class Evaluator:
         sums = np.zeros((3, len(self.names)))
         text_bytes = np.zeros(len(self.names))
         for own in itertools.zip_longest(*streams, fillvalue=empty):
-            batch = GroupedBatch(*(np.stack(parts, axis=1) for parts in zip(*own)))
+            batch = group(own)
             sums += np.asarray(self.scorer(layers, self.base, self.place(batch)), np.float64)
             counted = self.piece_bytes[batch.tokens[..., 1:]] * batch.mask
             text_bytes += counted.sum(axis=(0, 2))
         result = {}
         for number, name in enumerate(self.names):
             if name in self.data:
-                nll, hits, count = sums[:, number]
+                nll, hits, count = map(float, sums[:, number])
+                count = max(count, 1.0)
                 result[name] = {
                     "loss": nll / count,
                     "perplexity": math.exp(min(nll / count, 700.0)),
-                    "bits_per_byte": bits_per_byte(nll, text_bytes[number]),
+                    "bits_per_byte": bits_per_byte(nll, max(float(text_bytes[number]), 1.0)),
                     "accuracy": hits / count,
                     "tokens": int(count),
                 }

@@ -17,11 +17,12 @@ import orbax.checkpoint as ocp
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from flora_jax.errors import RunError
 from flora_jax.files import whole_file
 from flora_jax.train.step import TrainState
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(RunError):
     """The loss or the gradient became NaN or infinite; the message names the step and the data."""
 
 

@@ -31,6 +31,7 @@ from flora_jax.starcoder.tokenizer import load_tokenizer
 from flora_jax.train.adapt import (
     GroupedBatch,
     StepOptions,
+    group,
     init_adapter_state,
     make_adapter_step,
     make_scorer,
@@ -38,7 +39,7 @@ from flora_jax.train.adapt import (
 from flora_jax.train.data import PackedTokens
 from flora_jax.train.evaluation import Evaluator
 from flora_jax.train.loop import LoopOptions, run_loop
-from flora_jax.train.options import TrainOptions
+from flora_jax.train.options import TrainOptions, read_file
 from flora_jax.train.results import write_results
 from flora_jax.train.step import warmup_then
 from flora_jax.train.tokens import piece_bytes, tokenize
@@ -97,7 +98,7 @@ def train(
     mesh = _mesh(options)
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     quantize = None if options.quantize == "none" else options.quantize
-    model = load_model(directory, dtype, mesh=mesh, **({} if quantize is None else {"quantize": quantize}))
+    model = load_model(directory, dtype, mesh=mesh, quantize=quantize)
     schedule = warmup_then(options.schedule, options.rate, options.steps, options.warmup)
     optimizer = optax.chain(
         optax.clip_by_global_norm(options.clip),
@@ -108,12 +109,13 @@ def train(
     layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one.layers for one in fresh))
     with jax.numpy_dtype_promotion("standard"):
         state = init_adapter_state(layers, optimizer)
-    if mesh is not None:
-        state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    if everywhere is not None:
+        state = jax.device_put(state, everywhere)
     dropout_N = jnp.stack([jax.random.fold_in(key, 1) for key in keys.values()])
     step = make_adapter_step(
         model.graph, optimizer, schedule,
-        StepOptions(options.accumulate, options.remat, options.dropout),
+        StepOptions(options.accumulate, options.remat, options.dropout), everywhere,
     )  # fmt: skip
     place = functools.partial(_place, mesh=mesh)
     packed = {name: found for name, (found, _) in training.items()}
@@ -129,7 +131,7 @@ def train(
             found.batch(number, options.rows, options.seq_len, options.seed)
             for found in packed.values()
         ]
-        return place(GroupedBatch(*(np.stack(parts, axis=1) for parts in zip(*own))))
+        return place(group(own))
 
     def blame(number: int, entry: int) -> str:
         name = list(packed)[entry]
@@ -209,17 +211,21 @@ def _place(batch: GroupedBatch, *, mesh: Mesh | None) -> GroupedBatch:
 def _claim(options: TrainOptions, output: Path, resume: bool) -> None:
     """Saves the options in a new directory, or compares them with the run's that is there."""
     saved = output / CONFIG
-    if not resume or not saved.exists():
-        require_new(output)
-        output.mkdir(parents=True, exist_ok=True)
-    else:
-        before, now = json.loads(saved.read_text()), json.loads(options.model_dump_json())
+    if resume and saved.exists():
+        before, now = read_file(saved), json.loads(options.model_dump_json())
+        if not before.keys() >= {"model", "kind", "data"}:
+            raise InputError(f"{saved}: not the options of a training run")
         for name in sorted(before.keys() | now.keys()):
             if name not in _FREE and before.get(name) != now.get(name):
                 raise InputError(
                     f"{saved}: the run to resume has {name} {before.get(name)!r}, now "
                     f"{now.get(name)!r}"
                 )
+    else:
+        for part in output.glob(f"{CONFIG}.*.part") if resume else ():
+            part.unlink()  # Of a run killed before it had begun.
+        require_new(output)
+        output.mkdir(parents=True, exist_ok=True)
     with whole_file(saved) as file:
         file.write(options.model_dump_json(indent=1) + "\n")
 
@@ -237,7 +243,7 @@ def _remember_data(
                 "documents": len(packed.starts),
                 "tokens": len(packed.tokens),
                 "text_bytes": packed.text_bytes,
-                "sha256": hashlib.sha256(np.ascontiguousarray(packed.tokens)).hexdigest(),
+                "sha256": hashlib.sha256(packed.tokens.tobytes()).hexdigest(),
                 "skipped": skipped,
             }
             for name, (packed, skipped) in tokenized.items()

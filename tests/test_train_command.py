@@ -1,0 +1,492 @@
+"""``flora-jax train`` as its users meet it: folders out, one line for bad input, any stop survived."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from byte_tokenizer import PIECES, byte_tokenizer
+from torch_models import flax_logits, random_tokens, tiny_torch_model, torch_logits
+
+from flora_jax import cli
+from flora_jax.adapters.peft_io import read_adapter
+from flora_jax.starcoder.checkpoint import load_model
+from flora_jax.train.adapt import GroupedBatch, make_scorer
+from flora_jax.train.tokens import tokenize
+
+pytestmark = pytest.mark.filterwarnings(
+    # PEFT 0.21 asks transformers 5 by a name that is on its way out.
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = {"n_embd": 16, "n_head": 2, "n_layer": 2, "n_inner": 24}
+NAMES, STEPS, EVERY, LENGTH = ("perl", "ruby"), 12, 5, 24
+OPTIONS = [
+    "--kind", "lora", "--rank", "2", "--alpha", "3", "--targets", "c_attn,c_fc", "--steps", STEPS,
+    "--batch-size", "8", "--seq-len", LENGTH, "--learning-rate", "0.02", "--eval-every", EVERY,
+    "--save-every", "6",
+]  # fmt: skip
+
+
+def write_data(path, seed, documents=20):
+    """Lines of a small language: few letters, so that something is quickly learned."""
+    rng = np.random.default_rng(seed)
+    texts = ["".join(rng.choice([*"abc \n{}λ"], rng.integers(5, 60))) for _ in range(documents)]
+    path.write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
+    return path
+
+
+def data_of(*names, option="data"):
+    return [word for n in names for word in (f"--{option}", f"{n}={n}.{option}.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A model with a tokenizer, one without, and data of two languages."""
+    home = tmp_path_factory.mktemp("home")
+    tiny_torch_model(0, vocab_size=PIECES, **SIZES).save_pretrained(home / "bare")
+    shutil.copytree(home / "bare", home / "text")
+    byte_tokenizer().save(str(home / "text" / "tokenizer.json"))
+    flat = tiny_torch_model(0, vocab_size=PIECES, **SIZES | {"n_layer": 1})
+    flat.save_pretrained(home / "flat")
+    shutil.copy(home / "text" / "tokenizer.json", home / "flat")
+    for number, name in enumerate(NAMES):
+        write_data(home / f"{name}.data.jsonl", number)
+        write_data(home / f"{name}.validation.jsonl", 10 + number, 6)
+    write_data(home / "empty.jsonl", 0, 0)
+    (home / "corrupt.jsonl").write_text('{"content": "abc"}\n{"content": \n{"content": "a"}\n')
+    for name, file in (("taken", "notes"), ("broken", "config.json")):
+        (home / name).mkdir()
+        (home / name / file).write_text("nothing")
+    (home / "notes.txt").write_text("no data")
+    return home
+
+
+@contextlib.contextmanager
+def inside(home):
+    with pytest.MonkeyPatch.context() as patch:
+        # Set, though to nothing, the variable keeps the program from choosing a place.
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+        patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+        patch.chdir(home)
+        yield patch
+
+
+def program(home, *arguments):
+    """Runs the program; returns its exit code."""
+    with inside(home) as patch:
+        patch.setattr(sys, "argv", ["flora-jax", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    return stopped.value.code
+
+
+def lines_of(output, speed=False):
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    if not speed:
+        for line in lines:
+            line.pop("tokens_per_second", None)
+    return lines
+
+
+def snapshot(folder):
+    """Every file below with the digest of its content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def both(home):
+    """The output of a run of two adapters with validation."""
+    code = program(
+        home, "train", "text", "--output", "both", *data_of(*NAMES),
+        *data_of(*NAMES, option="validation"), *OPTIONS,
+    )  # fmt: skip
+    assert code == 0
+    return home / "both"
+
+
+@pytest.fixture(scope="module")
+def model(home):
+    return load_model(home / "text")
+
+
+def read_for(model, folder):
+    return read_adapter(folder, model.config.projections(), model.config.n_layer)
+
+
+def test_the_output_has_a_folder_for_each_adapter_and_the_runs_files(both):
+    assert sorted(path.name for path in both.iterdir()) == sorted(
+        [*NAMES, "checkpoints", "config.json", "curve.png", "data.json", "metrics.jsonl"]
+    )
+    assert (both / "curve.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    remembered = json.loads((both / "data.json").read_text())
+    assert remembered["training"]["perl"]["documents"] == 20
+    for name in NAMES:
+        card = (both / name / "README.md").read_text()
+        assert all(
+            word in card
+            for word in (name, "lora", "text", "attn.c_attn", "--- |")
+            if word != "--- |"
+        )
+        assert f"{lines_of(both)[-1]['losses'][name]:.4f} at step {STEPS}" in card
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pefts_logits_under_a_trained_adapter_are_ours(name, both, model):
+    peft = pytest.importorskip("peft")
+    adapter, tokens = read_for(model, both / name), random_tokens(1, vocabulary=PIECES)
+    wrapped = peft.PeftModel.from_pretrained(
+        tiny_torch_model(0, vocab_size=PIECES, **SIZES), both / name
+    )
+    ours = flax_logits(model, tokens, adapter.layers)
+    np.testing.assert_allclose(ours, torch_logits(wrapped.eval(), tokens), rtol=1e-4, atol=1e-4)
+    assert np.abs(ours - flax_logits(model, tokens)).max() > 0.05
+    assert adapter.targets() == ("attn.c_attn", "mlp.c_fc")
+    assert adapter.settings["base_model_name_or_path"] == "text"
+
+
+def test_metrics_have_the_first_every_tenth_every_validated_and_the_last_step(both):
+    lines = lines_of(both, speed=True)
+    assert [line["step"] for line in lines] == [0, 1, 5, 10, 12]
+    assert [line["step"] for line in lines if "validation" in line] == [0, 5, 10, 12]
+    for line in lines[1:]:
+        assert {"step", "loss", "losses", "grad_norm", "learning_rate", "tokens_per_second"} <= set(
+            line
+        )
+        assert line["loss"] == pytest.approx(np.mean([line["losses"][name] for name in NAMES]))
+        assert line["tokens_per_second"] > 0
+        # One step of warm-up, then a cosine to the end.
+        place = (line["step"] - 2) / (STEPS - 1)
+        rate = 0.02 * (1 + math.cos(math.pi * place)) / 2 if line["step"] > 1 else 0
+        assert line["learning_rate"] == pytest.approx(rate, rel=1e-5)
+    for line in lines:
+        for found in line.get("validation", dict.fromkeys(NAMES, None)).values():
+            if found is not None:
+                assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+                assert 0 <= found["accuracy"] <= 1
+    assert "loss" not in lines[0]
+    for name in NAMES:
+        assert lines[-1]["validation"][name]["loss"] < lines[0]["validation"][name]["loss"] - 0.1
+        assert lines[-1]["losses"][name] < lines[1]["losses"][name] - 0.1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_validation_before_the_first_step_is_the_bases(name, both, home, model):
+    packed, _ = tokenize(home / f"{name}.validation.jsonl", byte_tokenizer(), 0)
+    score, sums = make_scorer(model.graph), np.zeros(3)
+    for batch in packed.evaluation(LENGTH, 4):
+        one = GroupedBatch(*(jnp.asarray(leaf[:, None]) for leaf in batch))
+        sums += np.array([float(value[0]) for value in score(None, model.params, one)])
+    found = lines_of(both)[0]["validation"][name]
+    assert found["loss"] == pytest.approx(sums[0] / sums[2], rel=1e-5)
+    assert (found["accuracy"], found["tokens"]) == (pytest.approx(sums[1] / sums[2]), sums[2])
+    # All bytes but those of the first token of each document and of each window it is cut in.
+    text = "".join(
+        json.loads(line)["content"]
+        for line in (home / f"{name}.validation.jsonl").read_text().splitlines()
+    )
+    text_bytes = sums[0] / math.log(2) / found["bits_per_byte"]
+    assert 0.85 * len(text.encode()) < text_bytes <= len(text.encode())
+    assert text_bytes == pytest.approx(round(text_bytes), abs=1e-2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_of_a_run_of_two_is_that_of_a_run_alone(name, both, home, model):
+    """Its options are those of the run of two, read from its config.json, but for its own data."""
+    output = home / f"{name}-alone"
+    code = program(
+        home, "train", "--config", both / "config.json", "--output", output, *data_of(name),
+        *data_of(name, option="validation"), "--batch-size", "4",
+    )  # fmt: skip
+    assert code == 0
+    for line, pair in zip(lines_of(output), lines_of(both), strict=True):
+        assert line["step"] == pair["step"]
+        if "loss" in line:
+            assert line["loss"] == pytest.approx(pair["losses"][name], rel=1e-4)
+        if "validation" in line:
+            assert line["validation"][name] == pytest.approx(pair["validation"][name], rel=1e-3)
+    for a, b in zip(
+        jax.tree.leaves(read_for(model, output / name).layers),
+        jax.tree.leaves(read_for(model, both / name).layers),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-4)
+
+
+def test_a_finished_run_is_left_as_it_is(both, home, capsys):
+    before = snapshot(both)
+    arguments = ["train", "--config", both / "config.json", "--output", both, "--resume"]
+    assert program(home, *arguments) == 0
+    assert "this run is finished, nothing to do" in capsys.readouterr().err
+    assert snapshot(both) == before
+
+
+@pytest.fixture(scope="module")
+def unfinished(both, home):
+    """What a run killed just before it wrote its adapters leaves."""
+    return shutil.copytree(
+        both, home / "unfinished", ignore=shutil.ignore_patterns(*NAMES, "*.png")
+    )
+
+
+GOOD = ["text", *data_of("perl"), "--kind", "flora", "--steps", "2", "--seq-len", LENGTH]
+AGAIN = ["--config", "unfinished/config.json", "--output", "unfinished", "--resume"]
+BAD = {
+    "output is taken": ([*GOOD, "--output", "both"], "both: exists already"),
+    "output is a file": ([*GOOD, "--output", "notes.txt"], "notes.txt: exists already"),
+    "nothing to resume": ([*GOOD, "--output", "taken", "--resume"], "taken: exists already"),
+    "damaged run": ([*GOOD, "--output", "broken", "--resume"], "broken/config.json: Expecting"),
+    "another rate": ([*AGAIN, "--learning-rate", "1"], "learning_rate 0.02, now 1.0"),
+    "another kind": ([*AGAIN, "--kind", "hira", "--alpha", "0"], "alpha"),
+    "other targets": ([*AGAIN, "--targets", "c_fc"], "targets ['c_attn', 'c_fc'], now ['c_fc']"),
+    "other data": ([*AGAIN, "--data", "perl=perl.data.jsonl", "--data", "ruby=perl.data.jsonl"],
+                   "has data {'perl'"),
+    "no model": (["./none", *GOOD[1:]], "none: no such file or directory"),
+    "no tokenizer": (["bare", *GOOD[1:]], "bare: training needs a tokenizer"),
+    "no data file": ([*GOOD, "--data", "lua=lua.jsonl"], "lua.jsonl: no such file"),
+    "no data file in a folder": ([*GOOD, "--data", "lua=./data/lua"], "./data/lua: no such file"),
+    "another file": ([*GOOD, "--data", "lua=notes.txt"], "notes.txt: expected .jsonl"),
+    "corrupt lines": ([*GOOD, "--data", "lua=corrupt.jsonl"], "corrupt.jsonl, line 2: not JSON"),
+    "no documents": ([*GOOD, "--data", "lua=empty.jsonl"], "empty.jsonl: no documents"),
+    "column": ([*GOOD, "--text-column", "code"], "no column 'code'"),
+    "data twice": ([*GOOD, *data_of("perl")], "the name is given twice"),
+    "data without name": ([*GOOD, "--data", "perl.jsonl"], "expected NAME=PATH"),
+    "long rows": ([*GOOD, "--seq-len", "49"], "seq_len is 49, the model's context has 48"),
+    "target": ([*GOOD, "--targets", "c_attn,q_proj"], "target 'q_proj': expected the end of one of"),
+    "devices": ([*GOOD, "--mesh", "tensor=99"], "mesh tensor=99 needs 99 devices, found"),
+    "uneven rows": ([*GOOD, "--batch-size", "3", *data_of("ruby")], "batch_size is 3"),
+    "kind": ([*GOOD, "--kind", "dora"], "kind: "),
+    "rank": ([*GOOD, "--rank", "two"], "--rank"),
+    "config": ([*GOOD, "--config", "none.toml"], "none.toml"),
+    "config type": ([*GOOD, "--config", "notes.txt"], "notes.txt: expected a .toml or a .json"),
+    "no kind": (GOOD[:3], "kind"),
+    "no model at all": (GOOD[1:], "model"),
+    "no output": ([*GOOD, "--output"], "--output"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_in_one_line_and_exit_code_2(case, home, both, unfinished, capsys):
+    arguments, named = BAD[case]
+    if "--output" not in arguments:
+        arguments = [*arguments, "--output", "out"]
+    kept = [both, unfinished, home / "text"]
+    before = [snapshot(path) for path in kept]
+    assert program(home, "train", *arguments) == 2
+    out, err = capsys.readouterr()
+    shutil.rmtree(home / "out", ignore_errors=True)
+    last = err.splitlines()[-1]
+    assert out == ""
+    assert last.startswith("flora-jax: ")
+    assert named in last
+    assert "hub" not in last
+    assert err.count("\n") == 1 or err.startswith("data perl: ")
+    assert [snapshot(path) for path in kept] == before
+
+
+def test_changed_data_are_refused_on_resume(home, unfinished, capsys):
+    path = home / "ruby.data.jsonl"
+    before, held = path.read_text(), snapshot(unfinished)
+    path.write_text(before.replace("a", "b"))
+    try:
+        assert program(home, "train", *AGAIN) == 2
+    finally:
+        path.write_text(before)
+    err = capsys.readouterr().err
+    assert "training data of 'ruby' are not what they were" in err
+    assert err.count("\n") == 1
+    assert snapshot(unfinished) == held
+
+
+def test_a_run_killed_before_its_folders_writes_them_on_resume(both, home, unfinished):
+    """The kept number of checkpoints and how often they are saved may differ."""
+    output = shutil.copytree(unfinished, home / "late")
+    arguments = ["--config", output / "config.json", "--output", output, "--resume"]
+    assert program(home, "train", *arguments, "--keep", "1", "--save-every", "4") == 0
+    for name in NAMES:
+        found, expected = (snapshot(run / name) for run in (output, both))
+        assert found.keys() == expected.keys()
+        weights = "adapter_model.safetensors"
+        assert found[weights] == expected[weights]
+    assert lines_of(output) == lines_of(both)
+
+
+def test_training_that_diverges_ends_in_one_line_with_the_adapter_and_its_documents(home, capsys):
+    code = program(
+        home, "train", *GOOD, "--output", "diverged", "--learning-rate", "1e30",
+        "--weight-decay", "1e30", "--steps", "20",
+    )  # fmt: skip
+    err = capsys.readouterr().err
+    assert code == 1
+    last = err.splitlines()[-1]
+    assert last.startswith("flora-jax: ")
+    assert "adapter perl, batch of perl.data.jsonl:" in last
+
+
+# Processes of their own. A server forks them after the imports, which take longer than a run.
+
+SERVER = """
+import json, os, sys
+import jax
+import flora_jax.cli, flora_jax.train.run, matplotlib.figure
+for line in sys.stdin:
+    order = json.loads(line)
+    if "wait" in order:
+        print(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]), flush=True)
+        continue
+    if child := os.fork():
+        print(child, flush=True)
+        continue
+    os.environ.update(order["environment"])
+    if order["quick"]:
+        jax.config.update("jax_disable_most_optimizations", True)
+        jax.config.update("jax_log_compiles", True)
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1), os.dup2(log, 2)
+    sys.argv = ["flora-jax", *order["arguments"]]
+    flora_jax.cli.main()
+"""
+
+
+class Processes:
+    """Starts the program in ``home`` and waits for it."""
+
+    def __init__(self, home, server):
+        self.home, self.server = home, server
+
+    def _ask(self, **order):
+        self.server.stdin.write(json.dumps(order) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def start(self, *arguments, quick=False, **environment):
+        return self._ask(
+            arguments=["train", *map(str, arguments)], environment=environment, quick=quick,
+            log=str(self.home / "log"),
+        )  # fmt: skip
+
+    def wait(self, process):
+        return self._ask(wait=process), (self.home / "log").read_text()
+
+    def run(self, *arguments, **options):
+        code, log = self.wait(self.start(*arguments, **options))
+        assert code == 0, log
+        return log
+
+
+@pytest.fixture(scope="module")
+def processes(home):
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(home / "xla")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XDG_CACHE_HOME": str(home / "cache"),
+    }
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(
+        command, cwd=home, env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as server:  # fmt: skip
+        yield Processes(home, server)
+        server.stdin.close()
+
+
+LONG = [
+    "flat", *data_of(*NAMES), *data_of("perl", option="validation"), "--kind", "lora", "--dropout",
+    "0.2", "--accumulate", "2", "--steps", "30", "--batch-size", "8", "--seq-len", LENGTH,
+    "--eval-every", "10", "--save-every", "2", "--learning-rate", "0.01",
+]  # fmt: skip
+
+
+def newest(output):
+    """The step of the last whole checkpoint."""
+    folder = output / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def wait_until(done):
+    patience = time.monotonic() + 120
+    while not done():
+        assert time.monotonic() < patience
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(kills, home, processes):
+    # Without XLA's optimisations a process starts faster; the long test has them.
+    chance, quick = random.Random(kills), kills < 10
+    output, uninterrupted = home / f"killed-{kills}", home / f"whole-{kills}"
+    processes.run(*LONG, "--output", uninterrupted, quick=quick)
+    arguments, reached = [*LONG, "--output", output, "--resume"], []
+    for number in range(kills):
+        process = processes.start(*arguments, quick=quick)
+        # The first at any moment, the others some checkpoints later, one perhaps half written.
+        if number:
+            wait_until((output / "metrics.jsonl").exists)
+            goal = min(28, newest(output) + 2 * chance.randint(0, 12 // kills))
+            wait_until(lambda goal=goal: newest(output) >= goal)
+        time.sleep(chance.uniform(0, 0.2 if number else 3))
+        os.kill(process, signal.SIGKILL)
+        code, log = processes.wait(process)
+        assert code in (0, -signal.SIGKILL), log
+        reached.append(newest(output))
+    processes.run(*arguments, quick=quick)
+    assert any(0 < step < 30 for step in reached)
+    for name in NAMES:
+        assert snapshot(output / name) == snapshot(uninterrupted / name)
+    assert lines_of(output) == lines_of(uninterrupted)
+    for name in ("config.json", "data.json"):
+        assert (output / name).read_text() == (uninterrupted / name).read_text()
+
+
+MESHED = [
+    "flat", *data_of(*NAMES), *data_of("ruby", option="validation"), "--kind", "flora", "--rank", "2",
+    "--targets", "c_attn,mlp.c_proj", "--steps", "3", "--batch-size", "16", "--seq-len", LENGTH,
+    "--warmup-steps", "0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_device(home, processes):
+    processes.run(*MESHED, "--output", "one-device", quick=True)
+    return home / "one-device"
+
+
+@pytest.mark.parametrize(
+    "mesh", ["data=2,tensor=4", pytest.param("data=8", marks=pytest.mark.slow)]
+)
+def test_a_mesh_of_devices_trains_the_same_adapters(mesh, home, processes, one_device):
+    output, model = home / mesh, load_model(home / "flat")
+    eight = "--xla_force_host_platform_device_count=8"
+    log = processes.run(*MESHED, "--output", output, "--mesh", mesh, quick=True, XLA_FLAGS=eight)
+    assert log.count("Finished XLA compilation of jit(step)") == 1
+    assert log.count("Finished XLA compilation of jit(score)") == 1
+    for found, expected in zip(lines_of(output), lines_of(one_device), strict=True):
+        assert found["step"] == expected["step"]
+        if "losses" in expected:
+            assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+            assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+        for name, measured in expected.get("validation", {}).items():
+            assert found["validation"][name] == pytest.approx(measured, rel=1e-3)
+    for name in NAMES:
+        adapters = [read_for(model, run / name) for run in (output, one_device)]
+        for a, b in zip(*(jax.tree.leaves(one.layers) for one in adapters), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
