@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from flora_jax.demo import KINDS, PROMPTS
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -42,11 +44,38 @@ def test_the_library_examples_and_the_command_work_together(tmp_path):
     assert completions[0]["token_ids"] == completions[1]["token_ids"]
 
 
+def test_the_training_example_leaves_two_adapters_and_goes_on_when_told_to(tmp_path):
+    for name in ("flora_jax", "tests", "convert"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (command,) = [block for block in blocks("sh") if "flora-jax train" in block]
+    cached = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    done = run(["bash", "-euc", command], tmp_path, **cached)
+    assert "nothing to do" in done.stderr
+    lines = (tmp_path / "runs/two/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 10, 20]
+    for name in ("library", "tests"):
+        config = json.loads((tmp_path / "runs/two" / name / "adapter_config.json").read_text())
+        assert (config["peft_type"], config["r"]) == ("FLORA", 2)
+
+
 def test_the_demo_checks_every_row_against_itself_alone(tmp_path):
     done = run(["flora-jax", "demo", "--max-tokens", "4"], tmp_path)
-    assert "12 of 12 rows have the same tokens as when they run alone" in " ".join(
+    assert "16 of 16 rows have the same tokens as when they run alone" in " ".join(
         done.stdout.split()
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("language", PROMPTS)
+def test_every_embedded_adapter_is_small_has_its_card_and_has_learned(kind, language):
+    folder = ROOT / "flora_jax/assets/adapters" / kind / language
+    sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+    assert sizes.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert sum(sizes.values()) < 40_000
+    card = (folder / "README.md").read_text()
+    losses = [float(loss) for loss in re.findall(r"^\| \d+ \| (\d\.\d+) \|", card, re.MULTILINE)]
+    assert len(losses) == 2
+    assert losses[1] < losses[0]
 
 
 def test_ci_runs_the_readmes_test_command():

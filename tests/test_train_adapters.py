@@ -11,6 +11,8 @@ from flax import nnx
 from random_adapters import KINDS, random_adapter
 from tiny_training import CONFIG, VOCABULARY, grouped, only, random_batch, stacked, tiny_model
 
+from flora_jax.adapters.quantized import Quantized, dequantize
+from flora_jax.starcoder.quantize import quantize_model
 from flora_jax.train import loss as losses
 from flora_jax.train.adapt import StepOptions, init_adapter_state, make_adapter_step, make_scorer
 from flora_jax.train.data import PackedTokens
@@ -279,6 +281,21 @@ def test_a_base_in_bfloat16_trains_float32_factors():
     np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-2)
     np.testing.assert_allclose(found["grad_norm"], expected["grad_norm"], rtol=0.1)
     assert np.any(found["loss"] != expected["loss"])
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_a_quantised_base_trains_as_its_weights_written_out_do(method):
+    """Explicit weights on one target, so that their gradient goes through the base as well."""
+    quantised = quantize_model(model(), method).params
+    written = jax.tree.map(dequantize, quantised, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    (params, found), (expected_params, expected) = (
+        train("flora", adapters_of("flora"), batches_of(4), base=base)
+        for base in (quantised, written)
+    )
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=1e-5)
+    assert_close(params, expected_params)
+    dense = train("flora", adapters_of("flora"), batches_of(1))[1]
+    assert np.any(found["loss"][0] != dense["loss"][0])
 
 
 # Rows and documents.
