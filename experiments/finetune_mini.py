@@ -19,6 +19,7 @@ intervals of its change to the base by a bootstrap over windows of held-out file
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -138,20 +139,21 @@ class Windows(NamedTuple):
     text: np.ndarray
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _score_rows(graph: Any, params: Any, layers: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    model = nnx.merge(graph, params)
+    hooks = None if layers is None else grouped_hooks(layers)
+    hidden_BTD, _ = model.hidden(
+        batch.tokens[:, :-1], batch.positions, segments_BT=batch.segments, adapters=hooks
+    )
+    nll_BT, hit_BT = token_scores(hidden_BTD, model.head(), batch.tokens[:, 1:])
+    return (nll_BT * batch.mask).sum(axis=1), (hit_BT * batch.mask).sum(axis=1)
+
+
 def score_windows(
     model: Model, adapter: ModelAdapter | None, packed: PackedTokens, lengths: np.ndarray, most: int
 ) -> Windows:
     """What a model under an adapter (``None``: the base) predicts of held-out files."""
-
-    @jax.jit
-    def score(params: Any, layers: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-        merged = nnx.merge(model.graph, params)
-        hooks = None if layers is None else grouped_hooks(layers)
-        hidden_BTD, _ = merged.hidden(
-            batch.tokens[:, :-1], batch.positions, segments_BT=batch.segments, adapters=hooks
-        )
-        nll_BT, hit_BT = token_scores(hidden_BTD, merged.head(), batch.tokens[:, 1:])
-        return (nll_BT * batch.mask).sum(axis=1), (hit_BT * batch.mask).sum(axis=1)
 
     layers = None
     if adapter is not None:
@@ -159,7 +161,7 @@ def score_windows(
     columns: list[list[np.ndarray]] = [[], [], [], []]
     for batch in packed.evaluation(LENGTH, 16, most):
         own = batch.mask.any(axis=1)
-        nll_B, hit_B = score(model.params, layers, jax.tree.map(jax.numpy.asarray, batch))
+        nll_B, hit_B = _score_rows(model.graph, model.params, layers, batch)
         text_B = (lengths[batch.tokens[:, 1:]] * batch.mask).sum(axis=1)
         for column, values in zip(columns, (nll_B, hit_B, batch.mask.sum(axis=1), text_B)):
             column.append(np.asarray(values, np.float64)[own])

@@ -10,6 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from random_adapters import random_adapter
 
+from flora_jax.adapters.grouped import grouped_hooks
 from flora_jax.adapters.quantized import matmul, quantize
 from flora_jax.serve import steps
 from flora_jax.starcoder.config import StarCoderConfig
@@ -66,6 +67,23 @@ def gradient_temporaries(method, layers):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+def explicit_temporaries(method, layers):
+    """Of a step's gradient with respect to FLoRAs of rank 2, which build explicit weights."""
+    model = quantize_abstract(abstract_model(config(layers)), method)
+    adapter = random_adapter(
+        "flora", 0, model.config.projections(), layers, rank=2, targets=("mlp.c_fc",)
+    )
+    stacked = jax.tree.map(lambda leaf: leaf[None], adapter.layers)
+
+    def loss(factors, params, tokens):
+        model_ = nnx.merge(model.graph, params)
+        return jnp.sum(model_(tokens, adapters=grouped_hooks(factors)) ** 2)
+
+    tokens = jax.ShapeDtypeStruct((2, 32), jnp.int32)
+    compiled = jax.jit(jax.grad(loss)).lower(stacked, model.params, tokens).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
 def decode_temporaries(method, layers):
     """Of a dispatch of four tokens for two rows, a loop on the device."""
     model = quantize_abstract(abstract_model(config(layers)), method)
@@ -86,6 +104,13 @@ def test_more_layers_do_not_add_dequantised_weights(method, measure):
     assert one < 2 * largest
     # A layer's weights are three times the largest.
     assert two - one < largest / 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_more_layers_do_not_add_explicit_weights(method):
+    """Only activations: 64 tokens of an inner width of 2,048, three times."""
+    largest = 512 * 2048 * 4
+    assert explicit_temporaries(method, 3) - explicit_temporaries(method, 2) < largest / 2
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -74,6 +74,7 @@ REFUSED = {
     "dropout for flora": ({"dropout": 0.1}, ["dropout", "lora", "found flora"]),
     "alpha for ia3": ({"kind": "ia3", "alpha": 2.0}, ["alpha", "lora", "found ia3"]),
     "dropout of all": ({"kind": "lora", "dropout": 1.0}, ["dropout", "1"]),
+    "frozen rank 1": ({"kind": "flora", "init": "frozen_ones"}, ["rank is 1", "2 or more"]),
     "ia3 rank 2": ({"kind": "ia3", "rank": 2}, ["rank is 2", "expected 1"]),
     "rate nan": ({"learning_rate": math.nan}, ["learning_rate", "nan"]),
     "rate 0": ({"learning_rate": 0}, ["learning_rate", "0"]),

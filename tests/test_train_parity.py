@@ -3,13 +3,18 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import torch
 from peft_folders import read_for
 from torch_models import random_tokens, tiny_torch_model, to_flax
 
-from flora_jax.train.adapt import GroupedBatch, StepOptions, init_adapter_state, make_adapter_step
+from flora_jax.train.adapt import (
+    GroupedBatch,
+    StepOptions,
+    init_adapter_state,
+    make_adapter_step,
+    make_optimizer,
+)
 from flora_jax.train.step import warmup_then
 
 peft = pytest.importorskip("peft")
@@ -59,9 +64,7 @@ def train_torch(wrapped, schedule, clip, decay):
 
 def train_ours(model, adapter, schedule, clip, decay):
     """With the optimizer of a run, by the step of a run."""
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(clip), optax.adamw(schedule, weight_decay=decay)
-    )
+    optimizer = make_optimizer(schedule, clip=clip, weight_decay=decay)
     step = make_adapter_step(model.graph, optimizer, schedule, StepOptions())
     with jax.numpy_dtype_promotion("standard"):
         state = init_adapter_state(jax.tree.map(lambda leaf: leaf[None], adapter.layers), optimizer)

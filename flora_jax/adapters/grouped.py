@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from flora_jax.adapters import IA3, FLoRA, HiRA, LoRA, kind_of, product
 from flora_jax.adapters.model_adapter import rank_of
+from flora_jax.adapters.quantized import Quantized, columns, join_columns, slices
 
 # Below so many tokens for an adapter, building its explicit weight costs more than it saves.
 _MERGE_TOKENS = 64
@@ -108,13 +109,33 @@ def _apply_grouped(
 def _explicit(
     params: FLoRA | HiRA, x_XI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None
 ) -> jax.Array:
-    # Checkpointed: the explicit weights of all layers would otherwise live until the backward pass.
-    @jax.checkpoint
-    def run(params: Any, x_XI: jax.Array) -> jax.Array:
-        own_IO, own_bias_O = kind_of(params).merge(params, W_IO, bias_O)
-        return product.finish(product.product(x_XI, own_IO), own_bias_O, x_XI.dtype)
+    """``x @ W_i``; of a quantised weight a slice of the outputs after another.
 
-    return run(params, x_XI)
+    Checkpointed: the explicit weights of all layers would otherwise live until the backward pass. On a
+    CPU they do all the same, as XLA shares what both passes compute; a loop over slices, forward and
+    backward, it leaves alone.
+    """
+    merge = kind_of(params).merge
+
+    @jax.checkpoint
+    def whole(params: Any, x_XI: jax.Array) -> jax.Array:
+        return product.product(x_XI, merge(params, W_IO)[0])
+
+    @jax.checkpoint
+    def part(params: Any, x_XI: jax.Array, number: jax.Array) -> jax.Array:
+        some = dataclasses.replace(params, **_outputs_of(params, number, count))
+        return product.product(x_XI, merge(some, columns(W_IO, number, count))[0])
+
+    if not isinstance(W_IO, Quantized):
+        return product.finish(whole(params, x_XI), bias_O, x_XI.dtype)
+    count = slices(W_IO)
+    y_SXo = jax.lax.map(lambda number: part(params, x_XI, number), jnp.arange(count))
+    return product.finish(join_columns(y_SXo), bias_O, x_XI.dtype)
+
+
+def _outputs_of(params: FLoRA | HiRA, number: jax.Array, count: int) -> dict[str, jax.Array]:
+    name = "A_RO" if isinstance(params, FLoRA) else "up_RO"
+    return {name: columns(getattr(params, name), number, count)}
 
 
 def _dropped(

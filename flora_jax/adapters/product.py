@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from flora_jax.adapters.quantized import Quantized, matmul
 
-PRODUCT = "product"
+PROJECTED = "projected"
 # What stands as a base weight [I, O] in every function of a kind.
 Weight = jax.Array | Quantized
 
@@ -22,20 +22,21 @@ Weight = jax.Array | Quantized
 def product(x_xI: jax.Array, W_IO: Weight) -> jax.Array:
     """``x @ W`` over the last axis of ``x``, accumulated and returned in float32.
 
-    A quantised weight gets no gradient. The result is named :data:`PRODUCT` for policies of
-    rematerialisation.
+    A quantised weight gets no gradient.
     """
     if isinstance(W_IO, Quantized):
-        return checkpoint_name(matmul(x_xI, W_IO), PRODUCT)
-    y_xO = jnp.matmul(x_xI, W_IO, preferred_element_type=jnp.float32)
-    return checkpoint_name(y_xO, PRODUCT)
+        return matmul(x_xI, W_IO)
+    return jnp.matmul(x_xI, W_IO, preferred_element_type=jnp.float32)
 
 
 def finish(y_xO: jax.Array, bias_O: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
-    """Adds the bias in float32 and rounds to the activations' dtype."""
+    """Adds the bias in float32 and rounds to the activations' dtype.
+
+    The result is named :data:`PROJECTED` for policies of rematerialisation.
+    """
     if bias_O is not None:
         y_xO = y_xO + bias_O.astype(y_xO.dtype).reshape((1,) * (y_xO.ndim - 1) + (-1,))
-    return y_xO.astype(dtype)
+    return checkpoint_name(y_xO.astype(dtype), PROJECTED)
 
 
 @singledispatch

@@ -115,6 +115,34 @@ def dequantize(W_IO: jax.Array | Quantized, dtype: Any = None) -> jax.Array:
     return wide_GIO.astype(dtype or W_IO.dtype).reshape(W_IO.shape)
 
 
+def slices(W_IO: jax.Array | Quantized) -> int:
+    """Into how many slices of outputs :func:`columns` cuts a weight so that each is small in float32."""
+    inputs, outputs = W_IO.shape
+    return _slices(4 * inputs * outputs, outputs // math.gcd(outputs, _RUN))
+
+
+def columns(W_IO: Any, number: jax.Array, count: int) -> Any:
+    """Slice ``number`` of ``count`` of the last axis: every ``count``-th run of features.
+
+    Of an array ``[…, O]``, or of a :class:`Quantized`.
+    """
+
+    def cut(leaf: jax.Array) -> jax.Array:
+        *lead, outputs = leaf.shape
+        split = leaf.reshape(*lead, -1, count, math.gcd(outputs, _RUN))
+        part = jax.lax.dynamic_index_in_dim(split, number, split.ndim - 2, keepdims=False)
+        return part.reshape(*lead, outputs // count)
+
+    return jax.tree.map(cut, W_IO)
+
+
+def join_columns(y_Sxo: jax.Array) -> jax.Array:
+    """All slices of :func:`columns`, stacked in front, as one array ``[…, O]``."""
+    count, *lead, width = y_Sxo.shape
+    split = y_Sxo.reshape(count, *lead, -1, math.gcd(count * width, _RUN))
+    return jnp.moveaxis(split, 0, -2).reshape(*lead, count * width)
+
+
 def matmul(x_xI: jax.Array, W_IO: Quantized) -> jax.Array:
     """``x @ W`` over the last axis of ``x``, accumulated and returned in float32.
 

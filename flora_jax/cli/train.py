@@ -106,22 +106,27 @@ def train(
     from flora_jax.train.options import make_options, read_file
 
     values: dict[str, Any] = {} if config is None else read_file(config)
-    for name in ("config", "output", "resume"):
-        given.pop(name, None)
     for name in ("data", "validation"):
         if name in given:
             # As written: "./a/b" is a directory and "a/b" may be a data set of the hub.
             given[name] = named_values(given[name], name)
-    options = make_options(values | given)
-    if output is None:
+    values |= given
+    # Where, not what: no part of a run's options.
+    values.pop("config", None)
+    values["resume"] = resume or values.get("resume", False)
+    place, again = values.pop("output", None), values.pop("resume")
+    options = make_options(values)
+    if place is None:
         raise InputError("output is missing, expected --output DIR")
+    if not isinstance(again, bool):
+        raise InputError(f"{config}: resume is {again!r}, expected true or false")
     # Read by the hub's clients at import.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     prepare_jax()
     from flora_jax.train.run import train as run
 
     folders = run(
-        options, output, resume=resume, source=source(options.model),
+        options, Path(place), resume=again, source=source(options.model),
         cache=cache_directory() / "tokens", say=say,
     )  # fmt: skip
     for name, folder in folders.items():

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flora_jax.adapters.product import PRODUCT, apply
+from flora_jax.adapters.product import PROJECTED, apply
 from flora_jax.starcoder.attention import attend, cache_mask, causal_mask, split_qkv
 from flora_jax.starcoder.cache import Cache, LayerCache
 from flora_jax.starcoder.config import StarCoderConfig
@@ -36,7 +36,7 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def _rematerialised(block: Block, remat: Remat) -> Callable[..., Any]:
-    policy = jax.checkpoint_policies.save_only_these_names(PRODUCT)
+    policy = jax.checkpoint_policies.save_only_these_names(PROJECTED)
     return jax.checkpoint(
         block, static_argnums=(5,), policy=policy if remat == "products" else None
     )

@@ -42,6 +42,15 @@ def group(batches: Sequence[Batch]) -> GroupedBatch:
     return GroupedBatch(*(np.stack(parts, axis=1) for parts in zip(*batches, strict=True)))
 
 
+def make_optimizer(
+    schedule: optax.Schedule, *, clip: float = 1.0, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """AdamW (0.9, 0.999) behind a clip by the norm of one adapter's gradient."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip), optax.adamw(schedule, weight_decay=weight_decay)
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
     """``accumulate`` splits every adapter's rows into so many parts, run one after another."""
@@ -86,15 +95,15 @@ def make_adapter_step(
     """
 
     def part_loss(
-        layers: Any, base: Any, part: GroupedBatch, keys_N: jax.Array, count_N: jax.Array
+        layers: Any, base: Any, part: GroupedBatch, keys_N: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graph, base)
         hooks = grouped_hooks(layers, keys_N, options.dropout)
         hidden_BTD, targets_BT = _hidden(model, part, hooks, options.remat)
         nll_BT = frozen_head_nll(hidden_BTD, model.head(), targets_BT)
-        loss_N = _per_adapter(nll_BT, part.mask) / count_N
+        nll_N = _per_adapter(nll_BT, part.mask)
         # No adapter's rows touch another's factors, so the sum's gradient is each one's own.
-        return jnp.sum(loss_N), loss_N
+        return jnp.sum(nll_N), nll_N
 
     gradient = jax.value_and_grad(part_loss, has_aux=True)
 
@@ -111,11 +120,11 @@ def make_adapter_step(
 
         def one_part(number: jax.Array, part: GroupedBatch) -> tuple[jax.Array, Any]:
             own_N = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys_N)
-            (_, loss_N), grads = gradient(state.params, base, part, own_N, count_N)
-            return loss_N, grads
+            (_, nll_N), grads = gradient(state.params, base, part, own_N)
+            return nll_N, grads
 
         if parts == 1:
-            loss_N, grads = one_part(jnp.int32(0), batch)
+            sums = one_part(jnp.int32(0), batch)
         else:
             # Every parts-th row makes a part, so that each device keeps its share of every part.
             cut = jax.tree.map(
@@ -126,7 +135,9 @@ def make_adapter_step(
             def add(total: Any, numbered: Any) -> tuple[Any, None]:
                 return jax.tree.map(jnp.add, total, one_part(*numbered)), None
 
-            (loss_N, grads), _ = jax.lax.scan(add, start, (jnp.arange(parts), cut))
+            sums, _ = jax.lax.scan(add, start, (jnp.arange(parts), cut))
+        # Divided only now: in 16 bits the slopes of a mean over many tokens would lose digits.
+        loss_N, grads = jax.tree.map(lambda leaf: _divide(leaf, count_N), sums)
         # optax mixes weakly typed scalars with arrays, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             norm_N = jax.vmap(optax.tree.norm)(grads)
@@ -145,6 +156,10 @@ def init_adapter_state(layers: Any, optimizer: optax.GradientTransformation) -> 
     The optimizer sees one adapter at a time. Takes ownership of ``layers``, which a step donates.
     """
     return TrainState(layers, jax.vmap(optimizer.init)(layers), jnp.int32(0))
+
+
+def _divide(leaf: jax.Array, count_N: jax.Array) -> jax.Array:
+    return leaf / count_N.reshape(-1, *(1,) * (leaf.ndim - 1))
 
 
 def _hold_frozen(updates: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from flora_jax.errors import RunError
 from flora_jax.train.adapt import GroupedBatch, Scores, group
 from flora_jax.train.data import Batch, PackedTokens
 from flora_jax.train.loss import bits_per_byte
@@ -37,6 +38,9 @@ class Evaluator:
         """Per name ``loss`` (nats a token), ``perplexity``, ``bits_per_byte`` and ``accuracy``.
 
         Each target of the windows counts once, whatever the padding.
+
+        Raises:
+            RunError: a loss is not finite.
         """
         none = np.zeros((self.rows, self.length), np.int32)
         empty = Batch(np.pad(none, ((0, 0), (0, 1))), none, none, none.astype(np.float32))
@@ -58,6 +62,8 @@ class Evaluator:
             if name in self.data:
                 nll, hits, count = map(float, sums[:, number])
                 count = max(count, 1.0)
+                if not math.isfinite(nll):
+                    raise RunError(f"the validation loss of {name} is {nll}")
                 result[name] = {
                     "loss": nll / count,
                     "perplexity": math.exp(min(nll / count, 700.0)),

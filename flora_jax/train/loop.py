@@ -84,7 +84,9 @@ def run_loop(
     metrics = directory / "metrics.jsonl"
     manager = ocp.CheckpointManager(
         (directory / "checkpoints").resolve(),
-        options=ocp.CheckpointManagerOptions(max_to_keep=options.keep),
+        options=ocp.CheckpointManagerOptions(
+            max_to_keep=options.keep, cleanup_tmp_directories=True
+        ),
     )
     newest = manager.latest_step()
     if newest is not None:

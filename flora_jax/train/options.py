@@ -79,6 +79,17 @@ class TrainOptions(BaseModel):
         """Rows of a batch that belong to one adapter."""
         return self.batch_size // len(self.data)
 
+    def effective(self, backend: str) -> Self:
+        """The same with every value that a default left open, as it is on this JAX backend."""
+        own: dict[str, Any] = {}
+        if self.kind == "flora":
+            own = {"init": self.init or "zero_sum", "reduction": self.reduction or "mean"}
+        elif self.kind == "lora":
+            own = {"alpha": self.alpha or float(self.rank)}
+        dtype = self.dtype or ("float32" if backend == "cpu" else "bfloat16")
+        filled = {"learning_rate": self.rate, "warmup_steps": self.warmup, "dtype": dtype} | own
+        return self.model_copy(update=filled)
+
     def devices(self) -> tuple[int, int]:
         """The sizes of the mesh's axes "data" and "tensor"."""
         sizes = {"data": 1, "tensor": 1}
@@ -109,6 +120,10 @@ class TrainOptions(BaseModel):
         for option, kind in only.items():
             if getattr(self, option) and self.kind != kind:
                 raise InputError(f"{option} belongs to the kind {kind}, found {self.kind}")
+        if self.init == "frozen_ones" and self.rank == 1:
+            raise InputError(
+                "rank is 1, expected 2 or more: init frozen_ones freezes one component"
+            )
         if self.kind == "ia3" and self.rank != 1:
             raise InputError(f"rank is {self.rank}, expected 1 for ia3")
         return self

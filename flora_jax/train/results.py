@@ -15,8 +15,8 @@ from flora_jax.train.options import TrainOptions
 
 _CARD = """# {name}: {kind} of rank {rank} for {model}
 
-{parameters:,} parameters on {targets}, trained by `flora-jax train`; `../config.json` of the run had
-these options:
+{parameters:,} parameters on {targets}, trained by `flora-jax train` with these options (its
+`config.json`):
 
 ```json
 {options}
@@ -69,7 +69,7 @@ def _card(
         model=options.model,
         parameters=adapter.parameters(),
         targets=", ".join(adapter.targets()),
-        options=options.model_dump_json(indent=1, exclude_defaults=True),
+        options=options.model_dump_json(indent=1),
         first=_loss_of(trained[0], name),
         first_step=trained[0]["step"],
         last=_loss_of(trained[-1], name),

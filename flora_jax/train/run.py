@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,12 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, match_targets
 from flora_jax.errors import InputError
-from flora_jax.files import require_new, whole_file
 from flora_jax.starcoder.checkpoint import describe, load_model
 from flora_jax.starcoder.config import StarCoderConfig
 from flora_jax.starcoder.sharding import make_mesh
@@ -34,19 +30,21 @@ from flora_jax.train.adapt import (
     group,
     init_adapter_state,
     make_adapter_step,
+    make_optimizer,
     make_scorer,
 )
-from flora_jax.train.data import PackedTokens
+from flora_jax.train.directory import (
+    check_directory,
+    claim_directory,
+    is_finished,
+    report_data,
+)
 from flora_jax.train.evaluation import Evaluator
 from flora_jax.train.loop import LoopOptions, run_loop
-from flora_jax.train.options import TrainOptions, read_file
+from flora_jax.train.options import TrainOptions
 from flora_jax.train.results import write_results
 from flora_jax.train.step import warmup_then
-from flora_jax.train.tokens import piece_bytes, tokenize
-
-CONFIG, DATA = "config.json", "data.json"
-# What a resumed run may change: none of it touches the result.
-_FREE = ("keep", "save_every")
+from flora_jax.train.tokens import piece_bytes, tokenize, tokenizing
 
 
 def train(
@@ -72,9 +70,10 @@ def train(
         InputError: anything in the options, the data or the model that does not fit.
         NonFiniteLossError: training diverged.
     """
-    _claim(options, output, resume)
+    options = options.effective(jax.default_backend())
+    check_directory(options, output, resume)
     folders = {name: output / name for name in options.data}
-    if (output / DATA).exists() and all(folder.exists() for folder in folders.values()):
+    if is_finished(options, output):
         say(f"{output}: this run is finished, nothing to do")
         return folders
     directory = resolve(source or options.model)
@@ -84,26 +83,26 @@ def train(
             f"seq_len is {options.seq_len}, the model's context has {config.n_positions} positions"
         )
     match_targets(options.targets)
+    mesh = _mesh(options)
     tokenizer = load_tokenizer(directory, config.vocab_size)
     if tokenizer is None or not config.eos_token_ids:
-        raise InputError(f"{directory}: training needs a tokenizer and an end token, found neither")
+        raise InputError(f"{directory}: training needs tokenizer.json and an end token")
     prepare = functools.partial(
         tokenize, tokenizer=tokenizer, end_id=config.eos_token_ids[0], cache=cache,
         column=options.text_column, max_corrupt=options.max_corrupt,
     )  # fmt: skip
-    training = {name: prepare(path) for name, path in options.data.items()}
-    validation = {name: prepare(path) for name, path in options.validation.items()}
-    _remember_data(output, training, validation, say)
-
-    mesh = _mesh(options)
-    dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    with tokenizing() as watch:
+        training = {name: prepare(path, progress=watch) for name, path in options.data.items()}
+        validation = {
+            name: prepare(path, progress=watch) for name, path in options.validation.items()
+        }
     quantize = None if options.quantize == "none" else options.quantize
-    model = load_model(directory, dtype, mesh=mesh, quantize=quantize)
+    model = load_model(directory, options.dtype, mesh=mesh, quantize=quantize)
+    claim_directory(options, output, training, validation)
+    report_data(training, validation, say)
+
     schedule = warmup_then(options.schedule, options.rate, options.steps, options.warmup)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(options.clip),
-        optax.adamw(schedule, weight_decay=options.weight_decay),
-    )
+    optimizer = make_optimizer(schedule, clip=options.clip, weight_decay=options.weight_decay)
     keys = {name: adapter_key(options.seed, name) for name in options.data}
     fresh = [_fresh(options, config, key) for key in keys.values()]
     layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one.layers for one in fresh))
@@ -123,7 +122,7 @@ def train(
         make_scorer(model.graph), model.params,
         {name: found for name, (found, _) in validation.items()},
         tuple(options.data), options.seq_len, options.rows, options.eval_windows,
-        piece_bytes(tokenizer), place,
+        piece_bytes(tokenizer, config.vocab_size), place,
     )  # fmt: skip
 
     def batch_at(number: int) -> GroupedBatch:
@@ -185,7 +184,7 @@ def _fresh(options: TrainOptions, config: StarCoderConfig, key: jax.Array) -> Mo
     if options.kind == "lora":
         settings["lora_dropout"] = options.dropout
     if options.kind == "flora":
-        settings["init"] = options.init or "zero_sum"
+        settings["init"] = options.init
     return dataclasses.replace(adapter, settings=settings)
 
 
@@ -201,66 +200,10 @@ def _mesh(options: TrainOptions) -> Mesh | None:
 
 
 def _place(batch: GroupedBatch, *, mesh: Mesh | None) -> GroupedBatch:
-    """Rows over the mesh's axis "data". Every process gives the rows of the devices it has."""
+    """Rows over the mesh's axis "data". Every process has the whole batch, and keeps its devices'."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)
     rows = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.tree.map(lambda leaf: jax.make_array_from_process_local_data(rows, leaf), batch)
-
-
-def _claim(options: TrainOptions, output: Path, resume: bool) -> None:
-    """Saves the options in a new directory, or compares them with the run's that is there."""
-    saved = output / CONFIG
-    if resume and saved.exists():
-        before, now = read_file(saved), json.loads(options.model_dump_json())
-        if not before.keys() >= {"model", "kind", "data"}:
-            raise InputError(f"{saved}: not the options of a training run")
-        for name in sorted(before.keys() | now.keys()):
-            if name not in _FREE and before.get(name) != now.get(name):
-                raise InputError(
-                    f"{saved}: the run to resume has {name} {before.get(name)!r}, now "
-                    f"{now.get(name)!r}"
-                )
-    else:
-        for part in output.glob(f"{CONFIG}.*.part") if resume else ():
-            part.unlink()  # Of a run killed before it had begun.
-        require_new(output)
-        output.mkdir(parents=True, exist_ok=True)
-    with whole_file(saved) as file:
-        file.write(options.model_dump_json(indent=1) + "\n")
-
-
-Tokenized = Mapping[str, tuple[PackedTokens, list[str]]]
-
-
-def _remember_data(
-    output: Path, training: Tokenized, validation: Tokenized, say: Callable[[str], None]
-) -> None:
-    """Saves what was read, or checks that it is what the run to resume read."""
-    found = {
-        split: {
-            name: {
-                "documents": len(packed.starts),
-                "tokens": len(packed.tokens),
-                "text_bytes": packed.text_bytes,
-                "sha256": hashlib.sha256(packed.tokens.tobytes()).hexdigest(),
-                "skipped": skipped,
-            }
-            for name, (packed, skipped) in tokenized.items()
-        }
-        for split, tokenized in (("training", training), ("validation", validation))
-    }
-    saved = output / DATA
-    if saved.exists():
-        before = json.loads(saved.read_text())
-        for split, entries in found.items():
-            for name, entry in entries.items():
-                if before[split][name]["sha256"] != entry["sha256"]:
-                    raise InputError(f"{saved}: {split} data of {name!r} are not what they were")
-    for split, tokenized in (("data", training), ("validation", validation)):
-        for name, (packed, skipped) in tokenized.items():
-            say(f"{split} {name}: {len(packed.starts):,} documents, {len(packed.tokens):,} tokens")
-            for line in skipped:
-                say(f"{split} {name}: skipped {line}")
-    with whole_file(saved) as file:
-        file.write(json.dumps(found, indent=1) + "\n")
+    return jax.tree.map(
+        lambda leaf: jax.make_array_from_process_local_data(rows, leaf, leaf.shape), batch
+    )

@@ -5,6 +5,7 @@ Knows nothing of batches.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import secrets
@@ -103,15 +104,34 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def piece_bytes(tokenizer: Any) -> np.ndarray:
-    """How many UTF-8 bytes of text each id stands for, int64 ``[highest id + 1]``; special ids: 0.
+@contextlib.contextmanager
+def tokenizing() -> Iterator[Progress]:
+    """A line on the terminal with how much of a source is tokenised, gone at the end."""
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import SpinnerColumn, TextColumn
+
+    columns = SpinnerColumn(), TextColumn("{task.description}")
+    console = Console(stderr=True)
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def show(documents: int, size: int) -> None:
+            text = f"tokenised {documents:,} documents, {size / 1e6:.1f} MB"
+            bar.update(task, description=text)
+
+        yield show
+
+
+def piece_bytes(tokenizer: Any, size: int = 0) -> np.ndarray:
+    """How many UTF-8 bytes of text each id stands for, int64, at least ``size``; special ids: 0.
 
     Exact for byte-level tokenizers, whose pieces have a character for each byte; else the length of
     what the id alone decodes to.
     """
     vocabulary = tokenizer.get_vocab()
     added = tokenizer.get_added_tokens_decoder()
-    lengths = np.zeros(max(vocabulary.values(), default=-1) + 1, np.int64)
+    lengths = np.zeros(max(size, max(vocabulary.values(), default=-1) + 1), np.int64)
     byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str())["decoder"])
     for piece, number in vocabulary.items():
         if number in added:

@@ -1,0 +1,110 @@
+"""A run's directory: whose it is, what it was given, and what a killed process left in it.
+
+config.json      the effective options        checkpoints/  the last states, by orbax
+data.json        what was read and skipped    NAME/         an adapter's folder, at the end
+metrics.jsonl    losses and validation        curve.png     their picture, at the end
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flora_jax.errors import InputError
+from flora_jax.files import require_new, whole_file
+from flora_jax.train.data import PackedTokens
+from flora_jax.train.options import TrainOptions, read_file
+
+CONFIG, DATA = "config.json", "data.json"
+# What a resumed run may change: none of it touches the result.
+_FREE = ("keep", "save_every")
+# Skipped lines that are shown; data.json has all.
+_SHOWN = 20
+
+Tokenized = Mapping[str, tuple[PackedTokens, list[str]]]
+
+
+def check_directory(options: TrainOptions, output: Path, resume: bool) -> None:
+    """Whether the run may use ``output``; writes nothing.
+
+    Raises:
+        InputError: something is there and ``resume`` is not asked for, or what is there is no run or
+            one with other options (the order of the adapters is one of them).
+    """
+    saved = output / CONFIG
+    if not resume or not saved.exists():
+        if not (resume and output.is_dir() and all(_is_part(path) for path in output.iterdir())):
+            require_new(output)
+        return
+    before, now = read_file(saved), json.loads(options.model_dump_json())
+    if not before.keys() >= {"model", "kind", "data"}:
+        raise InputError(f"{saved}: not the options of a training run")
+    for name in sorted(before.keys() | now.keys()):
+        # As text: two objects of another order are equal otherwise.
+        old, new = json.dumps(before.get(name)), json.dumps(now.get(name))
+        if name not in _FREE and old != new:
+            raise InputError(f"{saved}: the run to resume has {name} {old}, now {new}")
+
+
+def is_finished(options: TrainOptions, output: Path) -> bool:
+    """Whether all that a run leaves is there."""
+    names = [DATA, "curve.png", *options.data]
+    return all((output / name).exists() for name in names)
+
+
+def claim_directory(
+    options: TrainOptions, output: Path, training: Tokenized, validation: Tokenized
+) -> None:
+    """Saves the options and what was read, and removes what a killed process left half written.
+
+    Raises:
+        InputError: the data are not what the run to resume has read.
+    """
+    found = {
+        split: {name: _described(packed, skipped) for name, (packed, skipped) in data.items()}
+        for split, data in (("training", training), ("validation", validation))
+    }
+    saved = output / DATA
+    if saved.exists():
+        before = read_file(saved)
+        for split, entries in found.items():
+            for name, entry in entries.items():
+                if before.get(split, {}).get(name, {}).get("sha256") != entry["sha256"]:
+                    raise InputError(f"{saved}: {split} data of {name!r} are not what they were")
+    output.mkdir(parents=True, exist_ok=True)
+    for path in output.iterdir():
+        if _is_part(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with whole_file(output / CONFIG) as file:
+        file.write(options.model_dump_json(indent=1) + "\n")
+    with whole_file(saved) as file:
+        file.write(json.dumps(found, indent=1) + "\n")
+
+
+def report_data(training: Tokenized, validation: Tokenized, say: Callable[[str], None]) -> None:
+    """A line for each data set and for each of its first skipped documents."""
+    for split, data in (("data", training), ("validation", validation)):
+        for name, (packed, skipped) in data.items():
+            say(f"{split} {name}: {len(packed.starts):,} documents, {len(packed.tokens):,} tokens")
+            for line in skipped[:_SHOWN]:
+                say(f"{split} {name}: skipped {line}")
+            if len(skipped) > _SHOWN:
+                say(f"{split} {name}: skipped {len(skipped) - _SHOWN} more, see {DATA}")
+
+
+def _described(packed: PackedTokens, skipped: list[str]) -> dict[str, Any]:
+    return {
+        "documents": len(packed.starts),
+        "tokens": len(packed.tokens),
+        "text_bytes": packed.text_bytes,
+        "sha256": hashlib.sha256(packed.tokens.tobytes() + packed.starts.tobytes()).hexdigest(),
+        "skipped": skipped,
+    }
+
+
+def _is_part(path: Path) -> bool:
+    return path.name.endswith(".part")
