@@ -493,3 +493,11 @@ def test_a_mesh_of_devices_trains_the_same_adapters(mesh, home, processes, one_d
         adapters = [read_for(model, run / name) for run in (output, one_device)]
         for a, b in zip(*(jax.tree.leaves(one.layers) for one in adapters), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
+
+
+def test_the_help_tells_the_defaults(home, capsys):
+    """Words in square brackets would vanish: the help is rendered as markup."""
+    assert program(home, "train", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for value in ("1500", "c_attn", "float32 on CPU", "cosine"):
+        assert f"efault {value}" in text

@@ -37,7 +37,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of requests without one, folded with their line.")] = 0,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32, bfloat16 or float16 [default: float32 on CPU, else its own]."),
+        typer.Option(help="float32, bfloat16 or float16; default float32 on CPU, else its own."),
     ] = None,
     quantize: Annotated[
         str, typer.Option(help="int8, int4 or none: the base in 8 or 4 bits, the rest as it is.")

@@ -30,69 +30,69 @@ def train(
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="Held-out data of adapter NAME; may be repeated."),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="[default: 1]")] = None,
+    rank: Annotated[int | None, typer.Option(help="Default 1.")] = None,
     targets: Annotated[
-        str | None, typer.Option(help="Projections, comma-separated, by name. [default: c_attn]")
+        str | None, typer.Option(help="Projections, comma-separated, by name. Default c_attn.")
     ] = None,
     init: Annotated[
         str | None, typer.Option(help="FLoRA: zero_sum (default), ones or frozen_ones.")
     ] = None,
     reduction: Annotated[str | None, typer.Option(help="FLoRA: mean (default) or sum.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="LoRA. [default: the rank]")] = None,
-    dropout: Annotated[float | None, typer.Option(help="LoRA. [default: 0]")] = None,
-    steps: Annotated[int | None, typer.Option(help="[default: 1500]")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA. Default the rank.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="LoRA. Default 0.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Default 1500.")] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(help="Rows of a step, split evenly over the adapters. [default: 8]"),
+        typer.Option(help="Rows of a step, split evenly over the adapters. Default 8."),
     ] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of a row. [default: 512]")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a row. Default 512.")] = None,
     accumulate: Annotated[
-        int | None, typer.Option(help="Passes that a step's rows are split into. [default: 1]")
+        int | None, typer.Option(help="Passes that a step's rows are split into. Default 1.")
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Peak. [default: flora 8e-3, lora 1e-4, ia3 5e-3, hira 8e-3]"),
+        typer.Option(help="Peak. Default flora 8e-3, lora 1e-4, ia3 5e-3, hira 8e-3."),
     ] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="cosine, linear or constant. [default: cosine]")
+        str | None, typer.Option(help="cosine, linear or constant. Default cosine.")
     ] = None,
     warmup_steps: Annotated[
-        int | None, typer.Option(help="[default: a tenth of the steps, at most 100]")
+        int | None, typer.Option(help="Default a tenth of the steps, at most 100.")
     ] = None,
     weight_decay: Annotated[
-        float | None, typer.Option(help="AdamW's, towards zero factors. [default: 0]")
+        float | None, typer.Option(help="AdamW's, towards zero factors. Default 0.")
     ] = None,
     clip: Annotated[
-        float | None, typer.Option(help="Largest gradient norm of an adapter. [default: 1]")
+        float | None, typer.Option(help="Largest gradient norm of an adapter. Default 1.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="[default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Default 0.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of the base. [default: float32 on CPU, else bfloat16]")
+        str | None, typer.Option(help="Of the base. Default float32 on CPU, else bfloat16.")
     ] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="The base's weights: int8, int4 or none. [default: none]")
+        str | None, typer.Option(help="The base's weights: int8, int4 or none. Default none.")
     ] = None,
     remat: Annotated[
         str | None,
-        typer.Option(help="Recompute activations: none, products or full. [default: none]"),
+        typer.Option(help="Recompute activations: none, products or full. Default none."),
     ] = None,
     mesh: Annotated[
-        str | None, typer.Option(help="Devices, as data=2,tensor=4. [default: one device]")
+        str | None, typer.Option(help="Devices, as data=2,tensor=4. Default one device.")
     ] = None,
-    text_column: Annotated[str | None, typer.Option(help="[default: content, else text]")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Default content, else text.")] = None,
     max_corrupt: Annotated[
-        float | None, typer.Option(help="Share of unreadable lines that stops. [default: 0.01]")
+        float | None, typer.Option(help="Share of unreadable lines that stops. Default 0.01.")
     ] = None,
     eval_every: Annotated[
-        int | None, typer.Option(help="Steps; also before the first and at the end. [default: 250]")
+        int | None, typer.Option(help="Steps; also before the first and at the end. Default 250.")
     ] = None,
     eval_windows: Annotated[
-        int | None, typer.Option(help="Rows of validation at most. [default: all]")
+        int | None, typer.Option(help="Rows of validation at most. Default all.")
     ] = None,
     save_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints. [default: 100]")
+        int | None, typer.Option(help="Steps between checkpoints. Default 100.")
     ] = None,
-    keep: Annotated[int | None, typer.Option(help="Checkpoints to keep. [default: 2]")] = None,
+    keep: Annotated[int | None, typer.Option(help="Checkpoints to keep. Default 2.")] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="A .toml or .json file of these options; the command line wins."),
