@@ -498,6 +498,6 @@ def test_a_mesh_of_devices_trains_the_same_adapters(mesh, home, processes, one_d
 def test_the_help_tells_the_defaults(home, capsys):
     """Words in square brackets would vanish: the help is rendered as markup."""
     assert program(home, "train", "--help") == 0
-    text = " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for value in ("1500", "c_attn", "float32 on CPU", "cosine"):
         assert f"efault {value}" in text
