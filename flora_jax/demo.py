@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from flora_jax.adapters.model_adapter import ModelAdapter
@@ -71,7 +71,7 @@ def run_demo(assets: Path, *, language: str, max_tokens: int, seed: int) -> None
             frozenset(adapters),
             config.vocab_size,
             config.n_positions,
-            Defaults(max_tokens=max_tokens, temperature=0.2),
+            Defaults(max_tokens=max_tokens, temperature=0.7),
         )
         for index, (name, adapter) in enumerate(wanted)
     ]
@@ -100,11 +100,12 @@ def _show(
     def cell(name: str, adapter: str | None) -> Text:
         return Text((found[name, adapter].text or "").rstrip())
 
-    table = Table("language", "prompt", "base", "its FLoRA of rank 1", show_lines=True)
+    wide = [Column(name, overflow="fold") for name in ("prompt", "base", "its FLoRA of rank 1")]
+    table = Table("language", *wide, show_lines=True)
     for name, prompt in PROMPTS.items():
         table.add_row(name, Text(prompt.rstrip()), cell(name, None), cell(name, f"flora/{name}"))
     console.print(table)
-    table = Table(f"{language} under", "completion", show_lines=True)
+    table = Table(f"{language} under", Column("completion", overflow="fold"), show_lines=True)
     for adapter in (None, *(f"{kind}/{language}" for kind in KINDS)):
         table.add_row(adapter or "no adapter", cell(language, adapter))
     console.print(table)
