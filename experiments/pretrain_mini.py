@@ -28,6 +28,7 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from flora_jax.errors import InputError
+from flora_jax.files import whole_path
 from flora_jax.starcoder.checkpoint import load_model, save_hf
 from flora_jax.starcoder.config import PRESETS
 from flora_jax.starcoder.model import Model, init_model
@@ -114,10 +115,9 @@ class Stream(NamedTuple):
         return np.stack(picked).astype(np.int32)
 
     def save(self, path: Path) -> None:
-        temporary = path.with_name(path.name + ".part")
-        with temporary.open("wb") as file:  # Of a path, savez would change the name.
+        # A file, as of a path savez would change the name.
+        with whole_path(path) as part, part.open("wb") as file:
             np.savez(file, tokens=self.tokens, text_bytes=self.text_bytes)
-        temporary.rename(path)
 
     @classmethod
     def load(cls, path: Path) -> Stream:

@@ -47,18 +47,29 @@ def whole_directory(target: Target) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(target: Target) -> Iterator[TextIO]:
-    """A UTF-8 text file to write into that replaces ``target`` once all is written, or goes away.
+    """A UTF-8 text file to write into; see :func:`whole_path`."""
+    with whole_path(target) as part, part.open("w", encoding="utf-8") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def whole_path(target: Target) -> Iterator[Path]:
+    """Where to write a file that replaces ``target`` once all is written, or goes away.
 
     What a symbolic link points to is replaced, not the link.
     """
     path = Path(target).resolve()
     part = _part(path)
     try:
-        with part.open("w", encoding="utf-8") as file:
-            yield file
+        yield part
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def is_part(path: Path) -> bool:
+    """Whether this is output that a killed process left half written."""
+    return path.name.endswith(".part")
 
 
 def _part(path: Path) -> Path:

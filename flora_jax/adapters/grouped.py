@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.adapters import IA3, FLoRA, HiRA, LoRA, kind_of, product
+from flora_jax.adapters import IA3, FLoRA, HiRA, LoRA, kind_of, lora, product
 from flora_jax.adapters.model_adapter import rank_of
 from flora_jax.adapters.quantized import Quantized, columns, join_columns, slices
 
@@ -148,6 +148,5 @@ def _dropped(
 ) -> jax.Array:
     kept_XI = jax.random.bernoulli(key, 1.0 - dropout, x_XI.shape)
     wide_XI = jnp.where(kept_XI, x_XI.astype(jnp.float32) / (1.0 - dropout), 0.0)
-    delta_XO = wide_XI @ params.down_RI.astype(jnp.float32).T @ params.up_RO.astype(jnp.float32)
-    y_XO = product.product(x_XI, W_IO) + params.scale * delta_XO
+    y_XO = product.product(x_XI, W_IO) + lora.branch(params, wide_XI)
     return product.finish(y_XO, bias_O, x_XI.dtype)

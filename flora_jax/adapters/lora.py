@@ -62,9 +62,14 @@ def apply_one(
     params: LoRA, x_TI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     """One example: ``[T, O]``."""
-    h_TR = x_TI.astype(jnp.float32) @ params.down_RI.astype(jnp.float32).T
-    delta_TO = h_TR @ params.up_RO.astype(jnp.float32)
-    return product.finish(product.product(x_TI, W_IO) + params.scale * delta_TO, bias_O, x_TI.dtype)
+    delta_TO = branch(params, x_TI.astype(jnp.float32))
+    return product.finish(product.product(x_TI, W_IO) + delta_TO, bias_O, x_TI.dtype)
+
+
+def branch(params: LoRA, x_TI: jax.Array) -> jax.Array:
+    """What one adapter adds for float32 ``x``, before the bias: float32 ``[T, O]``."""
+    h_TR = x_TI @ params.down_RI.astype(jnp.float32).T
+    return params.scale * (h_TR @ params.up_RO.astype(jnp.float32))
 
 
 def merge(

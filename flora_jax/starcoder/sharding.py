@@ -63,8 +63,8 @@ def make_mesh(data: int, tensor: int) -> Mesh:
 def named_leaves(params: Any) -> tuple[dict[str, Any], Any]:
     """Leaves by dotted path (``h.0.attn.c_attn.kernel``), in order, and the tree's structure.
 
-    A quantised weight is one leaf.
-    ``jax.tree.unflatten(structure, values)`` takes values in the same order.
+    A quantised weight is one leaf. ``jax.tree.unflatten(structure, values)`` takes values in the same
+    order.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda leaf: isinstance(leaf, Quantized)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_jax.errors import InputError
-from flora_jax.files import require_new, whole_file
+from flora_jax.files import is_part, require_new, whole_file
 from flora_jax.train.data import PackedTokens
 from flora_jax.train.options import TrainOptions, read_file
 
@@ -37,7 +37,7 @@ def check_directory(options: TrainOptions, output: Path, resume: bool) -> None:
     """
     saved = output / CONFIG
     if not resume or not saved.exists():
-        if not (resume and output.is_dir() and all(_is_part(path) for path in output.iterdir())):
+        if not (resume and output.is_dir() and all(is_part(path) for path in output.iterdir())):
             require_new(output)
         return
     before, now = read_file(saved), json.loads(options.model_dump_json())
@@ -77,7 +77,7 @@ def claim_directory(
                     raise InputError(f"{saved}: {split} data of {name!r} are not what they were")
     output.mkdir(parents=True, exist_ok=True)
     for path in output.iterdir():
-        if _is_part(path):
+        if is_part(path):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     with whole_file(output / CONFIG) as file:
         file.write(options.model_dump_json(indent=1) + "\n")
@@ -104,7 +104,3 @@ def _described(packed: PackedTokens, skipped: list[str]) -> dict[str, Any]:
         "sha256": hashlib.sha256(packed.tokens.tobytes() + packed.starts.tobytes()).hexdigest(),
         "skipped": skipped,
     }
-
-
-def _is_part(path: Path) -> bool:
-    return path.name.endswith(".part")

@@ -83,10 +83,11 @@ def read_documents(
     for found in _read(source, column, suffixes):
         if isinstance(found, Document):
             documents += 1
-            read += len(found.text.encode())
             yield found
-            if limit_bytes is not None and read >= limit_bytes:
-                break
+            if limit_bytes is not None:
+                read += len(found.text.encode())
+                if read >= limit_bytes:
+                    break
             continue
         skipped.append(found.place)
         if corrupt is not None:

@@ -11,6 +11,7 @@ import jax
 
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.adapters.peft_write import write_adapter
+from flora_jax.files import whole_path
 from flora_jax.train.options import TrainOptions
 
 _CARD = """# {name}: {kind} of rank {rank} for {model}
@@ -100,6 +101,5 @@ def draw_curve(lines: list[dict[str, Any]], names: list[str], path: Path) -> Non
             axes.plot(*zip(*measured), "o-", color=colour, label=f"{name}, validation")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", ncols=1 + len(names) // 8)
-    part = path.with_name(path.name + ".part")
-    FigureCanvasAgg(figure).print_png(part)
-    part.replace(path)
+    with whole_path(path) as part:
+        FigureCanvasAgg(figure).print_png(part)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from flora_jax.errors import InputError
+from flora_jax.files import whole_path
 from flora_jax.train.data import PackedTokens
 from flora_jax.train.documents import Document, content_digest, read_documents
 
@@ -150,18 +150,14 @@ def save_packed(path: Path, packed: PackedTokens, skipped: Sequence[str] = ()) -
     about = json.dumps(
         {"names": [*packed.names], "text_bytes": packed.text_bytes, "skipped": [*skipped]}
     )
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with temporary.open("wb") as file:  # Of a path, savez would change the name.
-            np.savez(
-                file,
-                tokens=packed.tokens,
-                starts=packed.starts,
-                about=np.frombuffer(about.encode(), np.uint8),
-            )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # A file, as of a path savez would change the name.
+    with whole_path(path) as part, part.open("wb") as file:
+        np.savez(
+            file,
+            tokens=packed.tokens,
+            starts=packed.starts,
+            about=np.frombuffer(about.encode(), np.uint8),
+        )
 
 
 def load_packed(path: Path) -> tuple[PackedTokens, list[str]]:
