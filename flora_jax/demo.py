@@ -12,7 +12,9 @@ from rich.text import Text
 
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.adapters.peft_io import read_adapter
-from flora_jax.serve.generate import Generator
+from flora_jax.serve.engine import Engine
+from flora_jax.serve.generate import generate
+from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Completion, Defaults, Request, parse_request
 from flora_jax.starcoder.checkpoint import load_model
 from flora_jax.starcoder.config import StarCoderConfig
@@ -57,7 +59,6 @@ def run_demo(assets: Path, *, language: str, max_tokens: int, seed: int) -> None
     config = model.config
     tokenizer = load_tokenizer(source, config.vocab_size)
     adapters = shipped_adapters(assets, config)
-    generator = Generator(model, adapters, tokenizer=tokenizer, seed=seed)
     wanted = [
         (name, adapter)
         for name in PROMPTS
@@ -75,11 +76,21 @@ def run_demo(assets: Path, *, language: str, max_tokens: int, seed: int) -> None
         )
         for index, (name, adapter) in enumerate(wanted)
     ]
+    longest = max(len(request.token_ids) for request in requests) + max_tokens
+    engine = Engine(
+        model,
+        adapters,
+        tokenizer=tokenizer,
+        # A row alone has the bits it has among others only in one shape of its batch.
+        options=EngineOptions(
+            max_model_len=min(longest, config.n_positions), batch_invariant=True, seed=seed
+        ),
+    )
     started = time.perf_counter()
-    completions = list(generator.generate(requests))
+    completions = list(generate(engine, requests))
     first = time.perf_counter() - started
     started = time.perf_counter()
-    again = list(generator.generate(requests))
+    again = list(generate(engine, requests))
     seconds = time.perf_counter() - started
     if [c.token_ids for c in again] != [c.token_ids for c in completions]:
         raise RuntimeError("the same batch gave other tokens the second time")
@@ -91,7 +102,7 @@ def run_demo(assets: Path, *, language: str, max_tokens: int, seed: int) -> None
         f"among them), {tokens} tokens: {tokens / seconds:.0f} tokens/s; {first:.1f} s the first "
         "time, with compilation"
     )
-    _check_alone(console, generator, requests, completions)
+    _check_alone(console, engine, requests, completions)
 
 
 def _show(
@@ -116,11 +127,10 @@ def _show(
 
 
 def _check_alone(
-    console: Console, generator: Generator, requests: list[Request], completions: list[Completion]
+    console: Console, engine: Engine, requests: list[Request], completions: list[Completion]
 ) -> None:
-    shape = generator.shape(requests)
     same = sum(
-        next(generator.generate([request], shape=shape)).token_ids == completion.token_ids
+        next(generate(engine, [request])).token_ids == completion.token_ids
         for request, completion in zip(requests, completions, strict=True)
     )
     console.print(f"{same} of {len(requests)} rows have the same tokens as when they run alone")

@@ -10,8 +10,8 @@ from random_adapters import KINDS, random_adapter, random_projection
 from flora_jax.adapters import apply
 from flora_jax.adapters.bank import build_bank
 from flora_jax.adapters.model_adapter import ModelAdapter
-from flora_jax.adapters.pairs import list_pairs, one_row, pair_lattice
-from flora_jax.adapters.ragged import OneRow, Ragged
+from flora_jax.adapters.pairs import form, list_pairs, pair_lattice, row_components
+from flora_jax.adapters.ragged import Ragged, RowWise
 
 TARGET = "attn.c_attn"
 SIZES = {TARGET: (24, 40), "mlp.c_fc": (24, 32)}
@@ -72,8 +72,8 @@ def test_a_single_row_equals_the_explicit_weight_in_its_own_form(seed):
     x, W, bias = _inputs(seed, 1, 6)
     run = jax.jit(apply)
     for name in [None, *adapters]:
-        own = one_row(bank, name)[TARGET]
-        found = run(OneRow(bank.layers[0][TARGET], own), x, W, bias)
+        own = row_components(bank, [name], form(bank, name))[TARGET]
+        found = run(RowWise(bank.layers[0][TARGET], own), x, W, bias)
         expected = _expected(adapters, [name], x, W, bias)
         assert np.abs(found - expected).max() < 3e-6 * np.abs(expected).max()
         # Two or more multiplicative components; HiRA of rank 1 has its frozen ones and another.
@@ -102,7 +102,12 @@ def test_ranks_and_targets_may_differ_by_layer():
         expected = np.stack([oracles.project(p, row, W, bias) for p, row in zip(own, x)])
         together = run(Ragged(resident, list_pairs(bank, names)[TARGET]), x, W, bias)
         alone = [
-            run(OneRow(resident, one_row(bank, name)[TARGET]), x[row, None], W, bias)[0]
+            run(
+                RowWise(resident, row_components(bank, [name], form(bank, name))[TARGET]),
+                x[row, None],
+                W,
+                bias,
+            )[0]
             for row, name in enumerate(names)
         ]
         for found in (together, np.stack(alone)):

@@ -15,7 +15,9 @@ from torch_models import tiny_torch_model, to_flax
 
 from flora_jax import cli
 from flora_jax.adapters.peft_io import read_adapter, write_adapter
-from flora_jax.serve.generate import Generator
+from flora_jax.serve.engine import Engine
+from flora_jax.serve.generate import generate
+from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Request
 
 pytestmark = pytest.mark.filterwarnings(
@@ -118,9 +120,10 @@ def test_every_row_has_the_tokens_of_torch_with_its_adapter_alone(seed, tmp_path
         )
         for index, name in enumerate(names)
     ]
-    generator = Generator(model, adapters, chunk=8, block=8)
+    options = EngineOptions(max_num_seqs=4, chunk=8, pieces=2, page=4, decode_steps=8)
+    engine = Engine(model, adapters, options=options)
     excused = 0
-    for request, completion in zip(requests, generator.generate(requests), strict=True):
+    for request, completion in zip(requests, generate(engine, requests), strict=True):
         expected, margins = torch_greedy(
             torch_models[request.adapter], request.token_ids, request.max_tokens
         )

@@ -1,137 +1,257 @@
-"""A row's tokens do not depend on its company or its position."""
+"""A request's tokens do not depend on its company, its place, or what the engine does meanwhile."""
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from random_adapters import KINDS, random_adapter
 
-from flora_jax.adapters.pairs import one_row
+from flora_jax.adapters.peft_io import write_adapter
 from flora_jax.errors import InputError
-from flora_jax.serve import steps
-from flora_jax.serve.generate import Generator, Shape
+from flora_jax.serve.engine import Engine
+from flora_jax.serve.generate import generate
+from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Request
 from flora_jax.starcoder.config import StarCoderConfig
 from flora_jax.starcoder.model import init_model
 
 pytestmark = pytest.mark.usefixtures("optimised")
 CONFIG = StarCoderConfig(
-    vocab_size=97, n_positions=96, n_embd=32, n_layer=2, n_head=4, n_inner=48,
-    eos_token_ids=(0,), initializer_range=0.3,
+    vocab_size=97, n_positions=96, n_embd=16, n_layer=2, n_head=2, n_inner=32,
+    eos_token_ids=(0,), initializer_range=0.4,
 )  # fmt: skip
-# One padded shape for (almost) all tests: programs take longer to compile than to run.
-SHAPE = Shape(rows=16, length=96, level=4)
 TARGETS = ("attn.c_attn", "mlp.c_proj")
+OPTIONS = EngineOptions(
+    max_num_seqs=4, max_num_batched_tokens=40, chunk=8, pieces=2, page=4, cache_tokens=128,
+    decode_steps=5, resident_adapters=2, host_adapter_bytes=20_000, batch_invariant=True,
+)  # fmt: skip
+# Two contents for each name: schedules replace one by the other.
+CONTENTS = {
+    (f"{kind}{rank}", content): random_adapter(
+        kind, 10 * content + rank, CONFIG.projections(), 2, rank=rank, targets=targets
+    )
+    for kind in KINDS
+    for rank, targets in [(1, TARGETS), (4, TARGETS), (3, TARGETS[:1])]
+    for content in range(2)
+    if kind != "ia3" or rank == 1
+}
+NAMES = sorted({name for name, _ in CONTENTS})
+
+
+def make_engine(**changes):
+    first = {name: CONTENTS[name, 0] for name in NAMES}
+    return Engine(init_model(CONFIG, 5), first, options=dataclasses.replace(OPTIONS, **changes))
 
 
 @pytest.fixture(scope="module")
-def generator():
-    adapters = {
-        f"{kind}{rank}": random_adapter(
-            kind, rank, CONFIG.projections(), 2, rank=rank, targets=targets
-        )
-        for kind in KINDS
-        for rank, targets in [(1, TARGETS), (5, TARGETS)]
-        if kind != "ia3" or rank == 1
-    }
-    return Generator(init_model(CONFIG, 5), adapters, chunk=16, block=8)
+def engine():
+    return make_engine()
 
 
-def random_requests(generator, seed, count=16):
-    """Greedy and seeded rows, all sampling settings, base and every adapter."""
+def random_request(seed):
+    """One of many kinds: greedy and seeded, all sampling settings, base and every adapter."""
     rng = np.random.default_rng(seed)
-    names = [name for name in generator.bank.slots if name] + [None]
-    requests = []
-    for index in range(count):
-        warm = bool(rng.integers(2))
-        requests.append(
-            Request(
-                index,
-                tuple(rng.integers(1, 97, int(rng.integers(1, 50))).tolist()),
-                adapter=names[rng.integers(len(names))],
-                max_tokens=int(rng.integers(1, 24)),
-                temperature=float(rng.choice([0.3, 1.0, 2.0])) if warm else 0.0,
-                top_k=int(rng.choice([0, 5])) if seed % 2 else 0,
-                top_p=float(rng.choice([1.0, 0.8])) if seed % 2 else 1.0,
-                seed=int(rng.integers(1000)) if rng.integers(2) else None,
-                ignore_eos=bool(rng.integers(2)),
+    warm = bool(rng.integers(2))
+    return Request(
+        seed,
+        tuple(rng.integers(1, 97, int(rng.integers(1, 60))).tolist()),
+        adapter=[*NAMES, None][rng.integers(len(NAMES) + 1)],
+        max_tokens=int(rng.integers(1, 30)),
+        temperature=float(rng.choice([0.3, 1.0, 2.0])) if warm else 0.0,
+        top_k=int(rng.choice([0, 5])) if seed % 2 else 0,
+        top_p=float(rng.choice([1.0, 0.8])) if seed % 2 else 1.0,
+        seed=int(rng.integers(1000)) if rng.integers(2) else None,
+        ignore_eos=bool(rng.integers(2)),
+    )
+
+
+class Alone:
+    """Completions of single rows, each run by itself in an engine of its own."""
+
+    def __init__(self, **changes):
+        self.engines = {
+            content: Engine(
+                init_model(CONFIG, 5),
+                {name: CONTENTS[name, content] for name in NAMES},
+                options=dataclasses.replace(OPTIONS, **changes),
             )
-        )
-    return requests
+            for content in range(2)
+        }
+        self.known = {}
+
+    def __call__(self, request, content):
+        key = request.index, content
+        if key not in self.known:
+            (self.known[key],) = generate(self.engines[content], [request])
+        return self.known[key]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_a_row_has_the_same_tokens_alone_and_among_fifteen_others_in_any_position(generator, seed):
-    requests = random_requests(generator, seed)
-    together = list(generator.generate(requests, shape=SHAPE))
+@pytest.fixture(scope="module")
+def alone():
+    return Alone()
+
+
+def run_schedule(engine, seed, requests=150):
+    """Arrivals, cancellations, replacements and steps in a random order, then to the end.
+
+    Returns the completions with the content that each was admitted under, and how many failed.
+    """
     rng = np.random.default_rng(seed)
-    order = rng.permutation(16)
-    shuffled = list(generator.generate([requests[i] for i in order], shape=SHAPE))
-    assert shuffled == [together[i] for i in order]
-    for row in rng.choice(16, 4, replace=False):
-        (alone,) = generator.generate([requests[row]], shape=SHAPE)
-        assert alone == together[row]
+    current = {}
+    for name in NAMES:
+        current[name] = int(rng.integers(2))
+        engine.pool.register(name, CONTENTS[name, current[name]])
+    live, results = {}, []
+
+    def step():
+        for update in engine.step():
+            assert update.error is None
+            if update.completion is not None:
+                results.append((*live.pop(update.ticket), update.completion))
+
+    for _ in range(int(rng.integers(4, 14))):
+        action = rng.choice(["add", "add", "add", "cancel", "replace", "step", "step"])
+        if action == "add":
+            for _ in range(int(rng.integers(1, 4))):
+                request = random_request(int(rng.integers(requests)))
+                content = current.get(request.adapter, 0)
+                live[engine.add(request)] = request, content
+        elif action == "cancel" and live:
+            ticket = int(rng.choice(list(live)))
+            engine.cancel(ticket)
+            del live[ticket]
+        elif action == "replace":
+            name = NAMES[rng.integers(len(NAMES))]
+            current[name] = 1 - current[name]
+            engine.pool.register(name, CONTENTS[name, current[name]])
+        else:
+            step()
+    while engine.has_work:
+        step()
+    assert not live
+    return results
 
 
-def test_in_another_padded_shape_only_near_ties_differ(generator):
-    """Batches of 1 and of 16 round differently: differences are counted, and rare."""
-    differing = 0
-    for seed in range(3):
-        requests = random_requests(generator, seed)
-        together = list(generator.generate(requests, shape=SHAPE))
-        for request, expected in zip(requests, together):
-            shape = generator.shape([request])._replace(length=SHAPE.length)
-            (alone,) = generator.generate([request], shape=shape)
-            differing += alone.token_ids != expected.token_ids
+@pytest.mark.parametrize("block", range(8))
+def test_any_schedule_gives_every_request_its_tokens_alone(engine, alone, block):
+    """2,000 schedules with evictions and preemptions; bits are equal, so nothing is excused."""
+    before = engine.stats
+    completions = 0
+    for seed in range(250):
+        for request, content, completion in run_schedule(engine, 1000 * block + seed):
+            assert completion == alone(request, content), (block, seed, request)
+            completions += 1
+    after = engine.stats
+    assert completions > 1000
+    assert after.preemptions > before.preemptions
+    assert after.adapter_evictions > before.adapter_evictions + 100
+    assert (after.running, after.waiting, after.cache_usage) == (0, 0, 0.0)
+
+
+@pytest.mark.slow
+def test_hours_of_schedules(engine, alone):
+    for seed in range(100_000):
+        for request, content, completion in run_schedule(engine, 10**6 + seed, requests=5000):
+            assert completion == alone(request, content), (seed, request)
+
+
+def test_in_the_smallest_shapes_only_near_ties_differ(alone):
+    """Without batch invariance rows are padded as company asks: differences are counted, and rare."""
+    engine = make_engine(batch_invariant=False)
+    found = [result for seed in range(40) for result in run_schedule(engine, seed)]
+    differing = sum(completion != alone(request, content) for request, content, completion in found)
+    assert len(found) > 200
     assert differing == 0
 
 
-def test_what_else_is_resident_changes_no_bit_of_a_prefill(generator):
-    """The form of a prompt's pass follows from its own adapter."""
-    request = Request(0, tuple(range(1, 40)), adapter="flora5", max_tokens=1)
-    large = random_adapter("flora", 9, CONFIG.projections(), 2, rank=40, targets=TARGETS)
-    flora5 = random_adapter("flora", 5, CONFIG.projections(), 2, rank=5, targets=TARGETS)
-    model = init_model(CONFIG, 5)
-    caches = []
-    for adapters in ({"flora5": flora5}, {"large": large, "flora5": flora5}):
-        alone = Generator(model, adapters, chunk=16)
-        settings = alone._settings(request)
-        state = steps.init_state(CONFIG, 1, 64, jnp.float32)
-        state = steps.prefill(
-            model.graph, model.params, alone.bank.layers, one_row(alone.bank, "flora5"), state,
-            jnp.int32(0), jnp.asarray(request.token_ids[:16]), jnp.int32(0), jnp.int32(16),
-            settings, mode="greedy",
-        )  # fmt: skip
-        caches.append(np.asarray(state.cache[1].k_BSGK))
-    np.testing.assert_array_equal(*caches)
-    assert np.any(caches[0])
+def test_nothing_is_compiled_after_the_warm_up():
+    """Another model than the other tests', so that nothing is compiled yet."""
+    config = dataclasses.replace(CONFIG, n_embd=24, vocab_size=99)
+    adapters = {
+        f"{kind}{rank}": random_adapter(kind, rank, config.projections(), 2, rank=rank)
+        for kind in ("lora", "flora")
+        for rank in (1, 3)
+    }
+    options = dataclasses.replace(
+        OPTIONS, max_num_seqs=3, row_buckets=(3,), batch_invariant=False, host_adapter_bytes=0
+    )
+    new = random_adapter("flora", 9, config.projections(), 2, rank=2)
+    engine = Engine(init_model(config, 0), adapters, options=options)
+    engine.warm_up()
+    requests = [
+        dataclasses.replace(random_request(seed), adapter=[*adapters, None][seed % 5])
+        for seed in range(40)
+    ]
+    assert len(list(generate(engine, requests))) == 40
+    engine.pool.register("new", new)
+    late = dataclasses.replace(requests[0], adapter="new")
+    assert len(list(generate(engine, [late]))) == 1
+    assert engine.stats.adapter_evictions
+    assert engine.compilations.count == 0
 
 
-def test_a_row_whose_logits_are_not_finite_is_an_error(generator):
-    sick = dataclasses.replace(CONFIG, n_embd=16, n_head=2)
-    model = init_model(sick, 0)
-    model.params["ln_f"]["bias"] = model.params["ln_f"]["bias"].replace(jnp.full(16, jnp.nan))
-    request = Request(3, (5, 6), max_tokens=4)
-    with pytest.raises(InputError, match=r"request 3 \(no adapter\): the logits after 0 tokens"):
-        list(Generator(model, {}, chunk=16).generate([request]))
+def test_a_row_whose_logits_are_not_finite_fails_and_harms_nobody(engine, alone):
+    """Its pages go to others afterwards, with what it has left there."""
+    config = dataclasses.replace(CONFIG)
+    sick = random_adapter("lora", 3, config.projections(), 2, rank=1, targets=TARGETS)
+    sick.layers[1]["attn.c_attn"].__dict__["up_RO"] = jnp.full_like(
+        sick.layers[1]["attn.c_attn"].up_RO, jnp.nan
+    )
+    run_schedule(engine, 0)
+    engine.pool.register("lora1", sick)
+    bad = Request(7, tuple(range(1, 50)), adapter="lora1", max_tokens=4)
+    reason = r"request 7 \(adapter 'lora1': the logits after 0 tokens are not finite in float32\)"
+    with pytest.raises(InputError, match=reason):
+        list(generate(engine, [bad]))
+    for request, content, completion in run_schedule(engine, 1):
+        assert completion == alone(request, content)
 
 
-def test_requests_that_do_not_fit_are_refused(generator):
+def test_an_adapter_that_cannot_be_loaded_fails_its_requests_alone(alone, tmp_path):
+    engine = make_engine()
+    run_schedule(engine, 0)
+    folder = tmp_path / "changing"
+    write_adapter(CONTENTS["flora1", 0], folder)
+    engine.pool.register("changing", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    large = random_adapter("flora", 0, CONFIG.projections(), 2, rank=9, targets=TARGETS)
+    engine.pool.register("large", large)
+    content = 0
+    engine.pool.register("flora4", CONTENTS["flora4", content])
+    good = dataclasses.replace(random_request(4), index=10**4, adapter="flora4", seed=1)
+    tickets = {
+        name: engine.add(dataclasses.replace(good, adapter=name))
+        for name in ("changing", "flora4", "large")
+    }
+    ended = {}
+    while engine.has_work:
+        ended |= {u.ticket: u for u in engine.step() if u.completion or u.error}
+    assert "changed since it was registered" in ended[tickets["changing"]].error
+    assert "at most" in ended[tickets["large"]].error
+    assert ended[tickets["flora4"]].completion == alone(good, content)
+
+
+def test_requests_that_do_not_fit_are_refused(engine):
     with pytest.raises(InputError, match="unknown adapter 'nobody'"):
-        list(generator.generate([Request(0, (1,), adapter="nobody")]))
+        engine.add(Request(0, (1,), adapter="nobody"))
     with pytest.raises(InputError, match="token ids 1 to 97, the vocabulary has 0 to 96"):
-        list(generator.generate([Request(0, (1, 97))]))
-    with pytest.raises(ValueError, match=r"the batch needs Shape\(rows=1, length=64"):
-        list(generator.generate([Request(0, (1,), max_tokens=40)], shape=Shape(1, 16, 0)))
+        engine.add(Request(0, (1, 97)))
+    with pytest.raises(InputError, match="97 tokens, expected 1 to 96"):
+        engine.add(Request(0, (1,) * 97))
+    small = make_engine(cache_tokens=64)
+    with pytest.raises(InputError, match="50 tokens and 20 more, the cache holds 64"):
+        small.add(Request(0, (1,) * 50, max_tokens=20))
 
 
-def test_seeds_decide_and_indices_stand_in_for_them(generator):
+def test_seeds_decide_and_indices_stand_in_for_them(engine):
     base = Request(0, (5, 6, 7), max_tokens=20, temperature=1.5, ignore_eos=True)
 
     def run(**changes):
-        request = dataclasses.replace(base, **changes)
-        return next(generator.generate([request], shape=SHAPE)).token_ids
+        (completion,) = generate(engine, [dataclasses.replace(base, **changes)])
+        return completion.token_ids
 
     assert run(seed=3) == run(seed=3, index=9)
     assert run(seed=3) != run(seed=4)
@@ -139,43 +259,20 @@ def test_seeds_decide_and_indices_stand_in_for_them(generator):
     assert run() != run(index=1)
 
 
-def test_programs_stay_within_the_known_bound():
-    """Another model than the other tests', so that nothing is compiled yet."""
-    config = dataclasses.replace(CONFIG, n_embd=16, n_head=2)
-    adapters = {
-        f"{kind}{rank}": random_adapter(kind, rank, config.projections(), 2, rank=rank)
-        for kind in ("lora", "flora", "hira")
-        for rank in (1, 4)
-    }
-    generator = Generator(init_model(config, 0), adapters, rows=4, chunk=16, block=8)
-    before = steps.prefill._cache_size() + steps.decode._cache_size()
-    for seed in range(3):
-        requests = [
-            dataclasses.replace(r, max_tokens=12, token_ids=r.token_ids[:20])
-            for r in random_requests(generator, seed)
-        ]
-        assert len(list(generator.generate(requests))) == 16
-    compiled = steps.prefill._cache_size() + steps.decode._cache_size() - before
-    assert compiled <= generator.most_programs()
-    again = list(generator.generate(requests))
-    assert len(again) == 16
-    assert steps.prefill._cache_size() + steps.decode._cache_size() - before == compiled
-
-
-def test_prompts_up_to_the_context_are_cut_with_reason_length(generator):
+def test_prompts_up_to_the_context_are_cut_with_reason_length(engine):
     for length, expected in [(95, 1), (96, 0), (90, 6)]:
-        request = Request(0, tuple(range(1, length + 1)), max_tokens=50, ignore_eos=True)
-        request = dataclasses.replace(
-            request, token_ids=tuple(t % 96 + 1 for t in request.token_ids)
-        )
-        (completion,) = generator.generate([request], shape=SHAPE)
+        ids = tuple(t % 96 + 1 for t in range(length))
+        (completion,) = generate(engine, [Request(0, ids, max_tokens=50, ignore_eos=True)])
         assert len(completion.token_ids) == expected
         assert completion.finish_reason == "length"
 
 
-def test_a_chunk_length_does_not_change_what_a_prompt_means(generator):
-    requests = [r for r in random_requests(generator, 3) if not r.temperature]
-    expected = [c.token_ids for c in generator.generate(requests, shape=SHAPE)]
-    other = Generator(init_model(CONFIG, 5), {}, chunk=64)
-    other.bank = generator.bank
-    assert [c.token_ids for c in other.generate(requests, shape=SHAPE)] == expected
+@pytest.mark.parametrize("changes", [{"chunk": 16, "pieces": 3}, {"page": 16}, {"decode_steps": 1}])
+def test_the_layout_does_not_change_what_a_prompt_means(alone, changes):
+    engine = make_engine(**changes)
+    requests = [random_request(seed) for seed in range(30)]
+    requests = [r for r in requests if not r.temperature]
+    for name in NAMES:
+        engine.pool.register(name, CONTENTS[name, 0])
+    for request, completion in zip(requests, generate(engine, requests), strict=True):
+        assert completion == alone(request, 0)

@@ -17,12 +17,14 @@ from random_adapters import KINDS, random_adapter, random_projection
 from flora_jax import cli
 from flora_jax.adapters import apply, apply_vmap, kind_of, quantized, stack
 from flora_jax.adapters.bank import build_bank
-from flora_jax.adapters.pairs import bucket, list_pairs, one_row, pair_lattice
+from flora_jax.adapters.pairs import bucket, form, list_pairs, pair_lattice, row_components
 from flora_jax.adapters.product import product
 from flora_jax.adapters.quantized import Quantized
-from flora_jax.adapters.ragged import one_row_hooks, ragged_hooks
+from flora_jax.adapters.ragged import ragged_hooks, row_wise_hooks
 from flora_jax.errors import InputError
-from flora_jax.serve.generate import Generator
+from flora_jax.serve.engine import Engine
+from flora_jax.serve.generate import generate
+from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Request
 from flora_jax.starcoder.checkpoint import CheckpointError, load_model, save_hf, save_orbax
 from flora_jax.starcoder.config import StarCoderConfig
@@ -203,7 +205,11 @@ def test_mixed_batches_and_single_rows_take_a_quantised_weight(method, dtype):
     hooks = [ragged_hooks(bank.layers, pairs)[0]["attn.c_attn"]]
     rest = [x_BTI]
     for row, name in enumerate(names):
-        hooks.append(one_row_hooks(bank.layers, one_row(bank, name))[0]["attn.c_attn"])
+        hooks.append(
+            row_wise_hooks(bank.layers, row_components(bank, [name], form(bank, name)))[0][
+                "attn.c_attn"
+            ]
+        )
         rest.append(x_BTI[row : row + 1])
     assert {hook.own.merged for hook in hooks[1:]} == {True, False}
     run = jax.jit(apply)
@@ -228,8 +234,9 @@ def test_generation_draws_the_tokens_of_the_weights_written_out(method):
         Request(index, (5 + index, 9, 33, 2), adapter=name, max_tokens=12, ignore_eos=True)
         for index, name in enumerate(names)
     ]  # fmt: skip
+    options = EngineOptions(max_num_seqs=4, chunk=16, pieces=1, page=4)
     tokens = [
-        [list(c.token_ids) for c in Generator(m, adapters, chunk=16, block=12).generate(requests)]
+        [list(c.token_ids) for c in generate(Engine(m, adapters, options=options), requests)]
         for m in (model, dense(model))
     ]
     assert tokens[0] == tokens[1]
@@ -244,8 +251,8 @@ def test_loading_quantises_to_the_bits_of_quantising_the_loaded_model(method, tm
     save_orbax(model, tmp_path / "orbax")
     expected = quantize_model(model, method)
     described = quantize_abstract(abstract_model(CONFIG, stored), method)
-    for form in ("hf", "orbax"):
-        got = load_model(tmp_path / form, quantize=method)
+    for stored_as in ("hf", "orbax"):
+        got = load_model(tmp_path / stored_as, quantize=method)
         assert jax.tree.structure(got.params) == jax.tree.structure(described.params)
         for one, other, shape in zip(
             *map(jax.tree.leaves, (got.params, expected.params, described.params))
@@ -258,8 +265,8 @@ def test_kernels_are_quantised_from_what_is_stored_whatever_the_dtype_of_the_res
     save_hf(random_model(), tmp_path / "hf")
     save_orbax(random_model(), tmp_path / "orbax")
     full, _ = named_leaves(quantize_model(random_model(), "int8").params)
-    for form in ("hf", "orbax"):
-        half = load_model(tmp_path / form, jnp.bfloat16, quantize="int8")
+    for stored_as in ("hf", "orbax"):
+        half = load_model(tmp_path / stored_as, jnp.bfloat16, quantize="int8")
         for path, leaf in named_leaves(half.params)[0].items():
             assert leaf.dtype == jnp.bfloat16
             assert isinstance(leaf, Quantized) == is_quantised(path)

@@ -12,7 +12,7 @@ from random_adapters import random_adapter
 from torch_models import flax_logits, random_tokens, tiny_torch_model, to_flax, torch_logits
 
 from flora_jax.starcoder.attention import attend
-from flora_jax.starcoder.cache import init_cache
+from flora_jax.starcoder.cache import NOWHERE, contiguous, init_cache
 from flora_jax.starcoder.config import ACTIVATIONS, PRESETS, StarCoderConfig
 from flora_jax.starcoder.hf_names import hf_tensors
 from flora_jax.starcoder.model import abstract_model, init_model
@@ -64,10 +64,12 @@ def test_decoding_one_token_at_a_time_equals_the_full_pass(seed, multi_query):
     @jax.jit
     def step(params, token_B1, position_B1, cache):
         merged = nnx.merge(model.graph, params)
-        hidden, cache = merged.hidden(token_B1, position_B1, cache=cache, adapters=adapters)
+        hidden, cache = merged.hidden(
+            token_B1, position_B1, cache=cache, paging=contiguous(3, 16, 4), adapters=adapters
+        )
         return merged.logits(hidden[:, 0]), cache
 
-    cache = init_cache(config, 3, 16, jnp.float32)
+    cache = init_cache(config, 12, 4, jnp.float32)
     for place in range(12):
         position = jnp.full((3, 1), place)
         logits, cache = step(model.params, tokens[:, place, None], position, cache)
@@ -97,12 +99,13 @@ def test_padding_in_a_cached_pass_changes_nothing():
 
     @jax.jit
     def last(tokens, positions):
-        hidden, cache = model.hidden(tokens, positions, cache=init_cache(TINY, 1, 16, jnp.float32))
-        return hidden, cache[1].k_BSGK
+        empty = init_cache(TINY, 2, 8, jnp.float32)
+        hidden, cache = model.hidden(tokens, positions, cache=empty, paging=contiguous(1, 16, 8))
+        return hidden, cache[1].k_LSGK.reshape(1, 16, 1, -1)
 
     positions = jnp.arange(8)[None]
     full, cached = last(tokens, positions)
-    for absent in (16, -1):
+    for absent in (16, NOWHERE):
         noisy = tokens.at[:, 5:].set(7)
         found, kept = last(noisy, jnp.where(positions < 5, positions, absent))
         np.testing.assert_array_equal(found[:, :5], full[:, :5])

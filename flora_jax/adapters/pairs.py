@@ -6,11 +6,11 @@ Bucket sizes bound the number of programs that a jitted step is compiled to.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters.bank import Bank
+from flora_jax.adapters.bank import Residents
 from flora_jax.adapters.ragged import NOTHING, Pairs, RowComponents
 
 
@@ -53,7 +53,7 @@ def pair_lattice(rows: int, most: int) -> tuple[int, ...]:
 
 
 def list_pairs(
-    bank: Bank, names: Sequence[str | None], lattice: Mapping[str, tuple[int, int]] | None = None
+    bank: Residents, names: Sequence[Any], lattice: Mapping[str, tuple[int, int]] | None = None
 ) -> dict[str, Pairs]:
     """Each row's components on each target of the bank, for rows that use the named adapters.
 
@@ -83,54 +83,81 @@ def list_pairs(
         row, slot, mine = _list_pairs(more, sizes[0], most_mul - 1 if sizes[0] else 0)
         add_row, add_slot, add_mine = _list_pairs(add, sizes[1], most_add if sizes[1] else 0)
         result[target] = Pairs(
-            first_B=jnp.asarray([slots.multiplicative[0] for slots in owned], jnp.int32),
-            row_P=jnp.asarray(row),
-            slot_P=jnp.asarray(slot),
-            mine_BJ=jnp.asarray(mine),
-            add_row_A=jnp.asarray(add_row),
-            add_slot_A=jnp.asarray(add_slot),
-            add_mine_BJ=jnp.asarray(add_mine),
-            bias_B=jnp.asarray([slots.bias for slots in owned], jnp.int32),
+            first_B=np.asarray([slots.multiplicative[0] for slots in owned], np.int32),
+            row_P=row,
+            slot_P=slot,
+            mine_BJ=mine,
+            add_row_A=add_row,
+            add_slot_A=add_slot,
+            add_mine_BJ=add_mine,
+            bias_B=np.asarray([slots.bias for slots in owned], np.int32),
         )
     return result
 
 
-def form(bank: Bank, name: str | None) -> dict[str, tuple[int, int]]:
-    """How many multiplicative and additive components a single row is padded to, by target.
+class Form(NamedTuple):
+    """How a prompt's pass treats one adapter: padded numbers of components on ``targets``.
 
-    Powers of two that follow from the adapter alone, the same for all its targets; a target it does
-    not have stays at (1, 0).
+    On the bank's other targets it is the base's, (1, 0).
+    """
+
+    multiplicative: int
+    additive: int
+    targets: tuple[str, ...]
+
+    @property
+    def merged(self) -> bool:
+        """Two or more multiplicative components are merged into the explicit weight."""
+        return self.multiplicative > 1
+
+
+BASE_FORM = Form(1, 0, ())
+
+
+def form(bank: Residents, name: Any) -> Form:
+    """The form of an adapter; it follows from the adapter alone.
 
     Raises:
         KeyError: the adapter is not resident.
     """
-    own = bank.slots[name]
+    own = {target: bank.of(name, target) for target in bank.targets}
+    targets = tuple(t for t, slots in own.items() if slots != bank.of(None, t))
     mul = max((len(slots.multiplicative) for slots in own.values()), default=1)
     add = max((len(slots.additive) for slots in own.values()), default=0)
-    sizes = _next_power(mul), _next_power(add)
-    return {target: sizes if target in own else (1, 0) for target in bank.targets}
+    return Form(padded_multiplicative(mul), padded_additive(add), targets)
 
 
-def _next_power(count: int) -> int:
-    return 1 << (count - 1).bit_length() if count else 0
+def padded_multiplicative(count: int) -> int:
+    """One, or a power of two from four: below, padding costs less than a program more."""
+    return 1 if count <= 1 else max(4, 1 << (count - 1).bit_length())
 
 
-def one_row(bank: Bank, name: str | None) -> dict[str, RowComponents]:
-    """The components of one row that uses the named adapter, by target, in the adapter's form.
+def padded_additive(count: int) -> int:
+    """None, or a power of four: an additive component costs a prompt's pass next to nothing."""
+    size = 4
+    while size < count:
+        size *= 4
+    return size if count else 0
 
-    Two or more multiplicative components are merged into the explicit weight, one is factored.
+
+def row_components(bank: Residents, names: Sequence[Any], shape: Form) -> dict[str, RowComponents]:
+    """The components of rows that use the named adapters, by target, all in one form.
 
     Raises:
-        KeyError: the adapter is not resident.
+        KeyError: an adapter is not resident.
+        ValueError: an adapter has more components than the form holds.
     """
     result = {}
-    for target, (most_mul, most_add) in form(bank, name).items():
-        owned = bank.of(name, target)
-        slot = np.full(most_mul, NOTHING, np.int32)
-        slot[: len(owned.multiplicative)] = owned.multiplicative
-        add = np.full(most_add, NOTHING, np.int32)
-        add[: len(owned.additive)] = owned.additive
-        result[target] = RowComponents(
-            jnp.asarray(slot), jnp.asarray(add), jnp.int32(owned.bias), merged=most_mul > 1
-        )
+    for target in bank.targets:
+        mul, add = shape[:2] if target in shape.targets else (1, 0)
+        slot_BJ = np.full((len(names), mul), NOTHING, np.int32)
+        add_slot_BJ = np.full((len(names), add), NOTHING, np.int32)
+        owned = [bank.of(name, target) for name in names]
+        for row, slots in enumerate(owned):
+            bucket(len(slots.multiplicative), (mul,))
+            bucket(len(slots.additive), (add,))
+            slot_BJ[row, : len(slots.multiplicative)] = slots.multiplicative
+            add_slot_BJ[row, : len(slots.additive)] = slots.additive
+        bias_B = np.asarray([slots.bias for slots in owned], np.int32)
+        result[target] = RowComponents(slot_BJ, add_slot_BJ, bias_B, merged=mul > 1)
     return result

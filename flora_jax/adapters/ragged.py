@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from flora_jax.adapters import multiplicative, product
 from flora_jax.adapters.multiplicative import scale_inputs
 from flora_jax.shapes import check_shapes
 
+# Filled on the host; arrays of JAX inside a jitted step.
+HostOrDevice = Any
 # Slots every bank starts with.
 NOTHING = 0  # zeros in all four arrays: what padding points to
 IDENTITY = 1  # ones in pre and post: the base weight
@@ -53,14 +56,14 @@ class Pairs:
     row's entry of ``bias_scale``. Lengths ``P``, ``J``, ``A`` are static, so they come from buckets.
     """
 
-    first_B: jax.Array
-    row_P: jax.Array
-    slot_P: jax.Array
-    mine_BJ: jax.Array
-    add_row_A: jax.Array
-    add_slot_A: jax.Array
-    add_mine_BJ: jax.Array
-    bias_B: jax.Array
+    first_B: HostOrDevice
+    row_P: HostOrDevice
+    slot_P: HostOrDevice
+    mine_BJ: HostOrDevice
+    add_row_A: HostOrDevice
+    add_slot_A: HostOrDevice
+    add_mine_BJ: HostOrDevice
+    bias_B: HostOrDevice
 
 
 @jax.tree_util.register_dataclass
@@ -80,22 +83,23 @@ class Ragged:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowComponents:
-    """One row's components on one target, int32, padded with ``NOTHING``; ``bias`` is a scalar.
+    """Every row's components on one target for a prompt's pass, int32, padded with ``NOTHING``:
+    ``slot [B, J]``, ``add_slot [B, J']``, ``bias [B]``. All rows are in one form.
 
-    With ``merged`` the explicit weight ``W_i`` is built first, which is cheaper as soon as there are
-    a few tokens for every component.
+    With ``merged`` each row's explicit weight ``W_i`` is built first, which is cheaper as soon as there
+    are a few tokens for every component; without, ``J`` is 1.
     """
 
-    slot_J: jax.Array
-    add_slot_J: jax.Array
-    bias: jax.Array
+    slot_BJ: HostOrDevice
+    add_slot_BJ: HostOrDevice
+    bias_B: HostOrDevice
     merged: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class OneRow:
-    """The hook for a batch of one row, in a form that no other row can change."""
+class RowWise:
+    """The hook for rows of many tokens each: what a row computes follows from its own components."""
 
     bank: TargetBank
     own: RowComponents
@@ -111,9 +115,11 @@ def ragged_hooks(
     return [{t: Ragged(bank, pairs[t], per_token) for t, bank in layer.items()} for layer in layers]
 
 
-def one_row_hooks(layers: BankLayers, own: Mapping[str, RowComponents]) -> list[dict[str, OneRow]]:
-    """The model's ``adapters`` argument for one row; call it inside a jitted step."""
-    return [{t: OneRow(bank, own[t]) for t, bank in layer.items()} for layer in layers]
+def row_wise_hooks(
+    layers: BankLayers, own: Mapping[str, RowComponents]
+) -> list[dict[str, RowWise]]:
+    """The model's ``adapters`` argument for rows of many tokens; call it inside a jitted step."""
+    return [{t: RowWise(bank, own[t]) for t, bank in layer.items()} for layer in layers]
 
 
 def _gather_sum(values_PTO: jax.Array, mine_BJ: jax.Array) -> jax.Array:
@@ -164,22 +170,28 @@ def _apply_ragged(
 
 
 @product.apply.register
-def _apply_one_row(
-    adapter: OneRow, x_BTI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None = None
+def _apply_row_wise(
+    adapter: RowWise, x_BTI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     bank, own = adapter.bank, adapter.own
-    if x_BTI.shape[0] != 1:
-        raise ValueError(f"OneRow takes a batch of 1, found {x_BTI.shape[0]} rows")
-    x_TI = x_BTI[0]
-    pre_JI, post_JO = bank.pre_CI[own.slot_J], bank.post_CO[own.slot_J]
+    check_shapes(
+        "row-wise", x_BTI=x_BTI, W_IO=W_IO, slot_BJ=own.slot_BJ, bias_B=own.bias_B,
+        pre_CI=bank.pre_CI, post_CO=bank.post_CO,
+    )  # fmt: skip
+    pre_BJI, post_BJO = bank.pre_CI[own.slot_BJ], bank.post_CO[own.slot_BJ]
     if own.merged:
-        y_TO = product.product(x_TI, multiplicative.merge(pre_JI, post_JO, W_IO))
+        # One W_i at a time is in memory.
+        y_BTO = jax.lax.map(
+            lambda row: product.product(row[0], multiplicative.merge(row[1], row[2], W_IO)),
+            (x_BTI, pre_BJI, post_BJO),
+        )
     else:
-        y_TO = multiplicative.apply_one(pre_JI, post_JO, x_TI, W_IO)
-    if own.add_slot_J.shape[0]:
-        h_TJ = x_TI.astype(jnp.float32) @ bank.down_CI[own.add_slot_J].T
-        y_TO = y_TO + h_TJ @ bank.up_CO[own.add_slot_J]
-    change_BO = _bias_change(bank, own.bias[None], bias_O)
+        y_BTO = product.product(scale_inputs(x_BTI, pre_BJI), W_IO) * post_BJO
+    if own.add_slot_BJ.shape[1]:
+        down_BJI, up_BJO = bank.down_CI[own.add_slot_BJ], bank.up_CO[own.add_slot_BJ]
+        h_BTJ = jnp.einsum("bti,bji->btj", x_BTI.astype(jnp.float32), down_BJI)
+        y_BTO = y_BTO + jnp.einsum("btj,bjo->bto", h_BTJ, up_BJO)
+    change_BO = _bias_change(bank, own.bias_B, bias_O)
     if change_BO is not None:
-        y_TO = y_TO + change_BO
-    return product.finish(y_TO, bias_O, x_TI.dtype)[None]
+        y_BTO = y_BTO + change_BO[:, None]
+    return product.finish(y_BTO, bias_O, x_BTI.dtype)

@@ -42,7 +42,10 @@ def generate(
     quantize: Annotated[
         str, typer.Option(help="int8, int4 or none: the base in 8 or 4 bits, the rest as it is.")
     ] = "none",
-    batch_size: Annotated[int, typer.Option(help="Rows of a batch, 1 to 64.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Requests that run at once, 1 to 256.")] = 16,
+    batch_invariant: Annotated[
+        bool, typer.Option(help="A request has the same bits in any company; slower.")
+    ] = False,
 ) -> None:
     """Completes every request of a file, each with its own adapter, settings and seed."""
     from flora_jax.serve.request import Defaults, parse_requests
@@ -53,8 +56,8 @@ def generate(
     defaults = Defaults(max_tokens, temperature, top_k, top_p)
     if not 0 <= seed < 2**32:
         raise InputError(f"--seed is {seed}, expected 0 to 2^32 - 1")
-    if not 1 <= batch_size <= 64:
-        raise InputError(f"--batch-size is {batch_size}, expected 1 to 64")
+    if not 1 <= batch_size <= 256:
+        raise InputError(f"--batch-size is {batch_size}, expected 1 to 256")
     directories = named_paths(adapter or [], "adapter", "NAME=DIR")
     if not input.is_file():
         raise InputError(f"{input}: no such file")
@@ -80,15 +83,24 @@ def generate(
         defaults=defaults,
     )
     prepare_jax()
-    from flora_jax.serve.generate import Generator
+    from flora_jax.serve.engine import Engine
+    from flora_jax.serve.generate import generate as complete
+    from flora_jax.serve.options import EngineOptions
 
     loaded = load_model(
         directory, dtype_of(dtype), quantize=None if quantize == "none" else cast(Any, quantize)
     )
-    generator = Generator(loaded, adapters, tokenizer=tokenizer, rows=batch_size, seed=seed)
+    longest = max(len(request.token_ids) + request.max_tokens for request in requests)
+    options = EngineOptions(
+        max_num_seqs=min(batch_size, len(requests)),
+        max_model_len=min(longest, config.n_positions),
+        batch_invariant=batch_invariant,
+        seed=seed,
+    )
+    engine = Engine(loaded, adapters, tokenizer=tokenizer, options=options)
     started, tokens = time.perf_counter(), 0
     with whole_file(output) as file, progress(len(requests)) as advance:
-        for completion in generator.generate(requests):
+        for completion in complete(engine, requests):
             file.write(completion.to_json() + "\n")
             tokens += len(completion.token_ids)
             advance()

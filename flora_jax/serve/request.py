@@ -55,6 +55,17 @@ class Request:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
 
+    def check(self, context: int, vocab_size: int) -> None:
+        """Raises ``RequestError`` unless the prompt is of 1 to ``context`` tokens of the vocabulary."""
+        ids = self.token_ids
+        if not 1 <= len(ids) <= context:
+            raise RequestError(f"request {self.index}: {len(ids)} tokens, expected 1 to {context}")
+        if not 0 <= min(ids) <= max(ids) < vocab_size:
+            raise RequestError(
+                f"request {self.index}: token ids {min(ids)} to {max(ids)}, "
+                f"the vocabulary has 0 to {vocab_size - 1}"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Completion:

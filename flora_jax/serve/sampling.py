@@ -8,14 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
-
-# What the rows of a batch need at most; each is its own program, and a row's result is the same in
-# all that can do it. Looking for the likely tokens, for top-k and top-p, is most of the cost.
-Mode = Literal["greedy", "sampled", "filtered"]
 
 
 @jax.tree_util.register_dataclass
@@ -119,22 +114,28 @@ def _ordered_bits(values: jax.Array) -> jax.Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def sample(logits_BV: jax.Array, settings: Sampling, drawn_B: jax.Array, mode: Mode) -> jax.Array:
+def sample(logits_BV: jax.Array, settings: Sampling, drawn_B: jax.Array) -> jax.Array:
     """Token ids ``[B]``, int32.
 
     ``logits [B, V]`` are float32; ``drawn [B]`` counts the tokens a row has drawn before, and picks
-    the randomness of this one.
+    the randomness of this one. What no row asks for, drawing at all or top-k and top-p, is passed over;
+    a row's result does not depend on it.
     """
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    if mode == "greedy":
-        return greedy_B
-    warm_B = jnp.maximum(settings.temperature_B, 1e-6)
-    scaled_BV = logits_BV / warm_B[:, None]
-    if mode == "filtered":
-        scaled_BV = keep_likely(scaled_BV, settings.top_k_B, settings.top_p_B)
+    warm_B = settings.temperature_B > 0
+    filtered_B = warm_B & ((settings.top_k_B > 0) | (settings.top_p_B < 1.0))
 
     def draw(key: jax.Array, drawn: jax.Array, scaled_V: jax.Array) -> jax.Array:
         return jax.random.categorical(jax.random.fold_in(key, drawn), scaled_V)
 
-    drawn = jax.vmap(draw)(settings.key_B, drawn_B, scaled_BV).astype(jnp.int32)
-    return jnp.where(settings.temperature_B > 0, drawn, greedy_B)
+    def warm() -> jax.Array:
+        scaled_BV = logits_BV / jnp.maximum(settings.temperature_B, 1e-6)[:, None]
+        scaled_BV = jax.lax.cond(
+            jnp.any(filtered_B),
+            lambda: keep_likely(scaled_BV, settings.top_k_B, settings.top_p_B),
+            lambda: scaled_BV,
+        )
+        drawn = jax.vmap(draw)(settings.key_B, drawn_B, scaled_BV).astype(jnp.int32)
+        return jnp.where(warm_B, drawn, greedy_B)
+
+    return jax.lax.cond(jnp.any(warm_B), warm, lambda: greedy_B)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flora_jax.adapters.product import PROJECTED, apply
-from flora_jax.starcoder.attention import attend, cache_mask, causal_mask, split_qkv
-from flora_jax.starcoder.cache import Cache, LayerCache
+from flora_jax.starcoder.attention import attend, attend_cached, causal_mask, split_qkv
+from flora_jax.starcoder.cache import Cache, LayerCache, Paging
 from flora_jax.starcoder.config import StarCoderConfig
 
 LayerAdapters = Mapping[str, Any]
@@ -83,16 +83,19 @@ class Attention(nnx.Module):
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
-        mask_BTS: jax.Array,
+        seen: jax.Array | Paging,
         cache: LayerCache | None,
         adapters: LayerAdapters,
         config: StarCoderConfig,
     ) -> tuple[jax.Array, LayerCache | None]:
         q, k, v = split_qkv(_project(x_BTD, self.c_attn, adapters, "attn.c_attn"), config)
         if cache is not None:
-            cache = cache.write(k, v, positions_BT)
-            k, v = cache.k_BSGK, cache.v_BSGK
-        mixed_BTD = attend(q, k, v, mask_BTS, config)
+            assert isinstance(seen, Paging)
+            cache = cache.write(k, v, positions_BT, seen)
+            mixed_BTD = attend_cached(q, cache, seen, positions_BT, config)
+        else:
+            assert not isinstance(seen, Paging)
+            mixed_BTD = attend(q, k, v, seen, config)
         return _project(mixed_BTD, self.c_proj, adapters, "attn.c_proj"), cache
 
 
@@ -123,14 +126,14 @@ class Block(nnx.Module):
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
-        mask_BTS: jax.Array,
+        seen: jax.Array | Paging,
         cache: LayerCache | None,
         adapters: LayerAdapters,
         config: StarCoderConfig,
     ) -> tuple[jax.Array, LayerCache | None]:
         epsilon = config.layer_norm_epsilon
         mixed, cache = self.attn(
-            layer_norm(x_BTD, self.ln_1, epsilon), positions_BT, mask_BTS, cache, adapters, config
+            layer_norm(x_BTD, self.ln_1, epsilon), positions_BT, seen, cache, adapters, config
         )
         x_BTD = x_BTD + mixed
         return x_BTD + self.mlp(layer_norm(x_BTD, self.ln_2, epsilon), adapters, config), cache
@@ -163,6 +166,7 @@ class StarCoder(nnx.Module):
         positions_BT: jax.Array,
         *,
         cache: Cache | None = None,
+        paging: Paging | None = None,
         segments_BT: jax.Array | None = None,
         adapters: Adapters | None = None,
         remat: Remat = "none",
@@ -170,18 +174,20 @@ class StarCoder(nnx.Module):
         """The final normalised activations ``[B, T, D]`` and the cache with these tokens in it.
 
         Without a cache a token sees the earlier positions of its own segment; segment 0 is padding.
-        With one it sees every cached position up to its own, so padding must stand at a position
-        outside ``[0, S)``: its keys are dropped, and its own output means nothing.
+        With one, whose pages ``paging`` gives to the rows, it sees every cached position up to its own;
+        padding stands at ``NOWHERE``: its keys are dropped, and its own output means nothing.
 
         ``remat`` trades time for memory in the backward pass: "products" keeps the results of the
         projections alone, "full" only what enters each block.
         """
+        seen: jax.Array | Paging
         if cache is None:
             if segments_BT is None:
                 segments_BT = jnp.ones_like(tokens_BT)
-            mask_BTS = causal_mask(positions_BT, segments_BT)
+            seen = causal_mask(positions_BT, segments_BT)
         else:
-            mask_BTS = cache_mask(positions_BT, cache[0].k_BSGK.shape[1])
+            assert paging is not None
+            seen = paging
         at_BT = jnp.clip(positions_BT, 0, self.config.n_positions - 1)
         x_BTD = self.wte.embedding[...][tokens_BT] + self.wpe.embedding[...][at_BT]
         layers: list[LayerCache] = []
@@ -190,7 +196,7 @@ class StarCoder(nnx.Module):
             layer_cache = None if cache is None else cache[number]
             run = block if remat == "none" else _rematerialised(block, remat)
             x_BTD, layer_cache = run(
-                x_BTD, positions_BT, mask_BTS, layer_cache, layer_adapters, self.config
+                x_BTD, positions_BT, seen, layer_cache, layer_adapters, self.config
             )
             if layer_cache is not None:
                 layers.append(layer_cache)

@@ -1,0 +1,320 @@
+"""The engine: continuous batching over one model, every sequence under its own adapter.
+
+``add`` and ``cancel`` may be called by any thread; ``step``, by one, runs an iteration: adapters that
+have come are written, sequences enter, pieces of prompts are prefilled, the others draw tokens. Knows
+nothing of HTTP or files.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from flora_jax.adapters.bank import Prepared
+from flora_jax.errors import InputError
+from flora_jax.serve.compilations import Compilations
+from flora_jax.serve.dispatch import Device, Job, Piece
+from flora_jax.serve.layout import make_pool, target_groups
+from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.pool import LoadError
+from flora_jax.serve.programs import Lattice
+from flora_jax.serve.request import MAX_STOP_TOKENS, Request
+from flora_jax.serve.scheduler import Admission, Scheduler, Sequence
+from flora_jax.serve.steps import BROKEN, MAX_STOPS, RESTING
+from flora_jax.serve.stream import Stream
+from flora_jax.serve.updates import Stats, Update
+from flora_jax.serve.versions import Source, Version, version
+from flora_jax.starcoder.model import Model
+
+
+class Engine:
+    """A model with a pool of adapters, ready to serve.
+
+    Args:
+        model: the base.
+        adapters: in memory, or folders, by the names that requests use. All are read at once, and what
+            they need bounds later ones too, unless ``options`` ask for more.
+        tokenizer: a ``tokenizers.Tokenizer``; without one completions have no text.
+        options: the fixed sizes.
+
+    Raises:
+        InputError: an adapter that does not fit the model, options that it cannot have, or more end
+            tokens than are looked for.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        adapters: Mapping[str, Source] | None = None,
+        *,
+        tokenizer: Any | None = None,
+        options: EngineOptions | None = None,
+    ):
+        config = model.config
+        options = options or EngineOptions()
+        most = MAX_STOPS - MAX_STOP_TOKENS
+        if len(config.eos_token_ids) > most:
+            raise InputError(
+                f"the model has {len(config.eos_token_ids)} end tokens, at most {most}"
+            )
+        context = options.max_model_len or config.n_positions
+        if context > config.n_positions:
+            raise InputError(
+                f"max_model_len is {context}, the model has {config.n_positions} positions"
+            )
+        self.compilations = Compilations()
+        self.model, self.tokenizer, self.options, self.context = model, tokenizer, options, context
+        first: dict[Version, Prepared] = {}
+        for name, source in (adapters or {}).items():
+            known = version(name, source)
+            first[known] = known.read(config)
+        self.pool = make_pool(first, config, options)
+        self.lattice = Lattice(
+            self.pool,
+            options,
+            context,
+            dynamic=jax.default_backend() == "cpu",
+            groups=target_groups(first),
+        )
+        pages = -(-(options.cache_tokens or options.max_num_seqs * context) // options.page)
+        self.scheduler = Scheduler(options.max_num_seqs, pages, options.page)
+        self.device = Device(model, self.pool, self.lattice, options, pages)
+        self._tickets = itertools.count()
+        self._inbox: collections.deque[Sequence | int] = collections.deque()
+        self._sequences: dict[int, Sequence] = {}
+        self._copies: dict[int, Any] = {}
+        self._updates: list[Update] = []
+        self._written = 0
+        self._refused: list[tuple[Sequence, Admission]] = []
+
+    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Compiles every program that can be needed; ``progress`` gets how many are done, and of how
+        many. Resets ``compilations``, which stays 0 from here on.
+        """
+        tasks = self.device.rehearsals()
+        for number, task in enumerate(tasks):
+            task()
+            if progress is not None:
+                progress(number + 1, len(tasks))
+        self.compilations.reset()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._inbox) or self.scheduler.has_work
+
+    @property
+    def stats(self) -> Stats:
+        scheduler = self.scheduler
+        return Stats(
+            running=len(scheduler.running),
+            waiting=scheduler.waiting + len(self._inbox),
+            preemptions=scheduler.preemptions,
+            adapter_loads=self.pool.loads,
+            adapter_evictions=self.pool.evictions,
+            cache_usage=1 - len(scheduler.free_pages) / scheduler.pages,
+        )
+
+    def add(self, request: Request) -> int:
+        """Takes a request under the adapter that its name stands for now; any thread may call.
+
+        Returns:
+            The ticket that updates carry.
+
+        Raises:
+            InputError: the model or the known adapters cannot serve it.
+        """
+        own = self._check(request)
+        config, ids = self.model.config, request.token_ids
+        room = min(request.max_tokens, self.context - len(ids))
+        most = self.scheduler.pages * self.options.page
+        if len(ids) + room > most:
+            raise InputError(
+                f"request {request.index}: {len(ids)} tokens and {room} more, the cache holds {most}"
+            )
+        stops = {*request.stop_token_ids, *(() if request.ignore_eos else config.eos_token_ids)}
+        job = Job(request, own, Stream(request, stops, room, self.tokenizer))
+        ticket = next(self._tickets)
+        self._inbox.append(Sequence(ticket, request.adapter, len(ids), room, job))
+        return ticket
+
+    def cancel(self, ticket: int) -> None:
+        """Ends a request without a further update; one that is gone already is no error. Any thread."""
+        self._inbox.append(ticket)
+
+    def step(self) -> list[Update]:
+        """Runs one iteration and returns what it brought, in the order of tickets.
+
+        Without anything that can run it waits a moment for adapters that are being read.
+        """
+        self._updates = []
+        self._receive()
+        for sequence in self.scheduler.resume():
+            if sequence.stage == "decode":
+                self.device.restore(sequence, self._copies.pop(sequence.ticket))
+        self._written, self._refused = self.pool.loads, []
+        self.scheduler.admit(self._admission)
+        if self.scheduler.running:
+            self._run()
+        elif self._refused:
+            self._wait()
+        return sorted(self._updates, key=lambda update: update.ticket)
+
+    def close(self) -> None:
+        """Ends the pool's background reader."""
+        self.pool.close()
+
+    def _check(self, request: Request) -> Version | None:
+        request.check(self.context, self.model.config.vocab_size)
+        if request.adapter is None:
+            return None
+        try:
+            return self.pool.current(request.adapter)
+        except KeyError:
+            raise InputError(
+                f"request {request.index}: unknown adapter {request.adapter!r}"
+            ) from None
+
+    def _receive(self) -> None:
+        while self._inbox:
+            arrived = self._inbox.popleft()
+            if isinstance(arrived, int):
+                sequence = self._sequences.get(arrived)
+                if sequence is not None:
+                    self._drop(sequence)
+            elif arrived.room == 0:
+                completion = arrived.content.stream.completion()
+                self._updates.append(Update(arrived.ticket, completion=completion))
+            else:
+                self._sequences[arrived.ticket] = arrived
+                self.scheduler.add(arrived)
+                if arrived.content.version is not None:
+                    self.pool.prefetch(arrived.content.version)
+
+    def _admission(self, sequence: Sequence) -> Admission:
+        own = sequence.content.version
+        if own is None:
+            return "ready"
+        found: Admission = "loading"
+        # A write delays those who run: one in an iteration.
+        decoding = any(other.stage == "decode" for other in self.scheduler.running)
+        if not decoding or self.pool.loads == self._written or self.pool.is_resident(own):
+            try:
+                found = self.pool.acquire(own)
+            except LoadError as error:
+                self._drop(sequence)
+                self._updates.append(Update(sequence.ticket, error=str(error)))
+                return "loading"
+        if found != "ready":
+            self._refused.append((sequence, found))
+        return found
+
+    def _wait(self) -> None:
+        """Nothing runs: waits for adapters, or fails those that no eviction can make room for."""
+        if all(found == "full" for _, found in self._refused):
+            for sequence, _ in self._refused:
+                self._drop(sequence)
+                reason = f"no room for adapter {sequence.owner!r} beside the pinned ones"
+                self._updates.append(Update(sequence.ticket, error=reason))
+        else:
+            self.pool.wait([sequence.content.version for sequence, _ in self._refused], 0.1)
+
+    def _run(self) -> None:
+        prefilled = self._prefill()
+        # Nobody should wait for long who has, or could have, a row.
+        hurry = bool(prefilled) or any(found == "loading" for _, found in self._refused)
+        hurry = hurry or any(s.stage == "prefill" for s in self.scheduler.running)
+        rows, steps, set_aside = self.scheduler.grow(1 if hurry else self.options.decode_steps)
+        for sequence, pages in set_aside:
+            if pages:
+                self._copies[sequence.ticket] = self.device.copy_out(pages)
+        tokens_BN: Any = []
+        if rows:
+            tokens_BN = self.device.decode(rows, steps, eager=self.scheduler.waiting > 0)
+        drawn: dict[int, list[int]] = {}
+        for pieces, tokens_B in prefilled:
+            for piece, token in zip(pieces, jax.device_get(tokens_B)):
+                if piece.last:
+                    drawn[piece.sequence.ticket] = [int(token)]
+        for sequence, own_N in zip(rows, tokens_BN):
+            own = drawn.setdefault(sequence.ticket, [])
+            own += [int(token) for token in own_N if token != RESTING]
+        for ticket, tokens in drawn.items():
+            self._extend(self._sequences[ticket], tokens)
+
+    def _prefill(self) -> list[tuple[list[Piece], jax.Array]]:
+        """Dispatches pieces of prompts within the iteration's budget of tokens.
+
+        Returns those with the last piece of a prompt, and the first tokens by piece.
+        """
+        decoding = sum(sequence.stage == "decode" for sequence in self.scheduler.running)
+        budget = self.options.max_num_batched_tokens - decoding
+        dispatched = []
+        while pieces := self._next_pieces(budget):
+            tokens_B = self.device.prefill(pieces)
+            for piece in pieces:
+                piece.sequence.prefilled = piece.start + piece.length
+                if piece.last:
+                    piece.sequence.stage, piece.sequence.drawn = "decode", 1
+            budget -= sum(piece.length for piece in pieces)
+            if tokens_B is not None:
+                dispatched.append((pieces, tokens_B))
+        return dispatched
+
+    def _next_pieces(self, budget: int) -> list[Piece]:
+        """The oldest prompt's next long piece, or its short ones beside others of the same form."""
+        found: list[Piece] = []
+        shared: Any = None
+        for sequence in self.scheduler.running:
+            if sequence.stage != "prefill":
+                continue
+            start, form = sequence.prefilled, self.device.form_of(sequence)
+            if sequence.prompt - start >= self.lattice.long:
+                if not found:
+                    return [Piece(sequence, start, self.lattice.long)] if budget > 0 else []
+                continue
+            if shared not in (None, form):
+                continue
+            shared = form
+            while start < sequence.prompt and len(found) < max(self.lattice.pieces):
+                count = min(self.lattice.short, sequence.prompt - start)
+                if count > budget:
+                    return found
+                found.append(Piece(sequence, start, count))
+                start, budget = start + count, budget - count
+        return found
+
+    def _extend(self, sequence: Sequence, tokens: list[int]) -> None:
+        """Gives a sequence its new tokens; ends it where they do."""
+        stream = sequence.content.stream
+        before = len(stream.token_ids)
+        broken = BROKEN in tokens
+        stream.add(tokens[: tokens.index(BROKEN)] if broken else tokens)
+        new = tuple(stream.token_ids[before:])
+        sequence.drawn = len(stream.token_ids)
+        if broken and stream.running:
+            name = sequence.content.request.adapter
+            adapter = "no adapter" if name is None else f"adapter {name!r}"
+            reason = (
+                f"{adapter}: the logits after {sequence.drawn} tokens are not finite in "
+                f"{self.device.dtype}"
+            )
+            self._drop(sequence)
+            self._updates.append(Update(sequence.ticket, new, error=reason))
+        elif not stream.running:
+            self._drop(sequence)
+            self._updates.append(Update(sequence.ticket, new, completion=stream.completion()))
+        elif new:
+            self._updates.append(Update(sequence.ticket, new))
+
+    def _drop(self, sequence: Sequence) -> None:
+        """Takes a sequence out with all that it holds."""
+        waiting = sequence.stage == "waiting"
+        self.scheduler.remove(sequence)
+        if sequence.content.version is not None and not waiting:
+            self.pool.release(sequence.content.version)
+        self._copies.pop(sequence.ticket, None)
+        del self._sequences[sequence.ticket]

@@ -1,0 +1,50 @@
+"""How large an engine's adapter pool is: what its options and its first adapters make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from flora_jax.adapters.bank import RESERVED, Count, Prepared, most_of, sum_of
+from flora_jax.adapters.model_adapter import TARGETS, match_targets
+from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.pool import AdapterPool
+from flora_jax.serve.versions import Version
+from flora_jax.starcoder.config import StarCoderConfig
+
+
+def make_pool(
+    first: Mapping[Version, Prepared], config: StarCoderConfig, options: EngineOptions
+) -> AdapterPool:
+    """A pool that knows these adapters, with room for all of them on the device, or for as many of the
+    largest as the options say.
+    """
+    prepared = list(first.values())
+    most, room = most_of(prepared), sum_of(prepared)
+    if options.max_components is not None:
+        for target in {*most, *match_targets(options.targets)}:
+            known = most.get(target, Count(1, 0, 0))
+            more = options.max_components
+            most[target] = Count(max(more, known[0]), max(more, known[1]), 1)
+    number = options.resident_adapters
+    if number is not None or options.max_components is not None:
+        number = number or max(len(prepared), options.max_num_seqs)
+        room = {
+            target: Count(*(reserved + number * n for reserved, n in zip(RESERVED, count)))
+            for target, count in most.items()
+        }
+    targets = [target for target in TARGETS if target in most]
+    pool = AdapterPool(
+        config,
+        {target: room[target] for target in targets},
+        {target: most[target] for target in targets},
+        options.host_adapter_bytes,
+    )
+    for version, own in first.items():
+        pool.register(version.name, version.source)
+        pool.add_ready(version, own)
+    return pool
+
+
+def target_groups(first: Mapping[Version, Prepared]) -> list[tuple[str, ...]]:
+    """The sets of targets that the adapters have."""
+    return [tuple(t for t in TARGETS if t in own.counts) for own in first.values()]

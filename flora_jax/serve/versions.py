@@ -1,0 +1,70 @@
+"""What an adapter's name stands for at a time: a source and the hash of its content."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from flora_jax.adapters.bank import Prepared, prepare
+from flora_jax.adapters.model_adapter import ModelAdapter
+from flora_jax.adapters.peft_io import read_adapter
+from flora_jax.errors import InputError
+from flora_jax.starcoder.config import StarCoderConfig
+
+Source = ModelAdapter | Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Version:
+    """One content under one name."""
+
+    name: str
+    digest: str
+    source: Source = dataclasses.field(compare=False, repr=False)
+
+    def read(self, config: StarCoderConfig) -> Prepared:
+        """The adapter's components.
+
+        Raises:
+            InputError: it cannot be read, does not fit the model, or has changed since it was hashed.
+        """
+        adapter = self.source
+        if isinstance(adapter, Path):
+            adapter = read_adapter(adapter, config.projections(), config.n_layer)
+            if digest(self.source) != self.digest:
+                raise InputError(f"{self.source}: changed since it was registered as {self.name!r}")
+        return prepare(adapter, config.projections(), config.n_layer, f"adapter {self.name!r}")
+
+
+def version(name: str, source: Source) -> Version:
+    """The version that a source is now.
+
+    Raises:
+        InputError: there is no adapter at that path.
+    """
+    return Version(name, digest(source), source)
+
+
+def digest(source: Source) -> str:
+    """A hash of an adapter's content.
+
+    Raises:
+        InputError: there is no adapter folder at that path.
+    """
+    found = hashlib.sha256()
+    if isinstance(source, Path):
+        files = sorted(source.glob("adapter_*")) if source.is_dir() else []
+        if not files:
+            raise InputError(f"{source}: no adapter folder (adapter_config.json and its weights)")
+        for file in files:
+            with file.open("rb") as stream:
+                found.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    else:
+        found.update(f"{source.kind} {jax.tree.structure(source.layers)}".encode())
+        for leaf in jax.tree.leaves(source.layers):
+            found.update(f"{leaf.shape} {leaf.dtype}".encode() + np.asarray(leaf).tobytes())
+    return found.hexdigest()
