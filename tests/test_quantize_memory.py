@@ -6,46 +6,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from gpu_target import placed_on_h100
 from random_adapters import random_adapter
 
 from flora_jax.adapters.grouped import grouped_hooks
 from flora_jax.adapters.quantized import matmul, quantize
 from flora_jax.serve import steps
+from flora_jax.starcoder.cache import contiguous
 from flora_jax.starcoder.config import StarCoderConfig
 from flora_jax.starcoder.model import abstract_model
 from flora_jax.starcoder.quantize import quantize_abstract
 
 pytestmark = pytest.mark.usefixtures("optimised")
 METHODS = ("int8", "int4")
-# What XLA's compiler asks of a device. The operations a clock, by XLA's number of a type: 10 is
-# float16, 16 bfloat16, 11 float32, 2 int8.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  matrix_unit_description {
-    rate_infos { key: 10 value { clock_rate_ghz: 1.83 units_per_core: 4 ops_per_clock: 512 } }
-    rate_infos { key: 16 value { clock_rate_ghz: 1.83 units_per_core: 4 ops_per_clock: 512 } }
-    rate_infos { key: 11 value { clock_rate_ghz: 1.83 units_per_core: 4 ops_per_clock: 256 } }
-    rate_infos { key: 2 value { clock_rate_ghz: 1.83 units_per_core: 4 ops_per_clock: 1024 } }
-  }
-  name: "NVIDIA H100 80GB HBM3" driver_version: "13.0.0" runtime_version: "13.0.0"
-  compile_time_toolkit_version: "13.0.0" dnn_version: "9.12.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-runtime_version { major: 13 minor: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 
 def config(layers):
@@ -88,11 +61,13 @@ def decode_temporaries(method, layers):
     """Of a dispatch of four tokens for two rows, a loop on the device."""
     model = quantize_abstract(abstract_model(config(layers)), method)
     state = jax.eval_shape(
-        functools.partial(steps.init_state, model.config, 2, 32, jnp.dtype(jnp.float32))
+        functools.partial(steps.init_state, model.config, 2, 8, 8, jnp.dtype(jnp.float32))
     )
+    rows = jax.ShapeDtypeStruct((2,), jnp.int32)
     compiled = steps.decode.lower(
-        model.graph, model.params, [{}] * layers, {}, state, mode="greedy", steps=4
-    ).compile()
+        model.graph, model.params, [{}] * layers, {}, state, rows, contiguous(2, 32, 8),
+        jnp.int32(4), jnp.bool_(False), most=4,
+    ).compile()  # fmt: skip
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -116,19 +91,11 @@ def test_more_layers_do_not_add_explicit_weights(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_gpu_program_has_no_weight_sized_temporary(method):
     """Compiled ahead of time for an H100, where that compiler is installed; nothing runs."""
-    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax-cuda13-pjrt")
-    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H100)
-    mesh = topologies.make_mesh(topology, (1,), ("x",))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def describe(leaf):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
-
     rows, inputs, outputs = 32, 6144, 24576
     weight = jax.ShapeDtypeStruct((inputs, outputs), jnp.bfloat16)
-    W_IO = jax.tree.map(describe, jax.eval_shape(lambda W: quantize(W, method), weight))
-    x = describe(jax.ShapeDtypeStruct((rows, inputs), jnp.bfloat16))
-    dy = describe(jax.ShapeDtypeStruct((rows, outputs), jnp.float32))
+    W_IO = placed_on_h100(jax.eval_shape(lambda W: quantize(W, method), weight))
+    x = placed_on_h100(jax.ShapeDtypeStruct((rows, inputs), jnp.bfloat16))
+    dy = placed_on_h100(jax.ShapeDtypeStruct((rows, outputs), jnp.float32))
     gradient = lambda x, W, dy: jax.vjp(lambda x: matmul(x, W), x)[1](dy)  # noqa: E731
     for function, arguments in [(matmul, (x, W_IO)), (gradient, (x, W_IO, dy))]:
         memory = jax.jit(function).lower(*arguments).compile().memory_analysis()

@@ -114,6 +114,18 @@ def _ordered_bits(values: jax.Array) -> jax.Array:
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
+def first_largest(logits_BV: jax.Array) -> jax.Array:
+    """``argmax`` over the last axis, int32: as two reductions, which a CPU vectorises and its own is not.
+
+    A row with a NaN gives some token.
+    """
+    vocabulary = logits_BV.shape[-1]
+    largest_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+    place_1V = jnp.arange(vocabulary, dtype=jnp.int32)[None]
+    found_B = jnp.min(jnp.where(logits_BV == largest_B1, place_1V, vocabulary), axis=-1)
+    return jnp.minimum(found_B, vocabulary - 1)
+
+
 def sample(logits_BV: jax.Array, settings: Sampling, drawn_B: jax.Array) -> jax.Array:
     """Token ids ``[B]``, int32.
 
@@ -121,7 +133,7 @@ def sample(logits_BV: jax.Array, settings: Sampling, drawn_B: jax.Array) -> jax.
     the randomness of this one. What no row asks for, drawing at all or top-k and top-p, is passed over;
     a row's result does not depend on it.
     """
-    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    greedy_B = first_largest(logits_BV)
     warm_B = settings.temperature_B > 0
     filtered_B = warm_B & ((settings.top_k_B > 0) | (settings.top_p_B < 1.0))
 

@@ -16,7 +16,7 @@ from flora_jax.starcoder.config import StarCoderConfig
 
 # Positions of one step over a cached row's keys. Fixed, and longer rows take more steps, so that what a
 # row sees is added up in the same order whatever the longest row of its batch is.
-KEY_BLOCK = 256
+KEY_BLOCK = 128
 
 
 def split_qkv(
