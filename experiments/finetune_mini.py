@@ -4,7 +4,7 @@
 
 CORPORA is a directory with LANGUAGE.train.jsonl.gz and LANGUAGE.validation.jsonl.gz. Stages:
 
-    sweep      3 learning rates x 100 steps for each kind, Perl
+    sweep      learning rates x 100 steps for each kind, Perl
     languages  FLoRA, LoRA and IA3 of rank 1 for D, Perl, Ruby, Rust, Racket, Swift and Lua, seven
                adapters in one run; OUTPUT/languages-STEPS/KIND/LANGUAGE ships as
                flora_jax/assets/adapters/KIND/LANGUAGE
@@ -18,10 +18,9 @@ collected in experiments/results/finetune_mini.jsonl, one object for each adapte
 intervals of its change to the base by a bootstrap over windows of held-out files (windows of one file
 are alike, so they are somewhat too narrow; the sweep chooses on the windows that are reported).
 
-Receipt: 2 cores of an AMD EPYC (Zen 1), float32, about 2,200 tokens/s undisturbed: the sweep of three
-kinds 25 minutes beside other work, `languages --steps 150` 20 minutes a kind. Tables and their reading
-are in experiments/results/finetune_mini.md. Not run yet: HiRA's sweep, `ranks` (about 9 hours at 250
-steps) and `inits` (about 25 minutes).
+Receipt: 2 cores of an AMD EPYC (Zen 5), float32, up to 8,100 tokens/s undisturbed and half of that beside
+the other work there was: the sweep 20 minutes, `languages` 34, `inits` 9, `ranks --seeds 0` 57. Tables are
+in experiments/results/finetune_mini.md. Not run: the seeds 1 and 2 of `ranks`.
 """
 
 from __future__ import annotations
@@ -54,9 +53,9 @@ from flora_jax.train.tokens import piece_bytes, tokenize
 
 LANGUAGES = ("d", "perl", "ruby", "rust", "racket", "swift", "lua")
 RATES = {
-    "flora": (2e-3, 8e-3, 3.2e-2),
-    "lora": (1e-4, 1e-3, 1e-2),
-    "ia3": (5e-3, 2e-2, 8e-2),
+    "flora": (2e-3, 8e-3, 3.2e-2, 1.28e-1),
+    "lora": (1e-4, 1e-3, 1e-2, 3e-2),
+    "ia3": (5e-3, 2e-2, 8e-2, 3.2e-1),
     "hira": (2e-3, 8e-3, 3.2e-2),
 }
 ROWS, LENGTH = 8, 256
