@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from flora_jax.cli import bench, bench_serving
 from flora_jax.cli.generate import generate
 from flora_jax.cli.inspect import demo, info
 from flora_jax.cli.train import train
@@ -22,6 +23,9 @@ app = typer.Typer(
 
 for _verb in (generate, train, info, demo):
     app.command()(_verb)
+bench.app.command()(bench_serving.throughput)
+bench.app.command()(bench_serving.latency)
+app.add_typer(bench.app)
 
 
 def main() -> None:

@@ -1,0 +1,192 @@
+"""Figure 2 (right) of the paper: latency against rank, requests arriving at a given rate.
+
+    python experiments/fig2_latency.py mini 164m --lengths LENGTHS.csv
+    python experiments/fig2_latency.py --plot fig2_latency.png
+
+Requests arrive by a Poisson process, each with its own adapter; all adapters lie on the device. The rate
+is 8/s on a GPU, as in the paper (3b, 15b: float16, 2,560 batched tokens). Here it is a part of what the
+base alone can do: first the base's request capacity is measured (all requests at once), then every
+contender, the base among them, at 0.5 and 0.9 of it. Lengths and results as in fig2_throughput.py:
+experiments/results/fig2_latency.jsonl has a line for every finished run, which is not run again.
+
+Receipt: to be filled by the final run (command, hardware, time, result lines).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import typer
+
+from flora_jax.bench import collected, report
+from flora_jax.bench import serving_setup as setup
+from flora_jax.bench.serving import run_latency, run_throughput
+from flora_jax.bench.workload import WorkloadOptions
+from flora_jax.cli.common import prepare_jax, say
+from flora_jax.errors import InputError
+from flora_jax.starcoder.model import Model
+
+RESULTS = Path(__file__).parent / "results" / "fig2_latency.jsonl"
+PARTS = (0.5, 0.9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is run for a preset; ``rate`` is requests a second, ``None``: parts of the capacity."""
+
+    num_prompts: int
+    scale: float = 1.0
+    ranks: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    kinds: tuple[str, ...] = ("flora", "lora")
+    rate: float | None = None
+    dtype: str = "float32"
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 2048
+
+
+PLANS = {
+    "mini": Plan(200),
+    "164m": Plan(96, 0.25, ranks=(1, 4, 8, 32)),
+    # For a GPU, as in the paper.
+    "3b": Plan(1000, rate=8.0, dtype="float16", max_num_seqs=64, max_num_batched_tokens=2560),
+    "15b": Plan(1000, rate=8.0, dtype="float16", max_num_seqs=64, max_num_batched_tokens=2560),
+}
+
+
+def contenders(plan: Plan) -> Iterator[setup.Contender]:
+    """The base first, since the rates may come from it; then a rank's kinds after each other."""
+    yield setup.Contender("none", 0)
+    for rank in plan.ranks:
+        for kind in plan.kinds:
+            yield setup.Contender(kind, rank)
+
+
+class Runs:
+    """The runs of a preset, those that are in the results already left out."""
+
+    def __init__(self, preset: str, plan: Plan, lengths: Path | None, seed: int, repeat: int):
+        self.preset, self.plan, self.seed = preset, plan, seed
+        self.options = WorkloadOptions(
+            num_prompts=plan.num_prompts, lengths=lengths, scale=plan.scale, seed=seed
+        )
+        same = self.options.to_dict()
+        del same["request_rate"]
+        self.key = {
+            "preset": preset, "repeat": repeat, "dtype": plan.dtype,
+            "max_num_seqs": plan.max_num_seqs,
+            "max_num_batched_tokens": plan.max_num_batched_tokens, "workload": same,
+        }  # fmt: skip
+        requests, self.base = setup.plan_workload(
+            setup.find_base(None, preset), self.options, adapted=False
+        )
+        self.engine = setup.engine_options(
+            requests.requests, max_num_seqs=plan.max_num_seqs,
+            max_num_batched_tokens=plan.max_num_batched_tokens,
+        )  # fmt: skip
+        self.model: Model | None = None
+
+    def run(self) -> None:
+        for contender in contenders(self.plan):
+            wanted = list(self._missing(contender))
+            if not wanted:
+                continue
+            if self.model is None:
+                self.model = setup.load_base(self.base, self.plan.dtype, self.seed)
+            workload, _ = setup.plan_workload(self.base, self.options, contender.kind != "none")
+            name = f"{self.preset} {contender.kind} {contender.rank}"
+            total = len(wanted) * len(workload.requests)
+            with (
+                setup.bars(name, total) as (compiled, ended),
+                setup.running(
+                    self.model, contender, workload, self.engine, self.seed, compiled
+                ) as (engine, about),
+            ):
+                for part in wanted:
+                    key = self._key(contender, part)
+                    if part is None:
+                        found = run_throughput(engine, workload.requests, on_end=ended)
+                        extra: dict[str, Any] = {}
+                    else:
+                        own = dataclasses.replace(self.options, request_rate=self._rate(part))
+                        timed, _ = setup.plan_workload(self.base, own, contender.kind != "none")
+                        found = run_latency(engine, timed.requests, timed.arrivals_s, on_end=ended)
+                        extra = setup.arrival_fields(own)
+                    collected.append_line(RESULTS, key, about | extra | found)
+                    say(f"{name}, load {part}: {found['request_throughput']:.3g} requests/s")
+            jax.clear_caches()
+
+    def _key(self, contender: setup.Contender, part: float | None) -> dict[str, Any]:
+        return self.key | {"kind": contender.kind, "rank": contender.rank, "load": part}
+
+    def _missing(self, contender: setup.Contender) -> Iterator[float | None]:
+        """The loads not measured yet: ``None`` is the base's capacity, 1 a rate given as such."""
+        loads: list[float | None] = [1.0] if self.plan.rate is not None else [*PARTS]
+        if contender.kind == "none" and self.plan.rate is None:
+            loads.insert(0, None)
+        lines = collected.read_lines(RESULTS)
+        return (load for load in loads if not collected.find(lines, self._key(contender, load)))
+
+    def _rate(self, load: float) -> float:
+        """Requests a second."""
+        if self.plan.rate is not None:
+            return self.plan.rate
+        key = self._key(setup.Contender("none", 0), None)
+        line = collected.find(collected.read_lines(RESULTS), key)
+        assert line is not None  # The base's is measured first.
+        return load * line["request_throughput"]
+
+
+_SHOWN = {
+    "load": "load", "request_rate": "rate/s", "kind": "kind", "rank": "rank", "failed": "failed",
+    "mean_ttft_ms": "mean TTFT ms", "p99_ttft_ms": "p99 TTFT ms",
+    "mean_tpot_ms": "mean TPOT ms", "p99_tpot_ms": "p99 TPOT ms",
+    "mean_e2el_ms": "mean E2EL ms", "p99_gap_ms": "p99 gap ms",
+}  # fmt: skip
+
+
+def show(plot: Path | None) -> None:
+    """Prints a table for each preset that has results, and draws TTFT and TPOT for each load."""
+    lines = [line for line in collected.read_lines(RESULTS) if line["load"] is not None]
+    panels: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
+    for preset in dict.fromkeys(line["preset"] for line in lines):
+        own = [line for line in lines if line["preset"] == preset]
+        own.sort(key=lambda line: (line["load"], line["kind"], line["rank"], line["repeat"]))
+        report.table(f"Latency, {preset}", own, _SHOWN)
+        for metric in ("ttft", "tpot"):
+            series: dict[str, list[tuple[float, float | None]]] = {}
+            ranks = [line["rank"] for line in own if line["rank"]] or [1]
+            for line in own:
+                name, value = f"{line['kind']} at {line['load']:g}", line[f"mean_{metric}_ms"]
+                at = {min(ranks), max(ranks)} if line["kind"] == "none" else {line["rank"]}
+                series.setdefault(name, []).extend((rank, value) for rank in sorted(at))
+            panels[f"{preset}: mean {metric.upper()}"] = series
+    if plot is not None and panels:
+        report.plot_panels(plot, panels, "rank", "ms", logx=True, logy=True)
+
+
+def main(
+    presets: Annotated[list[str] | None, typer.Argument(help=", ".join(PLANS))] = None,
+    lengths: Annotated[Path | None, typer.Option(help="CSV of request lengths.")] = None,
+    seed: int = 0,
+    repeats: Annotated[int, typer.Option(help="Runs of everything.")] = 1,
+    plot: Annotated[Path | None, typer.Option(help="PNG file for the figure.")] = None,
+) -> None:
+    """Runs the presets, and shows all results so far."""
+    for preset in presets or []:
+        if preset not in PLANS:
+            raise InputError(f"PRESET is {preset!r}, expected some of {', '.join(PLANS)}")
+    if plot is not None:
+        report.check_output(plot, "plot")
+    prepare_jax()
+    for repeat in range(repeats):
+        for preset in presets or []:
+            Runs(preset, PLANS[preset], lengths, seed, repeat).run()
+    show(plot)
+
+
+if __name__ == "__main__":
+    typer.run(main)
