@@ -1,0 +1,79 @@
+"""Our engine, with the adapters of --adapters, random ones of --kind, or none; see protocol.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import protocol
+
+MAX_COMPONENTS = 8  # The largest rank that is served.
+
+
+def main(say: Callable[[dict[str, Any]], None]) -> None:
+    options = protocol.read_options(
+        kind=dict(default="folders", help="folders (of --adapters), base, flora, lora, hira"),
+        rank=dict(type=int, default=8, help="of random adapters"),
+        target=dict(default="attn.c_attn", help="of random adapters"),
+    )
+    from flora_jax.adapters.peft_io import read_adapter
+    from flora_jax.serve.engine import Engine, EngineOptions
+    from flora_jax.serve.request import Request
+    from flora_jax.starcoder.checkpoint import load_model
+
+    model = load_model(options.model, "float32")
+    config = model.config
+    adapters: dict[str, Any] = {}
+    if options.rest.kind == "folders":
+        for name, folder in options.adapters.items():
+            adapters[name] = read_adapter(folder, config.projections(), config.n_layer)
+    elif options.rest.kind != "base":
+        adapters = random_adapters(config, options)
+    options = dataclasses.replace(options, adapters=adapters)
+    engine = Engine(
+        model,
+        adapters,
+        options=EngineOptions(
+            max_num_seqs=max(options.batches),
+            max_model_len=options.max_model_len,
+            max_num_batched_tokens=options.max_batched_tokens,
+            max_components=MAX_COMPONENTS,
+            row_buckets=options.batches,
+        ),
+    )
+    engine.warm_up()
+
+    def generate(prompts: list[list[int]], names: protocol.Names, n: int) -> list[list[int]]:
+        tickets = [
+            engine.add(Request(row, tuple(prompt), adapter=name, max_tokens=n, ignore_eos=True))
+            for row, (prompt, name) in enumerate(zip(prompts, names, strict=True))
+        ]
+        done: dict[Any, list[int]] = {}
+        while engine.has_work:
+            for update in engine.step():
+                if update.error is not None:
+                    raise RuntimeError(f"{update.ticket}: {update.error}")
+                if update.completion is not None:
+                    done[update.ticket] = list(update.completion.token_ids)
+        return [done[ticket] for ticket in tickets]
+
+    packages = protocol.versions("flora-jax", "jax", "flax")
+    protocol.serve_generation(say, options, packages, generate)
+
+
+def random_adapters(config: Any, options: protocol.Options) -> dict[str, Any]:
+    """As many as the largest batch has rows, far from the identity."""
+    import jax
+
+    from flora_jax.adapters.model_adapter import init_adapter, randomise
+
+    kind, rank, target = options.rest.kind, options.rest.rank, options.rest.target
+    start = init_adapter(
+        jax.random.key(0), kind, config.projections(), config.n_layer, rank=rank, targets=(target,)
+    )
+    return {f"{kind}{n:02}": randomise(start, n) for n in range(max(options.batches))}
+
+
+if __name__ == "__main__":
+    protocol.run(main)
