@@ -13,10 +13,7 @@ The forms are the pair lists that serving uses (ragged; per token in the third s
 comparison, explicit weights: one product for each adapter over its own rows or tokens, the weights built
 before. Results go to experiments/results/adapters_per_example.json and .png.
 
-Receipt: to be filled by the final run.
-Hardware: to be filled by the final run.
-Time: to be filled by the final run.
-Result: to be filled by the final run.
+Receipt: only tried so far, on a busy machine; no result is kept.
 """
 
 from __future__ import annotations

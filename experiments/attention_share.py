@@ -12,10 +12,7 @@ norms, activation function, embedding), below zero where a part is dearer by its
 `arithmetic` is attention's share of the multiplications. Results go to
 experiments/results/attention_share.json and .png.
 
-Receipt: to be filled by the final run.
-Hardware: to be filled by the final run.
-Time: to be filled by the final run.
-Result: to be filled by the final run.
+Receipt: only tried so far, on a busy machine; no result is kept.
 """
 
 from __future__ import annotations

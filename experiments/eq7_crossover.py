@@ -10,10 +10,7 @@ times (flora_jax/bench/eq7.py has the derivation). A point is missing where ther
 the ranks measured; the table then says which of the two is cheaper. Results go to
 experiments/results/eq7_crossover.json and .png.
 
-Receipt: to be filled by the final run.
-Hardware: to be filled by the final run.
-Time: to be filled by the final run.
-Result: to be filled by the final run.
+Receipt: only tried so far, on a busy machine; no result is kept.
 """
 
 from __future__ import annotations

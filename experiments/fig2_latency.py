@@ -9,7 +9,7 @@ base alone can do: first the base's request capacity is measured (all requests a
 contender, the base among them, at 0.5 and 0.9 of it. Lengths and results as in fig2_throughput.py:
 experiments/results/fig2_latency.jsonl has a line for every finished run, which is not run again.
 
-Receipt: to be filled by the final run (command, hardware, time, result lines).
+Receipt: only tried so far, with small settings; not run in full.
 """
 
 from __future__ import annotations

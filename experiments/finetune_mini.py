@@ -18,9 +18,9 @@ collected in experiments/results/finetune_mini.jsonl, one object for each adapte
 intervals of its change to the base by a bootstrap over windows of held-out files (windows of one file
 are alike, so they are somewhat too narrow; the sweep chooses on the windows that are reported).
 
-Receipt: 2 cores of an AMD EPYC (Zen 5), float32, up to 8,100 tokens/s undisturbed and half of that beside
-the other work there was: the sweep 20 minutes, `languages` 34, `inits` 9, `ranks --seeds 0` 57. Tables are
-in experiments/results/finetune_mini.md. Not run: the seeds 1 and 2 of `ranks`.
+Receipt: 2 cores of an AMD EPYC (Zen 5), float32, up to 8,100 tokens/s undisturbed, half of that beside
+the other work there was: the sweep 20 minutes, `languages` 34, `inits` 9, `ranks --seeds 0` 57. The
+tables are in experiments/results/finetune_mini.md. Not run: the seeds 1 and 2 of `ranks`.
 """
 
 from __future__ import annotations
