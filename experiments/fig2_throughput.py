@@ -15,8 +15,8 @@ Every finished run is a line of experiments/results/fig2_throughput.jsonl at onc
 already, of the same plan, is not run again.
 
 Receipt: 2 cores of an AMD EPYC (Zen 5), `164m` stopped after its first six lines (7 minutes), output
-tokens/s: none 280, FLoRA of rank 1, 2, 4: 285, 260, 225, LoRA of rank 1, 2: 275, 265. The rest of 164m, and
-the mini, 1b, 3b and 15b, are not run yet.
+tokens/s: none 280, FLoRA of rank 1, 2, 4: 285, 260, 225, LoRA of rank 1, 2: 275, 265. The rest of 164m
+and the other presets are not run yet.
 """
 
 from __future__ import annotations
