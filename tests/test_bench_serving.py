@@ -121,6 +121,13 @@ def test_latencies_are_those_computed_by_hand():
     assert found["mean_gap_ms"] == pytest.approx(5000 / 3)
 
 
+def test_tokens_that_come_together_share_the_time_since_the_one_before():
+    assert TWICE.itls_s == [0.0, 1.0, 1.0]  # The second one came with the first.
+    assert THREE.itls_s == [1.0, 2.0]
+    assert Record(0, 1, 0.0, [(1.0, 1), (4.0, 3), (4.5, 1)], 4.5).itls_s == [1.0, 1.0, 1.0, 0.5]
+    assert SINGLE.itls_s == []
+
+
 def test_counts_and_rates_leave_failures_out_but_list_them():
     found = throughput([TWICE, SINGLE, THREE, FAILED], 10.0)
     assert found == {
