@@ -1,0 +1,1 @@
+"""MultiPL-E: problems, generations, programs run in a sandbox, pass@k, tables."""

@@ -1,0 +1,175 @@
+"""One evaluation: generations in, programs run, results and their summary out.
+
+An output directory holds ``executions.jsonl`` (every distinct program's outcome, as they come),
+and in the end ``results.jsonl``, ``summary.json`` and ``run.json`` (by what and within what the
+programs ran). A run that was killed goes on from the outcomes that are there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from flora_jax.errors import InputError
+from flora_jax.evaluate import supervise, toolchains
+from flora_jax.evaluate.execution import Memory, Progress, Task, cores, run_all
+from flora_jax.evaluate.generate import GENERATIONS, PARTIAL, SETTINGS
+from flora_jax.evaluate.generations import Generation
+from flora_jax.evaluate.jsonl import Journal
+from flora_jax.evaluate.languages import LANGUAGES
+from flora_jax.evaluate.results import Result, summarise
+from flora_jax.evaluate.sandbox import Sandbox
+from flora_jax.files import is_part, whole_file
+
+EXECUTIONS, RESULTS, SUMMARY, RUN = "executions.jsonl", "results.jsonl", "summary.json", "run.json"
+_OURS = {EXECUTIONS, RESULTS, SUMMARY, RUN, GENERATIONS, PARTIAL, SETTINGS}
+
+
+def claim(output: Path) -> Path:
+    """The directory of a run, made if it is not there.
+
+    Raises:
+        InputError: it is a file, or holds something that no evaluation writes.
+    """
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: is a file, expected a directory")
+    output.mkdir(parents=True, exist_ok=True)
+    strange = sorted(
+        path.name for path in output.iterdir() if path.name not in _OURS and not is_part(path)
+    )
+    if strange:
+        raise InputError(
+            f"{output}: holds {strange[0]}, expected a new directory or that of an evaluation"
+        )
+    return output
+
+
+def evaluate(
+    generations: Sequence[Generation],
+    output: Path,
+    *,
+    sandbox: Sandbox,
+    executor: Executor | None = None,
+    workers: int | None = None,
+    in_flight: int | None = None,
+    seed: int = 0,
+    progress: Progress = lambda done, total: None,
+    source: str = "",
+) -> dict[str, dict[str, Any]]:
+    """Runs every completion of ``generations`` and writes the results.
+
+    Args:
+        generations: one for each problem.
+        output: a new directory, or one that an evaluation has written to.
+        sandbox: where programs run.
+        executor: what runs them, anything with the interface of ``concurrent.futures``; the
+            default is ``workers`` threads, one for each core, each waiting for one program.
+        workers: see ``executor``.
+        in_flight: tasks that wait in the executor at most.
+        seed: of the bootstrap.
+        progress: called after each program.
+        source: where the generations came from, for the record.
+
+    Returns:
+        The summary by language; see :func:`flora_jax.evaluate.results.summarise`.
+
+    Raises:
+        InputError: no sandbox, a missing toolchain, or an output directory in use.
+        RunError: the sandbox failed in the middle.
+    """
+    started = time.monotonic()
+    sandbox.check()
+    languages = [key for key in LANGUAGES if any(one.language == key for one in generations)]
+    found = toolchains.require(languages, sandbox)
+    claim(output)
+    with Journal(output / EXECUTIONS) as journal:
+        memory = Memory(journal)
+        keys = [
+            tuple(
+                _task(one, index, found, sandbox).key(found[one.language].version)
+                for index in range(len(one.completions))
+            )
+            for one in generations
+        ]
+        before = {key for row in keys for key in row if key in memory}
+        total = len({key for row in keys for key in row})
+        tasks = _missing(generations, keys, memory, found, sandbox)
+        done = len(before)
+        progress(done, total)
+        own = ThreadPoolExecutor(workers or cores()) if executor is None else None
+        try:
+            for name, outcome in run_all(tasks, executor or own, in_flight):  # type: ignore[arg-type]
+                language, key = name.split()
+                memory.add(key, language, outcome)
+                done += 1
+                progress(done, total)
+        except BaseException:
+            if own is not None:  # Threads wait for their programs, up to a minute each.
+                own.shutdown(wait=False, cancel_futures=True)
+                supervise.kill_running()
+            raise
+        if own is not None:
+            own.shutdown()
+        results = [
+            Result(one.name, one.language, tuple(map(memory.status, row)))
+            for one, row in zip(generations, keys, strict=True)
+        ]
+        summary = summarise(results, seed)
+        _write(output, results, summary, {
+            "source": source,
+            "generations_sha256": _digest(generations),
+            "toolchains": {key: f"{one.path} {one.version}" for key, one in found.items()},
+            "sandbox": asdict(sandbox),
+            "programs": total,
+            "programs_run_before": len(before),
+            "seconds": round(time.monotonic() - started, 3),
+            "workers": (workers or cores()) if executor is None else None,
+        })  # fmt: skip
+    return summary
+
+
+def _task(
+    one: Generation, index: int, found: dict[str, toolchains.Found], sandbox: Sandbox
+) -> Task:
+    return Task(one.language, one.program(index), found[one.language].toolchain, sandbox)
+
+
+def _missing(
+    generations: Sequence[Generation],
+    keys: Sequence[Sequence[str]],
+    memory: Memory,
+    found: dict[str, toolchains.Found],
+    sandbox: Sandbox,
+) -> Iterator[tuple[str, Task]]:
+    """A task for every distinct program without an outcome, made when it is asked for."""
+    given: set[str] = set()
+    for one, row in zip(generations, keys, strict=True):
+        for index, key in enumerate(row):
+            if key not in memory and key not in given:
+                given.add(key)
+                yield f"{one.language} {key}", _task(one, index, found, sandbox)
+
+
+def _digest(generations: Iterable[Generation]) -> str:
+    said = hashlib.sha256()
+    for one in generations:
+        said.update(json.dumps(one.to_dict()).encode() + b"\n")
+    return said.hexdigest()
+
+
+def _write(
+    output: Path, results: Sequence[Result], summary: dict[str, Any], run: dict[str, Any]
+) -> None:
+    with whole_file(output / RESULTS) as file:
+        for result in results:
+            file.write(json.dumps(result.to_dict()) + "\n")
+    for name, content in ((RUN, run), (SUMMARY, summary)):  # The summary last: it says all is done.
+        with whole_file(output / name) as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
