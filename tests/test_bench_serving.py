@@ -236,6 +236,24 @@ def test_at_most_so_many_are_in_the_engine_and_time_runs_from_when_they_are_let_
     assert max(map(len, free.batches)) == 6
 
 
+@pytest.mark.parametrize("limit", [1, 2, 5])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_who_came_while_the_engine_was_full_starts_when_a_place_became_free(seed, limit):
+    draw = random.Random(seed)
+    arrivals = sorted(draw.uniform(0, 20) for _ in range(40))
+    engine = FakeEngine(draw.uniform(0.1, 3), draw.randint(1, 5))
+    work = requests(*(draw.randint(1, 12) for _ in arrivals))
+    found = engine.latency(work, arrivals, max_concurrency=limit)
+    assert found["completed"] == 40
+    assert max(map(len, engine.batches)) <= limit
+    assert found["max_concurrent_requests"] <= limit
+    again = FakeEngine(engine.seconds, engine.per_step)
+    records = again.drive(work, arrivals, max_concurrency=limit).records
+    ends = {record.end_s for record in records}
+    for record, arrival in zip(records, arrivals, strict=True):
+        assert record.start_s == arrival or (record.start_s > arrival and record.start_s in ends)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_one_adapter_at_a_time_never_mixes_and_keeps_the_order_of_turns(seed):
     draw = random.Random(seed)

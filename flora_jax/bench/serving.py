@@ -7,6 +7,7 @@ arrived, even where an iteration was still going on then.
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -63,7 +64,7 @@ def drive(
         clock: seconds.
         sleep: called with seconds, only while there is nothing to run.
         max_concurrency: requests in the engine at most. As in vLLM the time of a request that had to
-            wait for this runs from when it was let in.
+            wait for this runs from when another one's end made room for it.
         one_adapter_at_a_time: the engine gets the requests of one adapter, all that have arrived by
             then, and nothing else until they have ended; the oldest request is whose turn it is. Their
             time runs from their arrival.
@@ -75,7 +76,8 @@ def drive(
     records: list[Record] = []
     waiting: list[_Waiting] = []
     running: dict[int, _Waiting] = {}
-    held: set[int] = set()
+    # When each free place in the engine became free: who arrived before that had to wait for it.
+    free_s = [0.0] * (max_concurrency or len(requests))
     iterations = 0
     began = clock()
     last_s = 0.0
@@ -87,15 +89,15 @@ def drive(
             records.append(record)
             waiting.append(_Waiting(request, record))
         for entry in _let_in(waiting, running, max_concurrency, one_adapter_at_a_time):
-            if id(entry.record) in held:
-                entry.record.start_s = now_s
+            place_s = heapq.heappop(free_s)
+            if max_concurrency is not None:
+                entry.record.start_s = max(entry.record.start_s, place_s)
             try:
                 running[engine.add(entry.request)] = entry
             except InputError as error:
                 _end(entry, now_s, str(error))
+                heapq.heappush(free_s, place_s)
                 on_end()
-        if max_concurrency is not None and len(running) >= max_concurrency:
-            held.update(id(entry.record) for entry in waiting)
         if not running:
             if not waiting and len(records) < len(requests):
                 sleep(max(0.0, arrivals_s[len(records)] - (clock() - began)))
@@ -114,6 +116,7 @@ def drive(
             if update.error is not None or update.completion is not None:
                 del running[update.ticket]
                 _end(entry, now_s, update.error)
+                heapq.heappush(free_s, now_s)
                 last_s = now_s
                 on_end()
     return Driven(records, last_s, iterations)
