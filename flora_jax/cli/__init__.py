@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from flora_jax.cli import bench, bench_serving
+from flora_jax.cli import bench, bench_serving, evaluate
 from flora_jax.cli.generate import generate
 from flora_jax.cli.inspect import demo, info
 from flora_jax.cli.train import train
@@ -26,6 +26,7 @@ for _verb in (generate, train, info, demo):
 bench.app.command()(bench_serving.throughput)
 bench.app.command()(bench_serving.latency)
 app.add_typer(bench.app)
+app.add_typer(evaluate.app)
 
 
 def main() -> None:

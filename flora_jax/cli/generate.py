@@ -86,6 +86,7 @@ def generate(
     from flora_jax.serve.engine import Engine
     from flora_jax.serve.generate import generate as complete
     from flora_jax.serve.options import EngineOptions
+    from flora_jax.starcoder.transpose import for_decoding
 
     loaded = load_model(
         directory, dtype_of(dtype), quantize=None if quantize == "none" else cast(Any, quantize)
@@ -97,6 +98,7 @@ def generate(
         batch_invariant=batch_invariant,
         seed=seed,
     )
+    loaded = for_decoding(loaded, consume=True)
     engine = Engine(loaded, adapters, tokenizer=tokenizer, options=options)
     started, tokens = time.perf_counter(), 0
     with whole_file(output) as file, progress(len(requests)) as advance:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 import urllib.error
@@ -69,7 +68,6 @@ class Client:
     def _request(
         self, problem: Problem, sampling: Sampling, count: int, first: int
     ) -> dict[str, Any]:
-        place = f"{sampling.seed}/{problem.language}/{problem.name}/{first}"
         return {
             "model": self.adapters.get(problem.language, self.model),
             "prompt": problem.model_prompt,
@@ -79,7 +77,7 @@ class Client:
             "top_p": sampling.top_p,
             "stop": list(problem.stop_tokens)[:_MOST_STOPS],
             # The same for the same place, whatever was done before a run was killed.
-            "seed": int.from_bytes(hashlib.sha256(place.encode()).digest()[:4]) >> 1,
+            "seed": sampling.seed_of(problem, first),
         }
 
     def _post(self, body: dict[str, Any]) -> Any:

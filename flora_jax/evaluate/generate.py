@@ -6,6 +6,7 @@ A completer is a function, see :class:`Complete`. Knows nothing of models, adapt
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ GENERATIONS, PARTIAL, SETTINGS = (
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn; MultiPL-E's values. ``max_tokens`` are new tokens.
+    """How completions are drawn; the defaults are MultiPL-E's. ``max_tokens`` are new tokens.
 
     Raises:
         InputError: a value out of its range.
@@ -49,6 +50,15 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise InputError(f"--top-p is {self.top_p}, expected above 0, at most 1")
 
+    def seed_of(self, problem: Problem, sample: int) -> int:
+        """The sample's own seed, below 2^31: the same in any order, and after any interruption.
+
+        It does not depend on who completes: models and adapters that agree draw the same tokens, and
+        are compared with less noise where they nearly do.
+        """
+        place = f"{self.seed}/{problem.language}/{problem.name}/{sample}"
+        return int.from_bytes(hashlib.sha256(place.encode()).digest()[:4]) >> 1
+
 
 class Complete(Protocol):
     """Completes problems in any order, all of a problem's samples at once.
@@ -60,6 +70,81 @@ class Complete(Protocol):
     def __call__(self, problems: Sequence[Problem], sampling: Sampling) -> Iterator[Generation]: ...
 
 
+class Store:
+    """The generations of one directory: those that are there, and those that still come.
+
+    ``generations.partial.jsonl`` has them as they come, ``generations.jsonl`` in the order of
+    ``problems`` once all are there, ``generation.json`` how they were made.
+    """
+
+    def __init__(self, problems: Sequence[Problem], output: Path, settings: Mapping[str, Any]):
+        """Opens an existing directory.
+
+        Args:
+            problems: all that the directory is to have generations of.
+            output: the directory.
+            settings: what decides the completions.
+
+        Raises:
+            InputError: it has generations made in another way or of other problems, or another
+                process is writing to it.
+        """
+        self.output = output
+        _same_settings(output, settings)
+        self._known = {(problem.language, problem.name): problem for problem in problems}
+        self._journal = Journal(output / PARTIAL)
+        try:
+            done = [parse(raw, str(self._journal.path)) for raw in self._journal.read()]
+            if (output / GENERATIONS).is_file():
+                done += read_generations(output / GENERATIONS)
+            self._found = {(one.language, one.name): one for one in done}
+            for key, one in self._found.items():
+                problem = self._known.get(key)
+                if problem and (problem.prompt, problem.tests) != (one.prompt, one.tests):
+                    raise InputError(
+                        f"{output}: {key[1]} in {key[0]} was generated for another prompt"
+                    )
+        except BaseException:
+            self._journal.close()
+            raise
+
+    @property
+    def missing(self) -> list[Problem]:
+        return [problem for key, problem in self._known.items() if key not in self._found]
+
+    @property
+    def total(self) -> int:
+        return len(self._known)
+
+    def add(self, generation: Generation) -> None:
+        self._journal.append(generation.to_dict())
+        self._found[generation.language, generation.name] = generation
+
+    def finish(self) -> list[Generation]:
+        """Writes all in order, those of languages that this run does not ask for behind.
+
+        Raises:
+            RunError: some are missing.
+        """
+        if left := self.missing:
+            raise RunError(
+                f"{left[0].name} in {left[0].language} was not completed, of {len(left)}"
+            )
+        rest = [one for key, one in self._found.items() if key not in self._known]
+        own = [self._found[key] for key in self._known]
+        with whole_file(self.output / GENERATIONS) as file:
+            for one in [*own, *rest]:
+                file.write(json.dumps(one.to_dict()) + "\n")
+        self._journal.path.unlink()
+        return own
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._journal.close()
+
+
 def complete_all(
     problems: Sequence[Problem],
     complete: Complete,
@@ -69,10 +154,7 @@ def complete_all(
     source: Mapping[str, Any],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Generation]:
-    """Completes the problems that ``output`` has no generation for yet, and writes them there.
-
-    ``generations.partial.jsonl`` has them as they come, ``generations.jsonl`` in the order of
-    ``problems`` once all are there, ``generation.json`` how they were made.
+    """Completes the problems that ``output`` has no generation for yet; see :class:`Store`.
 
     Args:
         problems: what to complete.
@@ -86,37 +168,15 @@ def complete_all(
         InputError: ``output`` has generations made in another way or of other problems.
         RunError: ``complete`` left problems out.
     """
-    _same_settings(output, {**source, **dataclasses.asdict(sampling)})
-    known = {_key(problem): problem for problem in problems}
-    with Journal(output / PARTIAL) as journal:
-        done = [parse(raw, str(journal.path)) for raw in journal.read()]
-        if (output / GENERATIONS).is_file():
-            done += read_generations(output / GENERATIONS)
-        found = {(one.language, one.name): one for one in done}
-        for key, one in found.items():
-            problem = known.get(key)
-            if problem and (problem.prompt, problem.tests) != (one.prompt, one.tests):
-                raise InputError(f"{output}: {key[1]} in {key[0]} was generated for another prompt")
-        missing = [problem for key, problem in known.items() if key not in found]
-        progress(len(known) - len(missing), len(known))
+    with Store(problems, output, {**source, **dataclasses.asdict(sampling)}) as store:
+        missing = store.missing
+        done = store.total - len(missing)
+        progress(done, store.total)
         for one in complete(missing, sampling) if missing else ():
-            journal.append(one.to_dict())
-            found[one.language, one.name] = one
-            progress(sum(key in found for key in known), len(known))
-        left = [key for key in known if key not in found]
-        if left:
-            raise RunError(f"{left[0][1]} in {left[0][0]} was not completed, of {len(left)}")
-        # Generations of languages that this call does not ask for stay.
-        rest = [one for key, one in found.items() if key not in known]
-        with whole_file(output / GENERATIONS) as file:
-            for one in [*(found[key] for key in known), *rest]:
-                file.write(json.dumps(one.to_dict()) + "\n")
-        journal.path.unlink()
-    return [found[key] for key in known]
-
-
-def _key(problem: Problem) -> tuple[str, str]:
-    return problem.language, problem.name
+            store.add(one)
+            done += 1
+            progress(done, store.total)
+        return store.finish()
 
 
 def _same_settings(output: Path, settings: Mapping[str, Any]) -> None:

@@ -91,7 +91,8 @@ LANGUAGES: dict[str, Language] = {
         "ldc",
         "import std.math;\nunittest { assert(sqrt(4.0) == 2.0); }\nvoid main(){}\n",
         _exit_0,
-        re.compile("Error:"),
+        # ldc2 says of a failed test that the program "failed with status".
+        re.compile(r"\.d\(\d+.*\): Error:|^Error: (?!.* failed with status)", re.MULTILINE),
     ),
     "lua": Language(
         "Lua",

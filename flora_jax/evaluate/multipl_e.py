@@ -61,6 +61,7 @@ def evaluate(
     seed: int = 0,
     progress: Progress = lambda done, total: None,
     source: str = "",
+    executions: Path | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Runs every completion of ``generations`` and writes the results.
 
@@ -75,6 +76,8 @@ def evaluate(
         seed: of the bootstrap.
         progress: called after each program.
         source: where the generations came from, for the record.
+        executions: the outcomes' file, ``executions.jsonl`` of ``output`` by default; evaluations that
+            share one, in turn, run what they have in common once.
 
     Returns:
         The summary by language; see :func:`flora_jax.evaluate.results.summarise`.
@@ -88,7 +91,7 @@ def evaluate(
     languages = [key for key in LANGUAGES if any(one.language == key for one in generations)]
     found = toolchains.require(languages, sandbox)
     claim(output)
-    with Journal(output / EXECUTIONS) as journal:
+    with Journal(executions or output / EXECUTIONS) as journal:
         memory = Memory(journal)
         keys = [
             tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,17 @@ def read_problems(source: str, languages: Iterable[str]) -> list[Problem]:
         else:
             problems += _from_file(Path(source, f"humaneval-{language}.jsonl"), language)
     return problems
+
+
+def first(problems: Iterable[Problem], limit: int | None) -> list[Problem]:
+    """The first ``limit`` problems of every language, or all."""
+    count: Counter[str] = Counter()
+    chosen = []
+    for problem in problems:
+        count[problem.language] += 1
+        if limit is None or count[problem.language] <= limit:
+            chosen.append(problem)
+    return chosen
 
 
 def _from_file(path: Path, language: str) -> list[Problem]:

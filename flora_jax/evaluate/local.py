@@ -1,0 +1,180 @@
+"""Completes problems with the engine: samples of all problems and adapters are one stream of requests.
+
+Rows that end are filled from the stream at once, so that the batch stays full until the last few.
+Samples are the same bits in any order and after any interruption: each has its own seed, and the
+engine's shapes are fixed (``batch_invariant``), which costs little where the batch is full anyway.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from flora_jax.errors import InputError, RunError
+from flora_jax.evaluate.generate import Sampling
+from flora_jax.evaluate.generations import Generation
+from flora_jax.evaluate.problems import Problem
+from flora_jax.serve.engine import Engine
+from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.request import Defaults, Request, RequestError, parse_request
+from flora_jax.starcoder.checkpoint import describe, load_model
+from flora_jax.starcoder.tokenizer import load_tokenizer
+
+_STEP = 64  # The longest sequence is rounded up to it.
+
+
+class Job(NamedTuple):
+    """A problem under an adapter, by the engine's name for it; ``None`` is the base."""
+
+    problem: Problem
+    adapter: str | None = None
+
+
+@dataclass
+class _Open:
+    """A job in the engine: its texts by sample, ``None`` where one still runs."""
+
+    job: Job
+    texts: list[str | None]
+
+
+@dataclass(frozen=True)
+class Local:
+    """A model directory and how it is run. ``adapters`` are folders by language or by any name.
+
+    ``problems`` are all that a run is about, whatever part of them is asked for: the lengths that the
+    engine is made for follow from them. ``rows`` is how many samples run at once.
+    """
+
+    directory: Path
+    problems: Sequence[Problem]
+    adapters: Mapping[str, Path] = dataclasses.field(default_factory=dict)
+    rows: int = 16
+    dtype: str | None = None
+    quantize: Literal["int8", "int4"] | None = None
+
+    def __call__(self, problems: Sequence[Problem], sampling: Sampling) -> Iterator[Generation]:
+        """Completes ``problems``, each under its language's adapter; generations as they come.
+
+        Raises:
+            InputError: the model or an adapter cannot be loaded, or has no tokenizer.
+            RunError: logits that are not finite.
+        """
+        named = [Job(p, p.language if p.language in self.adapters else None) for p in problems]
+        return (one for _, one in self.stream(named, sampling))
+
+    def stream(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[tuple[Job, Generation]]:
+        """The same for any mix of problems and adapters."""
+        engine = self._engine(sampling)
+        try:
+            yield from run(engine, jobs, sampling)
+        finally:
+            engine.close()
+
+    def beyond(self) -> list[Problem]:
+        """Those of ``problems`` whose prompt leaves no room for a token in the model's context."""
+        config = describe(self.directory).config
+        tokenizer = self._tokenizer(config.vocab_size)
+        return [p for p in self.problems if _length(tokenizer, p) >= config.n_positions]
+
+    def context(self, sampling: Sampling) -> int:
+        """Positions of the longest sequence that the engine is made for."""
+        config = describe(self.directory).config
+        tokenizer = self._tokenizer(config.vocab_size)
+        longest = max(_length(tokenizer, problem) for problem in self.problems)
+        return min(-(-(longest + sampling.max_tokens) // _STEP) * _STEP, config.n_positions)
+
+    def _tokenizer(self, vocab_size: int) -> Any:
+        tokenizer = load_tokenizer(self.directory, vocab_size)
+        if tokenizer is None:
+            raise InputError(f"{self.directory}: no tokenizer.json, which problems are read with")
+        return tokenizer
+
+    def _engine(self, sampling: Sampling) -> Engine:
+        config = describe(self.directory).config
+        tokenizer = self._tokenizer(config.vocab_size)
+        options = EngineOptions(
+            max_num_seqs=self.rows,
+            max_model_len=self.context(sampling),
+            max_num_batched_tokens=max(EngineOptions.max_num_batched_tokens, self.rows + 64),
+            batch_invariant=True,
+        )
+        model = load_model(self.directory, self.dtype, quantize=self.quantize)
+        return Engine(model, self.adapters, tokenizer=tokenizer, options=options)
+
+
+def run(
+    engine: Engine, jobs: Iterable[Job], sampling: Sampling
+) -> Iterator[tuple[Job, Generation]]:
+    """Feeds an engine that has nothing else to do; each job's generation as soon as it is whole.
+
+    A prompt that leaves no room for a token in the engine's context has empty completions.
+
+    Raises:
+        InputError: an adapter that the engine does not know.
+        RunError: a sample failed (logits that are not finite).
+    """
+    waiting = _samples(engine, jobs, sampling)
+    running: dict[int, tuple[_Open, int]] = {}
+    more = True
+    try:
+        while more or running:
+            # Enough for every row to be filled again in one iteration.
+            while more and len(running) < 2 * engine.options.max_num_seqs:
+                found = next(waiting, None)
+                if found is None:
+                    more = False
+                elif found[2] is None:
+                    yield found[0].job, _generation(found[0])
+                else:
+                    running[engine.add(found[2])] = found[0], found[1]
+            for update in engine.step():
+                if update.error is not None:
+                    job = running.pop(update.ticket)[0].job
+                    raise RunError(f"{job.problem.name} in {job.problem.language}: {update.error}")
+                if update.completion is not None:
+                    one, sample = running.pop(update.ticket)
+                    one.texts[sample] = update.completion.text
+                    if None not in one.texts:
+                        yield one.job, _generation(one)
+    finally:
+        for ticket in running:
+            engine.cancel(ticket)
+
+
+def _samples(
+    engine: Engine, jobs: Iterable[Job], sampling: Sampling
+) -> Iterator[tuple[_Open, int, Request | None]]:
+    """Every sample's request, or a job without requests where its prompt does not fit."""
+    defaults = Defaults(sampling.max_tokens, sampling.temperature, 0, sampling.top_p)
+    names = frozenset(engine.pool.names())
+    vocabulary = engine.model.config.vocab_size
+    for job in jobs:
+        problem = job.problem
+        if _length(engine.tokenizer, problem) >= engine.context:
+            yield _Open(job, [""] * sampling.n_samples), 0, None
+            continue
+        raw = {
+            "prompt": problem.model_prompt, "adapter": job.adapter, "stop": [*problem.stop_tokens]
+        }  # fmt: skip
+        try:
+            request = parse_request(
+                raw, 0, engine.tokenizer, names, vocabulary, engine.context, defaults
+            )
+        except RequestError as error:
+            raise InputError(f"{problem.name} in {problem.language}: {error}") from None
+        one = _Open(job, [None] * sampling.n_samples)
+        for sample in range(sampling.n_samples):
+            seed = sampling.seed_of(problem, sample)
+            yield one, sample, dataclasses.replace(request, index=sample, seed=seed)
+
+
+def _generation(one: _Open) -> Generation:
+    return Generation.of(one.job.problem, [text or "" for text in one.texts])
+
+
+def _length(tokenizer: Any, problem: Problem) -> int:
+    return len(tokenizer.encode(problem.model_prompt).ids)
