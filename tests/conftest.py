@@ -1,5 +1,6 @@
 """Strict numerics for every test, and the small things many of them need."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -19,6 +20,25 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+# XLA maps each kernel of a compiled program into memory by itself, some 3,000 mappings for a test of the
+# engine; at Linux's usual limit of 65,530 a process dies without a trace.
+MOST_MAPPINGS = 20_000
+
+
+def mappings() -> int:
+    """Of this process; 0 where the system does not tell."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
+@pytest.fixture(autouse=True)
+def bounded_mappings():
+    """Drops the programs of earlier tests before there are too many."""
+    if mappings() > MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
