@@ -6,6 +6,9 @@ import dataclasses
 
 from flora_jax.errors import InputError
 
+# Tokens of a dispatch at most while a row is free and an adapter for it is being read.
+WHILE_READING = 4
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
