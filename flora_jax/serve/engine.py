@@ -19,7 +19,7 @@ from flora_jax.errors import InputError
 from flora_jax.serve.compilations import Compilations
 from flora_jax.serve.dispatch import Device, Job, Piece
 from flora_jax.serve.layout import make_pool, target_groups
-from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.options import WHILE_READING, EngineOptions
 from flora_jax.serve.pool import LoadError
 from flora_jax.serve.programs import Lattice
 from flora_jax.serve.request import MAX_STOP_TOKENS, Request
@@ -74,12 +74,9 @@ class Engine:
             first[known] = known.read(config)
         self.pool = make_pool(first, config, options)
         self.lattice = Lattice(
-            self.pool,
-            options,
-            context,
-            dynamic=jax.default_backend() == "cpu",
-            groups=target_groups(first),
-        )
+            self.pool, options, context,
+            dynamic=jax.default_backend() == "cpu", groups=target_groups(first),
+        )  # fmt: skip
         pages = -(-(options.cache_tokens or options.max_num_seqs * context) // options.page)
         self.scheduler = Scheduler(options.max_num_seqs, pages, options.page)
         self.device = Device(model, self.pool, self.lattice, options, pages)
@@ -88,7 +85,7 @@ class Engine:
         self._sequences: dict[int, Sequence] = {}
         self._copies: dict[int, Any] = {}
         self._updates: list[Update] = []
-        self._written = 0
+        self._written, self._due = 0, False
         self._refused: list[tuple[Sequence, Admission]] = []
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -110,13 +107,11 @@ class Engine:
     def stats(self) -> Stats:
         scheduler = self.scheduler
         return Stats(
-            running=len(scheduler.running),
-            waiting=scheduler.waiting + len(self._inbox),
+            running=len(scheduler.running), waiting=scheduler.waiting + len(self._inbox),
             preemptions=scheduler.preemptions,
-            adapter_loads=self.pool.loads,
-            adapter_evictions=self.pool.evictions,
+            adapter_loads=self.pool.loads, adapter_evictions=self.pool.evictions,
             cache_usage=1 - len(scheduler.free_pages) / scheduler.pages,
-        )
+        )  # fmt: skip
 
     def add(self, request: Request) -> int:
         """Takes a request under the adapter that its name stands for now; any thread may call.
@@ -155,7 +150,7 @@ class Engine:
         for sequence in self.scheduler.resume():
             if sequence.stage == "decode":
                 self.device.restore(sequence, self._copies.pop(sequence.ticket))
-        self._written, self._refused = self.pool.loads, []
+        self._written, self._due, self._refused = self.pool.loads, False, []
         self.scheduler.admit(self._admission)
         if self.scheduler.running:
             self._run()
@@ -201,7 +196,9 @@ class Engine:
         found: Admission = "loading"
         # A write delays those who run: one in an iteration.
         decoding = any(other.stage == "decode" for other in self.scheduler.running)
-        if not decoding or self.pool.loads == self._written or self.pool.is_resident(own):
+        due = decoding and self.pool.loads > self._written and not self.pool.is_resident(own)
+        self._due = self._due or due
+        if not due:
             try:
                 found = self.pool.acquire(own)
             except LoadError as error:
@@ -224,16 +221,16 @@ class Engine:
 
     def _run(self) -> None:
         prefilled = self._prefill()
-        # Nobody should wait for long who has, or could have, a row.
-        hurry = bool(prefilled) or any(found == "loading" for _, found in self._refused)
-        hurry = hurry or any(s.stage == "prefill" for s in self.scheduler.running)
-        rows, steps, set_aside = self.scheduler.grow(1 if hurry else self.options.decode_steps)
+        # Nobody should wait for long who has, or could have, a row; how long a read takes nobody knows.
+        hurry = prefilled or self._due or any(s.stage == "prefill" for s in self.scheduler.running)
+        reading = any(found == "loading" for _, found in self._refused)
+        most = 1 if hurry else WHILE_READING if reading else self.options.decode_steps
+        rows, steps, set_aside = self.scheduler.grow(min(most, self.options.decode_steps))
         for sequence, pages in set_aside:
             if pages:
                 self._copies[sequence.ticket] = self.device.copy_out(pages)
-        tokens_BN: Any = []
-        if rows:
-            tokens_BN = self.device.decode(rows, steps, eager=self.scheduler.waiting > 0)
+        eager = self.scheduler.waiting > 0
+        tokens_BN: Any = self.device.decode(rows, steps, eager=eager) if rows else []
         drawn: dict[int, list[int]] = {}
         for pieces, tokens_B in prefilled:
             for piece, token in zip(pieces, jax.device_get(tokens_B)):
