@@ -7,26 +7,29 @@ in every row; FLoRA and LoRA in the paper's form (einsum, two batched products),
 float32 and in int8, since the paper says that quantisation moves the crossover up. Two shapes: 16 rows of
 one token (decoding), and one row of 128 tokens (a prompt). Each curve's c1 and c2 are fitted to the same
 times (flora_jax/bench/eq7.py has the derivation). A point is missing where there is no crossing within
-the ranks measured; the table then says which of the two is cheaper. Results go to
-experiments/results/eq7_crossover.json and .png.
+the ranks measured; the table then says which of the two is cheaper. Every
+measurement is a line of experiments/results/eq7_crossover.jsonl at once, and is not made again; the
+picture, over those of this command, is beside it (.png).
 
 Receipt: only tried so far, on a busy machine; no result is kept.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import typer
 
-from flora_jax.bench import report
+from flora_jax.bench import collected, report
 from flora_jax.bench.layer_options import LayerOptions, parse_ranks, projection_of
 from flora_jax.errors import InputError
 
-RESULTS = Path(__file__).parent / "results" / "eq7_crossover.json"
+RESULTS = Path(__file__).parent / "results" / "eq7_crossover.jsonl"
 COLUMNS = {
     "shape": "shape", "preset": "preset", "width": "width", "quantize": "weight",
     "c1_over_c2": "c1/c2", "fit_error": "error of the fit", "predicted_rank": "Eq. 7",
@@ -86,15 +89,17 @@ def main(
                     dtype=dtype, quantize=method, repeats=repeats, measure_limits=False,
                 )  # fmt: skip
                 planned.append((shape, preset, options))
-    rows, measured = [], []
+    rows = []
     for shape, preset, options in planned:
-        found = layer.measure(options)
-        measured.append({"shape": shape, "preset": preset, **found})
+        key = {"shape": shape, "preset": preset, "options": dataclasses.asdict(options)}
+        found = collected.find(collected.read_lines(output), key)
+        if found is None:
+            found = collected.append_line(output, key, layer.measure(options))
+            jax.clear_caches()
         head = {"shape": shape, "preset": preset, "width": options.inputs}
         # Without a time of both, too little memory for one, there is no row of Eq. 7.
         rows += [head | {"quantize": options.quantize} | row for row in found["eq7"]]
     seconds = time.perf_counter() - started
-    report.write_results(output, {"seconds": seconds, "crossovers": rows, "measurements": measured})
     report.plot_panels(
         output.with_suffix(".png"), curves(rows), "width d", "crossover rank", logx=True
     )

@@ -3,11 +3,12 @@
     python experiments/fig2_latency.py mini 164m --lengths LENGTHS.csv
     python experiments/fig2_latency.py --plot fig2_latency.png
 
-Requests arrive by a Poisson process, each with its own adapter; all adapters lie on the device. The rate
-is 8/s on a GPU, as in the paper (3b, 15b: float16, 2,560 batched tokens). Here it is a part of what the
-base alone can do: first the base's request capacity is measured (all requests at once), then every
-contender, the base among them, at 0.5 and 0.9 of it. Lengths and results as in fig2_throughput.py:
-experiments/results/fig2_latency.jsonl has a line for every finished run, which is not run again.
+Requests arrive by a Poisson process, each with its own adapter; all adapters lie on the device, of 3b
+and 15b the last 128. The rate is 8/s on a GPU, as in the paper (3b, 15b: float16, 2,560 batched
+tokens). Here it is a part of what the base alone can do: first the base's request capacity is measured
+(all requests at once), then every contender, the base among them, at 0.5 and 0.9 of it. Lengths and
+results as in fig2_throughput.py: experiments/results/fig2_latency.jsonl has a line for every finished
+run, which is not run again.
 
 Receipt: only tried so far, with small settings; not run in full.
 """
@@ -46,14 +47,25 @@ class Plan:
     dtype: str = "float32"
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 2048
+    # On the device; the others are loaded as they are asked for. None: all, before the run.
+    resident_adapters: int | None = None
 
 
+GPU = Plan(
+    1000,
+    rate=8.0,
+    dtype="float16",
+    max_num_seqs=64,
+    max_num_batched_tokens=2560,
+    resident_adapters=128,
+)
 PLANS = {
     "mini": Plan(200),
     "164m": Plan(96, 0.25, ranks=(1, 4, 8, 32)),
+    "1b": Plan(24, 0.125, ranks=(1, 4, 8)),
     # For a GPU, as in the paper.
-    "3b": Plan(1000, rate=8.0, dtype="float16", max_num_seqs=64, max_num_batched_tokens=2560),
-    "15b": Plan(1000, rate=8.0, dtype="float16", max_num_seqs=64, max_num_batched_tokens=2560),
+    "3b": GPU,
+    "15b": GPU,
 }
 
 
@@ -80,12 +92,15 @@ class Runs:
             "max_num_seqs": plan.max_num_seqs,
             "max_num_batched_tokens": plan.max_num_batched_tokens, "workload": same,
         }  # fmt: skip
+        if plan.resident_adapters is not None:
+            self.key["resident_adapters"] = plan.resident_adapters
         requests, self.base = setup.plan_workload(
             setup.find_base(None, preset), self.options, adapted=False
         )
         self.engine = setup.engine_options(
             requests.requests, max_num_seqs=plan.max_num_seqs,
             max_num_batched_tokens=plan.max_num_batched_tokens,
+            resident_adapters=plan.resident_adapters,
         )  # fmt: skip
         self.model: Model | None = None
 

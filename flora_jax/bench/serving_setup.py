@@ -27,6 +27,7 @@ from flora_jax.starcoder.checkpoint import describe, load_model
 from flora_jax.starcoder.config import PRESETS, StarCoderConfig
 from flora_jax.starcoder.model import Model, init_model
 from flora_jax.starcoder.sources import resolve
+from flora_jax.starcoder.transpose import for_decoding
 
 KINDS = ("flora", "lora", "ia3", "hira", "none", "sequential")
 Progress = Callable[[int, int], None]
@@ -37,8 +38,10 @@ class Contender:
     """What a line of the results is about: adapters of a kind and rank on some projections.
 
     "none" is the base alone. "sequential" is the paper's other baseline, adapters served one after
-    another: FLoRA adapters, of which the engine holds one at a time, with all of its requests that
-    have arrived. If every request has its own, that is a batch of one.
+    another: FLoRA adapters, of which the engine runs one at a time, with all of its requests that have
+    arrived; if every request has its own, that is a batch of one. The adapter stays factored, as the
+    engine serves it: a server that merges each into a copy of the weights instead saves the factors'
+    cost (at rank 1 none) and pays for the merge, which is another pass over all weights a request.
 
     Raises:
         InputError: an unknown kind or target, or a rank that the kind cannot have.
@@ -110,21 +113,32 @@ def plan_workload(base: Base, options: WorkloadOptions, adapted: bool) -> tuple[
 def load_base(base: Base, dtype: str | None, seed: int = 0) -> Model:
     """The checkpoint in ``dtype`` (``None``: its own), or random weights (``None``: float32)."""
     if base.directory is not None:
-        return load_model(base.directory, dtype)
-    return init_model(base.config, seed, dtype or "float32")
+        return for_decoding(load_model(base.directory, dtype), consume=True)
+    return for_decoding(init_model(base.config, seed, dtype or "float32"), consume=True)
 
 
 def make_adapters(
-    config: StarCoderConfig, contender: Contender, names: Sequence[str], seed: int = 0
+    config: StarCoderConfig,
+    contender: Contender,
+    names: Sequence[str],
+    seed: int = 0,
+    contents: int | None = None,
 ) -> dict[str, ModelAdapter]:
-    """Random adapters far from the identity, a different one for every name; none for "none"."""
+    """Random adapters far from the identity, a different one for every name; none for "none".
+
+    With ``contents`` they repeat after so many, and share memory: no product takes longer or shorter for
+    that, and each name is loaded by itself all the same.
+    """
     if contender.adapter_kind is None:
         return {}
     fresh = init_adapter(
         jax.random.key(seed), contender.adapter_kind, config.projections(), config.n_layer,
         rank=contender.rank, targets=match_targets(contender.targets),
     )  # fmt: skip
-    return {name: randomise(fresh, seed + number) for number, name in enumerate(names)}
+    made = [
+        randomise(fresh, seed + number) for number in range(min(len(names), contents or len(names)))
+    ]
+    return {name: made[number % len(made)] for number, name in enumerate(names)}
 
 
 def start_engine(
@@ -146,11 +160,11 @@ def start_engine(
     engine.warm_up(on_compile)
     if options.resident_adapters is None:
         for name in names:
-            _preload(engine, name)
+            preload(engine, name)
     return engine
 
 
-def _preload(engine: Engine, name: str) -> None:
+def preload(engine: Engine, name: str) -> None:
     """Writes an adapter into the device's bank, as its first request would."""
     version = engine.pool.current(name)
     while (found := engine.pool.acquire(version)) != "ready":
@@ -177,8 +191,13 @@ def running(
     seed: int = 0,
     on_compile: Progress | None = None,
 ) -> Iterator[tuple[Engine, dict[str, Any]]]:
-    """A rehearsed engine for a contender, closed at the end, and the beginning of its result line."""
-    adapters = make_adapters(model.config, contender, workload.adapters, seed)
+    """A rehearsed engine for a contender, closed at the end, and the beginning of its result line.
+
+    With ``resident_adapters`` there are no more different contents than that: a thousand adapters of a
+    large model would fill the host.
+    """
+    names, resident = workload.adapters, options.resident_adapters
+    adapters = make_adapters(model.config, contender, names, seed, resident)
     began = time.perf_counter()
     engine = start_engine(model, adapters, options, on_compile)
     try:
