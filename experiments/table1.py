@@ -25,6 +25,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -130,7 +131,7 @@ def generate(
         missing = {method: {*store.missing} for method, store in stores.items()}
         jobs = [
             Job(problem, None if method == "base" else f"{method}/{problem.language}")
-            for problem in problems
+            for problem in _by_place(problems)
             for method in stores
             if problem in missing[method]
         ]
@@ -138,10 +139,21 @@ def generate(
         for done, (job, one) in enumerate(local.stream(jobs, preset.sampling) if jobs else (), 1):
             stores["base" if job.adapter is None else job.adapter.split("/")[0]].add(one)
             if done % 50 == 0:
-                seconds = time.monotonic() - started
-                print(f"{done} of {len(jobs)} generated in {seconds:.0f} s", flush=True)
+                seconds, started = time.monotonic() - started, time.monotonic()
+                _add_seconds(output, "generate", seconds)
+                print(f"{done} of {len(jobs)} generated, 50 in {seconds:.0f} s", flush=True)
         _add_seconds(output, "generate", time.monotonic() - started)
         return {method: store.finish() for method, store in stores.items()}
+
+
+def _by_place(problems: list[Problem]) -> list[Problem]:
+    """Every language's first problem, then the second ones: a run cut short does for a ``--limit``."""
+    count: Counter[str] = Counter()
+    placed = []
+    for problem in problems:
+        placed.append((count[problem.language], problem))
+        count[problem.language] += 1
+    return [problem for _, problem in sorted(placed, key=lambda one: one[0])]
 
 
 def run(generations: Mapping[str, list[Generation]], output: Path) -> None:
