@@ -397,6 +397,7 @@ def test_throughput_has_a_line_for_each_rank(program, tmp_path):
         assert (line["completed"], line["failed"], line["adapters"]) == (5, 0, 5)
         assert line["total_output_tokens"] == 5 * result["workload"]["mean_output_tokens"]
         assert line["output_throughput"] > 0
+        assert 0 < line["share_of_limit"] < 1
         # All adapters lay on the device before, and all programs were compiled.
         assert (line["adapter_loads"], line["compilations"]) == (0, 0)
     assert "output tokens/s" in done.output
@@ -429,7 +430,7 @@ def test_latency_has_vllms_keys(program, tmp_path):
 @pytest.mark.parametrize("kind", ["none", "sequential"])
 def test_the_baselines_run(kind, program, tmp_path):
     output = tmp_path / "t.json"
-    program("throughput", *SMALL, "--kind", kind, "--adapter-distribution", "uniform",
+    program("throughput", *SMALL, "--kind", kind, "--no-limits", "--adapter-distribution", "uniform",
             "--num-adapters", 2, "--output", output)  # fmt: skip
     (line,) = json.loads(output.read_text())["results"]
     assert (line["completed"], line["failed"]) == (5, 0)

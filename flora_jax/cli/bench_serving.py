@@ -52,7 +52,7 @@ Plot = Annotated[Path | None, typer.Option(help="PNG file for the picture.")]
 _THROUGHPUT = {
     "kind": "kind", "rank": "rank", "completed": "done", "failed": "failed", "duration": "s",
     "request_throughput": "requests/s", "output_throughput": "output tokens/s",
-    "total_token_throughput": "tokens/s",
+    "total_token_throughput": "tokens/s", "share_of_limit": "share of limit",
 }  # fmt: skip
 _LATENCY = {
     "kind": "kind", "rank": "rank", "completed": "done", "failed": "failed",
@@ -81,6 +81,9 @@ def throughput(
     max_num_seqs: MaxNumSeqs = 16,
     max_num_batched_tokens: MaxBatched = 2048,
     decode_steps: DecodeSteps = 16,
+    limits: Annotated[
+        bool, typer.Option(help="Measure bandwidth and best product rate as well: the share of it.")
+    ] = True,
     seed: Seed = 0,
     dtype: DType = None,
     output: Output = None,
@@ -165,6 +168,7 @@ def _run(
     decode_steps: int,
     resident_adapters: int | None,
     request_rate: str = "inf",
+    limits: bool = False,
     **workload: Any,
 ) -> list[dict[str, Any]]:
     """Checks everything that can be checked, then measures a line for each rank."""
@@ -191,15 +195,24 @@ def _run(
         decode_steps=decode_steps, resident_adapters=resident_adapters,
     )  # fmt: skip
     loaded = setup.load_base(base, dtype_of(dtype), options.seed)
+    from flora_jax.bench import machine, shares
+
     lines = []
+    about = setup.describe_run(benchmark, base, loaded, options, drawn, engine)
+    if limits:
+        about["limits"] = machine.limits(about["dtype"])
     for contender in contenders:
         with setup.bars(f"{kind} {contender.rank}", len(drawn.requests)) as (compiled, ended):
             line = setup.measure(
                 benchmark, loaded, contender, drawn, engine, options.seed, compiled, ended, **asked
             )
+        if limits:
+            size = {"float32": 4}.get(about["dtype"], 2)
+            line["share_of_limit"] = shares.share_of_limit(
+                about["limits"], base.config, max_num_seqs, size, line
+            )
         lines.append(line | setup.arrival_fields(options) if benchmark == "latency" else line)
     if output is not None:
-        about = setup.describe_run(benchmark, base, loaded, options, drawn, engine)
         report.write_results(output, about | {"results": lines})
     return lines
 
