@@ -135,7 +135,8 @@ def build(preset: str, rows: int, seed: int) -> tuple[Engine, dict[str, list[str
     base = setup.find_base(None, preset)
     wide = dataclasses.replace(base.config, n_positions=max(base.config.n_positions, CONTEXT))
     model = setup.load_base(base._replace(config=wide), "float32", seed)
-    adapters, names = {}, {}
+    adapters: dict[str, Any] = {}
+    names: dict[str, list[str]] = {}
     for title, contender in CONTENDERS.items():
         names[title] = [f"{title}, {n}" for n in range(rows)]
         adapters |= setup.make_adapters(model.config, contender, names[title], seed)
