@@ -124,7 +124,7 @@ def generate(
     with ExitStack() as stack:
         stores: dict[str, Store] = {}
         for method in ("base", *KINDS):
-            own = {n: f"{p} {digest(p)[:12]}" for n, p in adapters.items() if n.startswith(method)}
+            own = {n: digest(path) for n, path in adapters.items() if n.startswith(method)}
             settings = {**asdict(preset), "context": context, "adapters": own}
             (output / method).mkdir(parents=True, exist_ok=True)
             stores[method] = stack.enter_context(Store(problems, output / method, settings))

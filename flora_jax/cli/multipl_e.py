@@ -238,7 +238,7 @@ def _local(
         )
     return local, {
         "model": model,
-        "adapters": {name: f"{path} {digest(path)[:12]}" for name, path in folders.items()},
+        "adapters": {name: digest(path) for name, path in folders.items()},
         **engine, "batch_size": rows, "dtype": local.dtype, "context": local.context(sampling),
     }  # fmt: skip
 
