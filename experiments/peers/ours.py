@@ -21,8 +21,9 @@ def main(say: Callable[[dict[str, Any]], None]) -> None:
     from flora_jax.serve.engine import Engine, EngineOptions
     from flora_jax.serve.request import Request
     from flora_jax.starcoder.checkpoint import load_model
+    from flora_jax.starcoder.transpose import for_decoding
 
-    model = load_model(options.model, "float32")
+    model = for_decoding(load_model(options.model, "float32"), consume=True)
     config = model.config
     adapters: dict[str, Any] = {}
     if options.rest.kind == "folders":

@@ -16,7 +16,6 @@ import numpy as np
 from flora_jax.adapters import product
 from flora_jax.adapters.kind import Components, Kind, ones, zeros
 from flora_jax.adapters.multiplicative import scale_inputs
-from flora_jax.adapters.quantized import dequantize
 from flora_jax.shapes import check_shapes
 
 Side = Literal["output", "input"]
@@ -79,7 +78,7 @@ def merge(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The explicit weight in the dtype of ``W``; an output's scale goes into the bias as well."""
     factor = params.l.astype(jnp.float32)
-    wide_IO = dequantize(W_IO, jnp.float32)
+    wide_IO = product.explicit(W_IO, jnp.float32)
     if params.side == "input":
         return (wide_IO * factor[:, None]).astype(W_IO.dtype), bias_O
     if bias_O is not None:

@@ -15,7 +15,6 @@ import numpy as np
 
 from flora_jax.adapters import product
 from flora_jax.adapters.kind import Components, Kind, ones, uniform_fan_in
-from flora_jax.adapters.quantized import dequantize
 from flora_jax.shapes import check_shapes
 
 
@@ -77,7 +76,9 @@ def merge(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The explicit ``W_i`` in the dtype of ``W``, and the unchanged bias."""
     delta_IO = params.down_RI.astype(jnp.float32).T @ params.up_RO.astype(jnp.float32)
-    return (dequantize(W_IO, jnp.float32) + params.scale * delta_IO).astype(W_IO.dtype), bias_O
+    return (product.explicit(W_IO, jnp.float32) + params.scale * delta_IO).astype(
+        W_IO.dtype
+    ), bias_O
 
 
 def components(params: LoRA, inputs: int, outputs: int) -> Components:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from flora_jax.adapters.product import Weight, product
-from flora_jax.adapters.quantized import dequantize
+from flora_jax.adapters.product import Weight, explicit, product
+from flora_jax.adapters.transposed import Transposed
 
 
 def scale_inputs(x_xI: jax.Array, pre_xI: jax.Array) -> jax.Array:
@@ -38,5 +38,14 @@ def apply_one(pre_RI: jax.Array, post_RO: jax.Array, x_TI: jax.Array, W_IO: Weig
 
 def merge(pre_RI: jax.Array, post_RO: jax.Array, W_IO: Weight) -> jax.Array:
     """``W ∘ Σ_r pre_r post_rᵀ`` in the dtype of ``W``; about ``2·R·I·O`` operations."""
-    factor_IO = jnp.einsum("ri,ro->io", pre_RI.astype(jnp.float32), post_RO.astype(jnp.float32))
-    return (dequantize(W_IO, jnp.float32) * factor_IO).astype(W_IO.dtype)
+    return explicit(merge_as_held(pre_RI, post_RO, W_IO))
+
+
+def merge_as_held(pre_RI: jax.Array, post_RO: jax.Array, W_IO: Weight) -> jax.Array | Transposed:
+    """The same, by outputs where ``W`` is held so."""
+    pre_RI, post_RO = pre_RI.astype(jnp.float32), post_RO.astype(jnp.float32)
+    if isinstance(W_IO, Transposed):
+        factor_OI = jnp.einsum("ro,ri->oi", post_RO, pre_RI)
+        return Transposed((W_IO.W_OI.astype(jnp.float32) * factor_OI).astype(W_IO.dtype))
+    factor_IO = jnp.einsum("ri,ro->io", pre_RI, post_RO)
+    return (explicit(W_IO, jnp.float32) * factor_IO).astype(W_IO.dtype)

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from flora_jax.adapters.quantized import Quantized, matmul
+from flora_jax.adapters import quantized, transposed
+from flora_jax.adapters.quantized import Quantized, dequantize
+from flora_jax.adapters.transposed import Transposed
 
 PROJECTED = "projected"
 # What stands as a base weight [I, O] in every function of a kind.
-Weight = jax.Array | Quantized
+Weight = jax.Array | Quantized | Transposed
 
 
 def product(x_xI: jax.Array, W_IO: Weight) -> jax.Array:
@@ -25,8 +27,17 @@ def product(x_xI: jax.Array, W_IO: Weight) -> jax.Array:
     A quantised weight gets no gradient.
     """
     if isinstance(W_IO, Quantized):
-        return matmul(x_xI, W_IO)
+        return quantized.matmul(x_xI, W_IO)
+    if isinstance(W_IO, Transposed):
+        return transposed.matmul(x_xI, W_IO)
     return jnp.matmul(x_xI, W_IO, preferred_element_type=jnp.float32)
+
+
+def explicit(W_IO: Weight, dtype: Any = None) -> jax.Array:
+    """The weight as an array ``[I, O]`` in ``dtype`` (by default its own), however it is held."""
+    if isinstance(W_IO, Transposed):
+        W_IO = W_IO.W_OI.T
+    return dequantize(W_IO, dtype)
 
 
 def finish(y_xO: jax.Array, bias_O: jax.Array | None, dtype: jnp.dtype) -> jax.Array:

@@ -29,13 +29,15 @@ from flora_jax.serve.stream import Stream
 from flora_jax.serve.updates import Stats, Update
 from flora_jax.serve.versions import Source, Version, version
 from flora_jax.starcoder.model import Model
+from flora_jax.starcoder.transpose import for_decoding
 
 
 class Engine:
     """A model with a pool of adapters, ready to serve.
 
     Args:
-        model: the base.
+        model: the base. On a CPU a copy of its kernels is held by outputs, unless it comes from
+            :func:`~flora_jax.starcoder.transpose.for_decoding` already.
         adapters: in memory, or folders, by the names that requests use. All are read at once, and what
             they need bounds later ones too, unless ``options`` ask for more.
         tokenizer: a ``tokenizers.Tokenizer``; without one completions have no text.
@@ -67,6 +69,7 @@ class Engine:
                 f"max_model_len is {context}, the model has {config.n_positions} positions"
             )
         self.compilations = Compilations()
+        model = for_decoding(model)
         self.model, self.tokenizer, self.options, self.context = model, tokenizer, options, context
         first: dict[Version, Prepared] = {}
         for name, source in (adapters or {}).items():

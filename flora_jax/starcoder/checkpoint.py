@@ -17,7 +17,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from flora_jax.adapters.product import explicit
 from flora_jax.adapters.quantized import Method, Quantized
+from flora_jax.adapters.transposed import Transposed
 from flora_jax.files import whole_directory
 from flora_jax.starcoder import orbax_io
 from flora_jax.starcoder.config import StarCoderConfig
@@ -211,6 +213,7 @@ def save_orbax(model: Model, directory: Source, *, companions: Source | None = N
 
 def _checked_leaves(model: Model) -> dict[str, jax.Array]:
     leaves, _ = named_leaves(model.params)
+    leaves = {p: explicit(v) if isinstance(v, Transposed) else v for p, v in leaves.items()}
     expected = {
         path: tensor.shape[::-1] if tensor.transposed else tensor.shape
         for path, tensor in hf_tensors(model.config).items()

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from flora_jax.adapters.quantized import Quantized
+from flora_jax.adapters.transposed import Transposed
 from flora_jax.starcoder.model import Model
 
 # A parameter's path, "*" for any one part, and one logical axis for each of its dimensions. As in
@@ -63,11 +64,11 @@ def make_mesh(data: int, tensor: int) -> Mesh:
 def named_leaves(params: Any) -> tuple[dict[str, Any], Any]:
     """Leaves by dotted path (``h.0.attn.c_attn.kernel``), in order, and the tree's structure.
 
-    A quantised weight is one leaf. ``jax.tree.unflatten(structure, values)`` takes values in the same
-    order.
+    A quantised or transposed weight is one leaf. ``jax.tree.unflatten(structure, values)`` takes values
+    in the same order.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=lambda leaf: isinstance(leaf, Quantized)
+        params, is_leaf=lambda leaf: isinstance(leaf, Quantized | Transposed)
     )
     return {_dotted(path): leaf for path, leaf in flat}, structure
 
