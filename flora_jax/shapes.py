@@ -10,7 +10,7 @@ A name such as ``x_BTI`` lists its array's axes:
     Q  query heads per key/value head           K  width of one head
     I  input features of a projection           O  its output features
     R  rank (components of one adapter)         J  components per row, padded
-    P  multiplicative pairs of a ragged batch   A  additive pairs of a ragged batch
+    P  multiplicative pairs of a ragged batch   A  groups of additive components
     C  slots of a component bank                N  adapters of a bank; drawn tokens
     E  stop tokens of a row, padded             W  window of the largest logits
     X  rows of a product, flattened

@@ -10,8 +10,16 @@ from random_adapters import KINDS, random_adapter, random_projection
 from flora_jax.adapters import apply
 from flora_jax.adapters.bank import build_bank
 from flora_jax.adapters.model_adapter import ModelAdapter
-from flora_jax.adapters.pairs import form, list_pairs, pair_lattice, row_components
-from flora_jax.adapters.ragged import Ragged, RowWise
+from flora_jax.adapters.pairs import (
+    Groups,
+    form,
+    group_bucket,
+    group_lattice,
+    list_pairs,
+    pair_lattice,
+    row_components,
+)
+from flora_jax.adapters.ragged import GROUP, Ragged, RowWise
 
 TARGET = "attn.c_attn"
 SIZES = {TARGET: (24, 40), "mlp.c_fc": (24, 32)}
@@ -63,6 +71,15 @@ def test_a_mixed_batch_equals_explicit_weights_row_by_row(seed, dtype, tolerance
             np.abs(np.asarray(found, np.float64) - expected).max()
             < tolerance * np.abs(expected).max()
         )
+
+
+def test_high_ranks_equal_explicit_weights():
+    adapters = _adapters(0, ranks=(1, 27))
+    bank, names = build_bank(adapters, SIZES, 1), [None, *adapters]
+    x, W, bias = _inputs(0, len(names), 2)
+    hook = Ragged(bank.layers[0][TARGET], list_pairs(bank, names)[TARGET])
+    expected = _expected(adapters, names, x, W, bias)
+    assert np.abs(jax.jit(apply)(hook, x, W, bias) - expected).max() < 3e-6 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -143,6 +160,19 @@ def test_the_product_has_as_many_rows_as_the_sum_of_the_ranks():
     assert "tensor<64x1x24xf32>" in products[0]
 
 
+def test_additive_components_beyond_a_group_cost_their_own_rows_alone():
+    """One rank-32 LoRA among 31 of rank 1: a group in every row's place, and three more in all."""
+    adapters = {"high": random_adapter("lora", 0, SIZES, rank=32)} | {
+        f"low{n}": random_adapter("lora", n, SIZES, rank=1) for n in range(31)
+    }
+    bank = build_bank(adapters, SIZES, 1)
+    pairs = list_pairs(bank, list(adapters))[TARGET]
+    assert pairs.add_slot_BJ.shape == (32, GROUP)
+    assert 3 <= pairs.more_row_A.shape[0] <= 32
+    few = list_pairs(bank, ["low0"] * 32)[TARGET]
+    assert (few.add_slot_BJ.shape, few.more_row_A.shape[0]) == ((32, 1), 0)
+
+
 def test_a_target_that_a_row_does_not_adapt_costs_no_further_rows():
     adapters = {
         "both": random_adapter("flora", 0, SIZES, rank=2, targets=(TARGET, "mlp.c_fc")),
@@ -162,7 +192,7 @@ def test_rows_have_the_same_bits_in_any_position_and_company_of_one_shape(seed):
     rng = np.random.default_rng(seed)
     names = [rng.choice([None, *adapters]) for _ in range(16)]
     x, W, bias = _inputs(seed, 16, 1)
-    shape = {TARGET: (256, 256)}
+    shape = {TARGET: (256, Groups(GROUP, 16))}
     run = jax.jit(apply)
     full = run(Ragged(bank.layers[0][TARGET], list_pairs(bank, names, shape)[TARGET]), x, W, bias)
     for row in rng.choice(16, 4, replace=False):
@@ -206,3 +236,16 @@ def test_bucket_sizes_are_few_and_hold_everything():
     assert pair_lattice(16, 15) == (0, 16, 32, 64, 128, 240)
     assert pair_lattice(1, 0) == (0,)
     assert pair_lattice(4, 1) == (0, 4)
+    assert group_lattice(16, 6) == ((0, 0), (1, 0), (2, 0), (4, 0), (8, 0))
+    assert group_lattice(16, 20) == (*group_lattice(16, 8), (8, 16), (8, 32))
+    assert group_lattice(4, 0) == ((0, 0),)
+
+
+def test_rows_take_the_smallest_group_bucket():
+    lattice = group_lattice(3, 32)
+    assert group_bucket([0, 0, 0], lattice) == (0, 0)
+    assert group_bucket([1, 0, 3], lattice) == (4, 0)
+    assert group_bucket([9, 8, 0], lattice) == (8, 3)
+    assert group_bucket([32, 32, 32], lattice) == (8, 9)
+    with pytest.raises(ValueError, match="does not fit the largest bucket"):
+        group_bucket([33, 32, 32], lattice)

@@ -11,7 +11,7 @@ import pytest
 from gpu_target import placed_on_h100
 
 from flora_jax.adapters.bank import Count, Slots, empty_layers, patch, write
-from flora_jax.adapters.pairs import Form, list_pairs, pair_lattice, row_components
+from flora_jax.adapters.pairs import Form, group_lattice, list_pairs, pair_lattice, row_components
 from flora_jax.serve import steps
 from flora_jax.starcoder.cache import Paging
 from flora_jax.starcoder.config import PRESETS
@@ -92,7 +92,7 @@ def test_decoding_fits_the_card_and_donates_the_cache(kind):
     pairs = {}
     if residents is not None:
         mul, add = residents.counts
-        sizes = pair_lattice(ROWS, mul - 1)[-1], pair_lattice(ROWS, add)[-1]
+        sizes = pair_lattice(ROWS, mul - 1)[-1], group_lattice(ROWS, add)[-1]
         pairs = list_pairs(residents, list(range(ROWS)), {TARGET: sizes})
     table = Paging(np.zeros((ROWS, CONTEXT // PAGE), np.int32))
     program = compiled(

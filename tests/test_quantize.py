@@ -17,7 +17,7 @@ from random_adapters import KINDS, random_adapter, random_projection
 from flora_jax import cli
 from flora_jax.adapters import apply, apply_vmap, kind_of, quantized, stack
 from flora_jax.adapters.bank import build_bank
-from flora_jax.adapters.pairs import bucket, form, list_pairs, pair_lattice, row_components
+from flora_jax.adapters.pairs import form, group_lattice, list_pairs, pair_lattice, row_components
 from flora_jax.adapters.product import product
 from flora_jax.adapters.quantized import Quantized
 from flora_jax.adapters.ragged import ragged_hooks, row_wise_hooks
@@ -196,11 +196,7 @@ def test_mixed_batches_and_single_rows_take_a_quantised_weight(method, dtype):
     explicit, x_BTI = dequantize(W_IO), jnp.asarray(np.ones((5, 4, 64)), dtype)
     rows = len(names)
     mul, add = bank.most("attn.c_attn")
-    lattice = {
-        "attn.c_attn": tuple(
-            bucket(rows * most, pair_lattice(rows, most)) if most else 0 for most in (mul - 1, add)
-        )
-    }
+    lattice = {"attn.c_attn": (pair_lattice(rows, mul - 1)[-1], group_lattice(rows, add)[-1])}
     pairs = list_pairs(bank, names, lattice)
     hooks = [ragged_hooks(bank.layers, pairs)[0]["attn.c_attn"]]
     rest = [x_BTI]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flora_jax.adapters.bank import Residents
-from flora_jax.adapters.ragged import NOTHING, Pairs, RowComponents
+from flora_jax.adapters.ragged import GROUP, NOTHING, Pairs, RowComponents
 
 
 def _list_pairs(
@@ -52,13 +52,65 @@ def pair_lattice(rows: int, most: int) -> tuple[int, ...]:
     return (*sizes, whole) if whole else (0,)
 
 
+class Groups(NamedTuple):
+    """Additive components of a batch: ``width`` in each row's own place, ``more`` further groups."""
+
+    width: int
+    more: int
+
+
+def group_lattice(rows: int, most: int) -> tuple[Groups, ...]:
+    """Bucket sizes for up to ``most`` additive components a row: doubling widths, then groups."""
+    sizes = [Groups(0, 0)]
+    while sizes[-1].width < min(most, GROUP):
+        sizes.append(Groups(max(1, 2 * sizes[-1].width), 0))
+    further = pair_lattice(rows, max(0, -(-most // GROUP) - 1))
+    return (*sizes, *(Groups(GROUP, more) for more in further if more))
+
+
+def group_bucket(counts: Sequence[int], lattice: Sequence[Groups]) -> Groups:
+    """The smallest size of the lattice that holds rows with so many additive components.
+
+    Raises:
+        ValueError: even the largest does not.
+    """
+    width = min(GROUP, max(counts, default=0))
+    more = sum(max(0, -(-count // GROUP) - 1) for count in counts)
+    for size in lattice:
+        if size.width >= width and size.more >= more:
+            return size
+    raise ValueError(f"{Groups(width, more)} does not fit the largest bucket {lattice[-1]}")
+
+
+def _list_groups(
+    owned: Sequence[Sequence[int]], size: Groups, most: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Slots ``[rows, width]``; of the groups rows, slots ``[more, GROUP]`` and whose they are."""
+    first = np.full((len(owned), size.width), NOTHING, np.int32)
+    further = []
+    for number, own in enumerate(owned):
+        head = own[:GROUP]
+        first[number, : len(head)] = head
+        further.append([own[at : at + GROUP] for at in range(GROUP, len(own), GROUP)])
+    row = np.zeros(size.more, np.int32)
+    slot = np.full((size.more, GROUP), NOTHING, np.int32)
+    mine = np.full((len(owned), -(-most // GROUP) - 1 if size.more else 0), size.more, np.int32)
+    used = 0
+    for number, groups in enumerate(further):
+        for position, group in enumerate(groups):
+            row[used], mine[number, position] = number, used
+            slot[used, : len(group)] = group
+            used += 1
+    return first, row, slot, mine
+
+
 def list_pairs(
-    bank: Residents, names: Sequence[Any], lattice: Mapping[str, tuple[int, int]] | None = None
+    bank: Residents, names: Sequence[Any], lattice: Mapping[str, tuple[int, Groups]] | None = None
 ) -> dict[str, Pairs]:
     """Each row's components on each target of the bank, for rows that use the named adapters.
 
-    ``lattice`` fixes the numbers of further multiplicative and of additive pairs by target; without
-    it each is the smallest bucket of :func:`pair_lattice` that fits.
+    ``lattice`` fixes the numbers of further multiplicative pairs and of additive components by target;
+    without it each is the smallest bucket of :func:`pair_lattice` and :func:`group_lattice` that fits.
 
     Raises:
         KeyError: an adapter is not resident.
@@ -71,25 +123,24 @@ def list_pairs(
         add = [slots.additive for slots in owned]
         most_mul, most_add = bank.most(target)
         if lattice is None:
-            sizes = (
-                bucket(sum(map(len, more)), pair_lattice(len(names), most_mul - 1)),
-                bucket(sum(map(len, add)), pair_lattice(len(names), most_add)),
-            )
+            pair_sizes = pair_lattice(len(names), most_mul - 1)
+            group_sizes = group_lattice(len(names), most_add)
         else:
-            sizes = lattice[target]
-            for found, size in zip((more, add), sizes, strict=True):
-                bucket(sum(map(len, found)), (size,))
+            pair_sizes, group_sizes = ((size,) for size in lattice[target])
+        pairs = bucket(sum(map(len, more)), pair_sizes)
+        groups = group_bucket([len(own) for own in add], group_sizes)
         # Without pairs there is nothing to gather, whatever the resident adapters could ask for.
-        row, slot, mine = _list_pairs(more, sizes[0], most_mul - 1 if sizes[0] else 0)
-        add_row, add_slot, add_mine = _list_pairs(add, sizes[1], most_add if sizes[1] else 0)
+        row, slot, mine = _list_pairs(more, pairs, most_mul - 1 if pairs else 0)
+        add_slot, more_row, more_slot, more_mine = _list_groups(add, groups, most_add)
         result[target] = Pairs(
             first_B=np.asarray([slots.multiplicative[0] for slots in owned], np.int32),
             row_P=row,
             slot_P=slot,
             mine_BJ=mine,
-            add_row_A=add_row,
-            add_slot_A=add_slot,
-            add_mine_BJ=add_mine,
+            add_slot_BJ=add_slot,
+            more_row_A=more_row,
+            more_slot_AJ=more_slot,
+            more_mine_BN=more_mine,
             bias_B=np.asarray([slots.bias for slots in owned], np.int32),
         )
     return result

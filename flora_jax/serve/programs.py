@@ -13,7 +13,10 @@ from flora_jax.adapters.bank import Residents
 from flora_jax.adapters.pairs import (
     BASE_FORM,
     Form,
+    Groups,
     bucket,
+    group_bucket,
+    group_lattice,
     padded_additive,
     padded_multiplicative,
     pair_lattice,
@@ -22,7 +25,7 @@ from flora_jax.serve.options import EngineOptions
 
 
 class DecodeShape(NamedTuple):
-    """Rows, the levels of the multiplicative and additive pair lists, positions of the table."""
+    """Rows, the levels of the pairs and of the additive groups, positions of the table."""
 
     rows: int
     level: tuple[int, int]
@@ -126,12 +129,10 @@ class Lattice:
         needed = [0, 0]
         for target in self.bank.targets:
             owned = [self.bank.of(name, target) for name in names]
-            counts = (
-                sum(len(slots.multiplicative) - 1 for slots in owned),
-                sum(len(slots.additive) for slots in owned),
-            )
-            for side, (count, sizes) in enumerate(zip(counts, self._sizes(target, rows))):
-                needed[side] = max(needed[side], sizes.index(bucket(count, sizes)))
+            pairs, groups = self._sizes(target, rows)
+            found = bucket(sum(len(slots.multiplicative) - 1 for slots in owned), pairs)
+            most = group_bucket([len(slots.additive) for slots in owned], groups)
+            needed = [max(needed[0], pairs.index(found)), max(needed[1], groups.index(most))]
         mul, add = needed
         if mul and add:
             mul = add = max(mul, add)
@@ -139,25 +140,23 @@ class Lattice:
             mul, add = min(mul, top[0]), min(add, top[1])
         return DecodeShape(rows, (mul, add), self.span(longest))
 
-    def pair_sizes(self, shape: DecodeShape) -> dict[str, tuple[int, int]]:
-        """By target the lengths of both pair lists."""
+    def pair_sizes(self, shape: DecodeShape) -> dict[str, tuple[int, Groups]]:
+        """By target the length of the list of pairs, and the numbers of additive components."""
         result = {}
         for target in self.bank.targets:
-            mul, add = (
-                sizes[min(level, len(sizes) - 1)]
-                for level, sizes in zip(shape.level, self._sizes(target, shape.rows))
-            )
-            result[target] = mul, add
+            pairs, groups = self._sizes(target, shape.rows)
+            mul, add = shape.level
+            result[target] = pairs[min(mul, len(pairs) - 1)], groups[min(add, len(groups) - 1)]
         return result
 
-    def _sizes(self, target: str, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _sizes(self, target: str, rows: int) -> tuple[tuple[int, ...], tuple[Groups, ...]]:
         mul, add = self.bank.most(target)
-        return pair_lattice(rows, mul - 1), pair_lattice(rows, add)
+        return pair_lattice(rows, mul - 1), group_lattice(rows, add)
 
     def _levels(self, rows: int) -> Iterator[tuple[int, int]]:
         """One kind of pairs alone at any level, or both at one: all combinations would be too many."""
         mul, add = self._most
-        tops = len(pair_lattice(rows, mul - 1)) - 1, len(pair_lattice(rows, add)) - 1
+        tops = len(pair_lattice(rows, mul - 1)) - 1, len(group_lattice(rows, add)) - 1
         if self.options.batch_invariant:
             yield tops
             return
