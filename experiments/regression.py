@@ -4,7 +4,7 @@
     python experiments/regression.py --update   # writes the bounds that this run would just keep
 
 The 164M shape with random weights in float32, a different adapter in every row, prompts of 64 tokens and
-64 new ones. One engine holds the adapters of all contenders, so that nothing differs but what a request
+32 new ones. One engine holds the adapters of all contenders, so that nothing differs but what a request
 names; programs run in turns, in another order in every round, and the medians of at least five
 rounds are divided. Every ratio is written so that more is better; only ratios are kept, so the bounds of
 regression_bounds.json hold on machines alike. No peer is needed: experiments/peers has those.
@@ -163,7 +163,7 @@ def resident_programs(preset: str, prompt: int, new: int, seed: int) -> dict[str
 
 
 def measure(
-    preset: str, rounds: int, seed: int, prompt: int = 64, new: int = 64
+    preset: str, rounds: int, seed: int, prompt: int = 64, new: int = 32
 ) -> dict[str, float]:
     """Median seconds by name, of programs that ran in turns; of a decoding what it takes longer than
     one token for every row.
