@@ -19,8 +19,9 @@ intervals of its change to the base by a bootstrap over windows of held-out file
 are alike, so they are somewhat too narrow; the sweep chooses on the windows that are reported).
 
 Receipt: 2 cores of an AMD EPYC (Zen 5), float32, up to 8,100 tokens/s undisturbed, half of that beside
-the other work there was: the sweep 20 minutes, `languages` 34, `inits` 9, `ranks --seeds 0` 57. The
-tables are in experiments/results/finetune_mini.md. Not run: the seeds 1 and 2 of `ranks`.
+the other work there was: the sweep 20 minutes, `languages` 34, `inits` 9, `ranks --seeds 0` 57. Seeds 1 and
+2 of `ranks` and the sweep's rates 0.512 of FLoRA, 0.128 and 0.512 of HiRA on 2 cores of an Intel Xeon
+(Emerald Rapids), beside other work: two hours. The tables are in experiments/results/finetune_mini.md.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ from flora_jax.train.tokens import piece_bytes, tokenize
 
 LANGUAGES = ("d", "perl", "ruby", "rust", "racket", "swift", "lua")
 RATES = {
-    "flora": (2e-3, 8e-3, 3.2e-2, 1.28e-1),
+    "flora": (2e-3, 8e-3, 3.2e-2, 1.28e-1, 5.12e-1),
     "lora": (1e-4, 1e-3, 1e-2, 3e-2),
     "ia3": (5e-3, 2e-2, 8e-2, 3.2e-1),
-    "hira": (2e-3, 8e-3, 3.2e-2),
+    "hira": (2e-3, 8e-3, 3.2e-2, 1.28e-1, 5.12e-1),
 }
 ROWS, LENGTH = 8, 256
 RESULTS = Path(__file__).parent / "results" / "finetune_mini.jsonl"

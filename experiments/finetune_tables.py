@@ -3,12 +3,15 @@
     python experiments/finetune_tables.py
 
 Reads experiments/results/finetune_mini.jsonl and writes finetune_mini.md beside it. A change is to the
-base on the same held-out windows, with its 95 % interval; fewer bits per byte are better.
+base on the same held-out windows, with its 95 % interval; fewer bits per byte are better. Runs that
+differ in their seed alone are one row: means, and the least and the largest change in place of intervals.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,36 @@ def row(line: dict[str, Any]) -> list[str]:
     ]
 
 
+def seeds_row(lines: list[dict[str, Any]]) -> list[str]:
+    """The cells of one run under several seeds."""
+    bits = [line["bits_per_byte_change"] for line in lines]
+    points = [100 * line["accuracy_change"] for line in lines]
+    name, _, _ = lines[0]["run"].rpartition("-seed")
+    return [
+        name,
+        lines[0]["language"],
+        f"{lines[0]['learning_rate']:g}",
+        f"{lines[0]['parameters']:,}",
+        str(len(lines)),
+        f"{statistics.mean(line['bits_per_byte'] for line in lines):.3f}",
+        f"{statistics.mean(bits):+.3f} ({min(bits):+.3f} to {max(bits):+.3f})",
+        f"{100 * statistics.mean(line['accuracy'] for line in lines):.2f}",
+        f"{statistics.mean(points):+.2f} ({min(points):+.2f} to {max(points):+.2f})",
+    ]
+
+
+def seeds_table(lines: list[dict[str, Any]]) -> str:
+    """A row for each run and language, in the order in which the first seed ran."""
+
+    def key(line: dict[str, Any]) -> tuple[str, str]:
+        return line["run"].rpartition("-seed")[0], line["language"]
+
+    order = list(dict.fromkeys(map(key, lines)))
+    grouped = itertools.groupby(sorted(lines, key=lambda line: order.index(key(line))), key)
+    head = [*HEAD[:4], "seeds", *HEAD[4:]]
+    return table(head, (seeds_row(list(own)) for _, own in grouped))
+
+
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """Markdown."""
     head = list(head)
@@ -66,7 +99,8 @@ def main() -> None:
     for stage, title in TITLES.items():
         for steps in sorted({line["steps"] for line in lines if line["stage"] == stage}):
             own = [line for line in lines if (line["stage"], line["steps"]) == (stage, steps)]
-            parts += [f"## {title}: {steps} steps", table(HEAD, map(row, own))]
+            listed = seeds_table(own) if stage == "ranks" else table(HEAD, map(row, own))
+            parts += [f"## {title}: {steps} steps", listed]
             if stage == "inits":
                 parts.append(spectra(own))
     text = "\n\n".join(parts) + "\n"
