@@ -126,7 +126,8 @@ def list_pairs(
             pair_sizes = pair_lattice(len(names), most_mul - 1)
             group_sizes = group_lattice(len(names), most_add)
         else:
-            pair_sizes, group_sizes = ((size,) for size in lattice[target])
+            own_pairs, own_groups = lattice[target]
+            pair_sizes, group_sizes = (own_pairs,), (own_groups,)
         pairs = bucket(sum(map(len, more)), pair_sizes)
         groups = group_bucket([len(own) for own in add], group_sizes)
         # Without pairs there is nothing to gather, whatever the resident adapters could ask for.
