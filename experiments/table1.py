@@ -11,9 +11,9 @@ charts are written to ``results/table1_PRESET*``. DATA holds ``LANGUAGE.train.js
 names of the languages (d, perl, ruby, rust, racket, swift, lua). Languages without a toolchain are named
 and left out, the others are what ``--language`` says.
 
-The presets of StarCoder follow the paper: rank 1 for the 15B and 4 for the 3B, 1,500 steps of 8 rows for
-each adapter, an 8-bit base, its rates, temperature 0.1, 100 samples; 512 tokens are MultiPL-E's. They
-need a GPU with room for the weights and have not been run. ``results/table1_mini.md`` has the mini's
+The presets of StarCoder have the paper's 1,500 steps of 8 rows for each adapter, 8-bit base, rates,
+temperature 0.1 and 100 samples; rank 1 for the 15B and 4 for the 3B are our choice within its 1 to 8, and
+512 tokens are MultiPL-E's. They need a GPU with room for the weights and have not been run. ``results/table1_mini.md`` has the mini's
 result, and what it took, with the time that other work took from it.
 """
 
