@@ -20,8 +20,9 @@ def main(say: Callable[[dict[str, Any]], None]) -> None:
 
     from flora_jax.bench.products import products_alone
     from flora_jax.starcoder.checkpoint import load_model
+    from flora_jax.starcoder.transpose import for_decoding
 
-    loaded = load_model(options.model, "float32")
+    loaded = for_decoding(load_model(options.model, "float32"), consume=True)
 
     @functools.cache
     def program(rows: int, tokens: int, steps: int) -> Callable[[], Any]:
