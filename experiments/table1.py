@@ -13,8 +13,9 @@ and left out, the others are what ``--language`` says.
 
 The presets of StarCoder have the paper's 1,500 steps of 8 rows for each adapter, 8-bit base, rates,
 temperature 0.1 and 100 samples; rank 1 for the 15B and 4 for the 3B are our choice within its 1 to 8, and
-512 tokens are MultiPL-E's. They need a GPU with room for the weights and have not been run. ``results/table1_mini.md`` has the mini's
-result, and what it took, with the time that other work took from it.
+512 tokens are MultiPL-E's. They need a GPU with room for the weights and have not been run.
+``results/table1_mini.md`` has the mini's result, and what it took, with the time that other work took
+from it.
 """
 
 from __future__ import annotations
