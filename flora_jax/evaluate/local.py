@@ -22,6 +22,7 @@ from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Defaults, Request, RequestError, parse_request
 from flora_jax.starcoder.checkpoint import describe, load_model
 from flora_jax.starcoder.tokenizer import load_tokenizer
+from flora_jax.starcoder.transpose import for_decoding
 
 _STEP = 64  # The longest sequence is rounded up to it.
 
@@ -102,7 +103,8 @@ class Local:
             max_num_batched_tokens=max(EngineOptions.max_num_batched_tokens, self.rows + 64),
             batch_invariant=True,
         )
-        model = load_model(self.directory, self.dtype, quantize=self.quantize)
+        loaded = load_model(self.directory, self.dtype, quantize=self.quantize)
+        model = for_decoding(loaded, consume=True)
         return Engine(model, self.adapters, tokenizer=tokenizer, options=options)
 
 
