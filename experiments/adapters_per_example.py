@@ -116,9 +116,10 @@ def pass_programs(
     from flora_jax.adapters.ragged import ragged_hooks
     from flora_jax.starcoder.config import PRESETS
     from flora_jax.starcoder.model import init_model
+    from flora_jax.starcoder.transpose import for_decoding
 
     config = PRESETS[preset]
-    model = init_model(config)
+    model = for_decoding(init_model(config), consume=True)
     tokens_B1 = jnp.asarray(
         np.random.default_rng(0).integers(1, config.vocab_size, (rows, 1)), jnp.int32
     )

@@ -135,6 +135,7 @@ def main(
     from flora_jax.bench.timing import interleaved
     from flora_jax.starcoder.config import PRESETS
     from flora_jax.starcoder.model import init_model
+    from flora_jax.starcoder.transpose import for_decoding
 
     started = time.perf_counter()
     report.check_output(output)
@@ -145,7 +146,7 @@ def main(
     for number in numbers:
         if not 1 < number <= config.n_positions:
             raise InputError(f"--lengths has {number}, expected 2 to {config.n_positions}")
-    model = init_model(config)
+    model = for_decoding(init_model(config), consume=True)
     results: list[dict[str, Any]] = []
     for phase in ("prefill", "decode"):
         for length in numbers:

@@ -1,7 +1,7 @@
 """The weight products of a decode step alone: what no engine of ours can be faster than.
 
-See flora_jax/bench/products.py; the prefill has B times the prompt's rows, and B in the head. See
-protocol.py for the rest.
+See flora_jax/bench/products.py; the prefill has B times the prompt's rows, and B in the head. It also
+says what the machine itself allows: flora_jax/bench/shares.py. See protocol.py for the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ def main(say: Callable[[dict[str, Any]], None]) -> None:
     options = protocol.read_options()
     import jax
 
+    from flora_jax.bench.machine import limits
     from flora_jax.bench.products import products_alone
+    from flora_jax.bench.shares import least_decode_seconds, least_prefill_seconds
     from flora_jax.starcoder.checkpoint import load_model
     from flora_jax.starcoder.transpose import for_decoding
 
@@ -39,9 +41,16 @@ def main(say: Callable[[dict[str, Any]], None]) -> None:
         decode = seconds(rows, 1, options.new_tokens - 1)
         return {"prefill_seconds": prefill, "total_seconds": prefill + decode}
 
+    found, config, least = limits(), loaded.config, {}
     for rows in options.batches:
         measure(0, rows)
-    protocol.serve_rounds(say, options, {"versions": protocol.versions("jax")}, measure)
+        drawn = rows * (options.new_tokens - 1)
+        least[str(rows)] = {
+            "prefill": least_prefill_seconds(found, config, rows * options.prompt_len, rows, 4),
+            "decode": least_decode_seconds(found, config, drawn, rows, 4),
+        }
+    about = {"versions": protocol.versions("jax"), "limits": found, "least_seconds": least}
+    protocol.serve_rounds(say, options, about, measure)
 
 
 if __name__ == "__main__":

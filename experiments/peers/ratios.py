@@ -53,8 +53,12 @@ def seconds(answers: Sequence[dict[str, Any]], phase: str) -> list[float]:
     return [a["total_seconds"] - statistics.median(prefill) for a in answers]
 
 
-def measured(answers: list[dict[str, Any]], rows: int, prompt: int, new: int) -> dict[str, Any]:
-    """A contender's medians at one number of rows."""
+def measured(
+    answers: list[dict[str, Any]], rows: int, prompt: int, new: int, least: dict[str, float]
+) -> dict[str, Any]:
+    """A contender's medians at one number of rows, and their share of what the machine allows, whose
+    ``least`` seconds may be unknown.
+    """
     prefill, decode = seconds(answers, "prefill"), seconds(answers, "decode")
     middle, step = statistics.median(prefill), statistics.median(decode)
     return {
@@ -62,6 +66,8 @@ def measured(answers: list[dict[str, Any]], rows: int, prompt: int, new: int) ->
         "prefill_tokens_per_second": round(rows * prompt / middle, 1),
         "decode_tokens_per_second": round(rows * (new - 1) / step, 1),
         "decode_step_milliseconds": round(1e3 * step / (new - 1), 2),
+        "prefill_share": round(least["prefill"] / middle, 3) if least else None,
+        "decode_share": round(least["decode"] / step, 3) if least else None,
         "all_prefill_seconds": [round(s, 4) for s in prefill],
         "all_decode_seconds": [round(s, 4) for s in decode],
         "foreign_load": [a["foreign_load"] for a in answers],
@@ -91,10 +97,12 @@ def write_tables(
 ) -> str:
     """Writes ``file`` and its Markdown; returns the latter."""
     groups: dict[str, Any] = {}
+    least = outcome.about.get("products alone", {}).get("least_seconds", {})
     for group, rounds in outcome.rounds.items():
         medians: dict[str, dict[str, Any]] = {}
         for (rows, name), answers in rounds.items():
-            medians.setdefault(name, {})[str(rows)] = measured(answers, rows, prompt, new)
+            bound = least.get(str(rows), {})
+            medians.setdefault(name, {})[str(rows)] = measured(answers, rows, prompt, new, bound)
         ratios: dict[str, dict[str, Any]] = {}
         for ours, other, same in PAIRS:
             for rows in batches:
@@ -129,7 +137,7 @@ def markdown(result: dict[str, Any], batches: list[int]) -> Iterator[str]:
     for group, found in result["groups"].items():
         rounds = [len(x["foreign_load"]) for y in found["medians"].values() for x in y.values()]
         yield f"\n**{group}**, {min(rounds, default=0)} rounds\n"
-        yield from _rows("medians", "prefill s, {} rows | tok/s | decode tok/s", batches)
+        yield from _rows("medians", "prefill s, {} rows | decode tok/s | of the limit", batches)
         for name, by_rows in found["medians"].items():
             yield _row(name, by_rows, batches, _median_cells)
             load += [share for cells in by_rows.values() for share in cells["foreign_load"]]
@@ -144,6 +152,13 @@ def markdown(result: dict[str, Any], batches: list[int]) -> Iterator[str]:
         "In brackets the least and the most of the rounds. Equal tokens: rows whose first token, and "
         "rows whose whole sequence, is the other's, of all rows of all rounds."
     )
+    if limits := result["contenders"].get("products alone", {}).get("limits"):
+        yield (
+            "Of the limit: of what this machine's bandwidth "
+            f"({limits['bytes_per_second'] / 1e9:.1f} GB/s) and best product rate "
+            f"({limits['operations_per_second'] / 1e9:.0f} GFLOP/s) allow for the base's products, "
+            "prefill and decode; adapters and attention come on top of those."
+        )
     if load:
         yield (
             f"Other processes used {statistics.median(load):.2f} cores in the median round, "
@@ -169,9 +184,15 @@ def _row(
 def _median_cells(found: dict[str, Any]) -> list[str]:
     return [
         f"{found['prefill_seconds']:.3f}",
-        f"{found['prefill_tokens_per_second']:.0f}",
         f"{found['decode_tokens_per_second']:.1f}",
+        _shares(found),
     ]
+
+
+def _shares(found: dict[str, Any]) -> str:
+    if found["decode_share"] is None:
+        return "–"
+    return f"{found['prefill_share']:.2f}, {found['decode_share']:.2f}"
 
 
 def _ratio_cells(found: dict[str, Any]) -> list[str]:
