@@ -64,7 +64,12 @@ def _reading(found: Mapping[str, Sequence[Result]]) -> str:
         "Expected near zero: the model has five million parameters and was trained for hours. "
         f"Of {len(statuses):,} samples under all methods {passed:,} pass, {ran:,} more get past the "
         "compiler or parser. Such counts rank no method; what adapters do shows in the last table. "
-        "The run shows that the pipeline holds from adapters to the table."
+        "The run shows that the pipeline holds from adapters to the table.\n\n"
+        "A Perl function can pass without solving anything: one that returns two equal values, as "
+        "`my $c, $c;` does, gives both arguments of the test's `eq_deeply` in list context, the expected "
+        "value is the third. That is MultiPL-E's own test, run as it is. Ruby, Lua and Racket have "
+        "mostly empty completions: after a prompt of comment lines the model goes on with another, which "
+        "a stop token ends at once."
     )
 
 
