@@ -19,9 +19,10 @@ intervals of its change to the base by a bootstrap over windows of held-out file
 are alike, so they are somewhat too narrow; the sweep chooses on the windows that are reported).
 
 Receipt: 2 cores of an AMD EPYC (Zen 5), float32, up to 8,100 tokens/s undisturbed, half of that beside
-the other work there was: the sweep 20 minutes, `languages` 34, `inits` 9, `ranks --seeds 0` 57. Seeds 1
-and 2 of `ranks` and the sweep's rates 0.512 of FLoRA, 0.128 and 0.512 of HiRA on 2 cores of an Intel Xeon
-(Emerald Rapids), beside other work: two hours. The tables are in experiments/results/finetune_mini.md.
+the other work there was: the sweep 20 minutes, `languages` 34, `inits` 9, `ranks --seeds 0` 57. On 2
+cores of an Intel Xeon (Emerald Rapids), beside other work: seed 1 of `ranks` and the sweep's rates
+0.512 of FLoRA, 0.128 and 0.512 of HiRA two hours, seed 2 of `ranks` one hour on one core. The tables
+are in experiments/results/finetune_mini.md.
 """
 
 from __future__ import annotations
