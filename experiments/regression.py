@@ -9,7 +9,8 @@ names; programs run in turns, in another order in every round, and the medians o
 rounds are divided. Every ratio is written so that more is better; only ratios are kept, so the bounds of
 regression_bounds.json hold on machines alike. No peer is needed: experiments/peers has those.
 
-Receipt: see the date and machine in experiments/results/regression_bounds.json.
+Receipt: 9 minutes on 2 cores of an Intel Xeon (Emerald Rapids), of which programs not compiled before
+take two; measured values, bounds and machine are in experiments/results/regression_bounds.json.
 """
 
 from __future__ import annotations
