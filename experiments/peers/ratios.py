@@ -98,9 +98,10 @@ def write_tables(
     """Writes ``file`` and its Markdown; returns the latter."""
     groups: dict[str, Any] = {}
     least = outcome.about.get("products alone", {}).get("least_seconds", {})
+    order = {name: place for place, name in enumerate(outcome.about)}  # As they were started.
     for group, rounds in outcome.rounds.items():
         medians: dict[str, dict[str, Any]] = {}
-        for (rows, name), answers in rounds.items():
+        for (rows, name), answers in sorted(rounds.items(), key=lambda one: order[one[0][1]]):
             bound = least.get(str(rows), {})
             medians.setdefault(name, {})[str(rows)] = measured(answers, rows, prompt, new, bound)
         ratios: dict[str, dict[str, Any]] = {}
