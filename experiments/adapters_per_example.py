@@ -13,7 +13,10 @@ The forms are the pair lists that serving uses (ragged; per token in the third s
 comparison, explicit weights: one product for each adapter over its own rows or tokens, the weights built
 before. Results go to experiments/results/adapters_per_example.json and .png.
 
-Receipt: only tried so far, on a busy machine; no result is kept.
+Receipt: 30 seconds on 2 cores of an Intel Xeon (Emerald Rapids):
+experiments/results/adapters_per_example.json. The whole pass costs the same under 1 and 16 adapters
+(FLoRA 1.10 to 1.12 of the base, LoRA 1.02 to 1.04), as does an example whose adapter changes up to 16
+times; explicit weights cost more with every adapter.
 """
 
 from __future__ import annotations

