@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_jax.cli.common import ASSETS, dtype_of, prepare_jax, source
+from flora_jax.errors import InputError, RunError
 from flora_jax.evaluate.doctor import examine
 from flora_jax.evaluate.generate import Sampling, Store
 from flora_jax.evaluate.generations import Generation
@@ -240,4 +241,7 @@ def _beyond(preset: Preset, problems: list[Problem]) -> set[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (InputError, RunError) as error:
+        sys.exit(f"table1: {error}")
