@@ -52,7 +52,7 @@ def wait_for_quiet(rest: float, most: float = 20.0) -> None:
     after ``most``: a contender may go on working for a while after its answer.
     """
     ends = time.perf_counter() + most
-    load = ForeignLoad(0)
+    load = ForeignLoad(0)  # A session that only the kernel's threads are of.
     while time.perf_counter() < ends:
         with load:
             time.sleep(rest)
