@@ -89,10 +89,12 @@ def test_a_single_row_equals_the_explicit_weight_in_its_own_form(seed):
     x, W, bias = _inputs(seed, 1, 6)
     run = jax.jit(apply)
     for name in [None, *adapters]:
-        own = row_components(bank, [name], form(bank, name))[TARGET]
-        found = run(RowWise(bank.layers[0][TARGET], own), x, W, bias)
         expected = _expected(adapters, [name], x, W, bias)
-        assert np.abs(found - expected).max() < 3e-6 * np.abs(expected).max()
+        shape = form(bank, name)
+        for merged in (False, True):
+            own = row_components(bank, [name], shape._replace(merged=merged))[TARGET]
+            found = run(RowWise(bank.layers[0][TARGET], own), x, W, bias)
+            assert np.abs(found - expected).max() < 3e-6 * np.abs(expected).max()
         # Two or more multiplicative components; HiRA of rank 1 has its frozen ones and another.
         assert own.merged == (name in ("flora2", "flora5", "flora16") or "hira" in str(name))
 

@@ -150,17 +150,14 @@ def list_pairs(
 class Form(NamedTuple):
     """How a prompt's pass treats one adapter: padded numbers of components on ``targets``.
 
-    On the bank's other targets it is the base's, (1, 0).
+    On the bank's other targets it is the base's, (1, 0). With ``merged``, two or more multiplicative
+    components are merged into the explicit weight.
     """
 
     multiplicative: int
     additive: int
     targets: tuple[str, ...]
-
-    @property
-    def merged(self) -> bool:
-        """Two or more multiplicative components are merged into the explicit weight."""
-        return self.multiplicative > 1
+    merged: bool = True
 
 
 BASE_FORM = Form(1, 0, ())
@@ -211,5 +208,7 @@ def row_components(bank: Residents, names: Sequence[Any], shape: Form) -> dict[s
             slot_BJ[row, : len(slots.multiplicative)] = slots.multiplicative
             add_slot_BJ[row, : len(slots.additive)] = slots.additive
         bias_B = np.asarray([slots.bias for slots in owned], np.int32)
-        result[target] = RowComponents(slot_BJ, add_slot_BJ, bias_B, merged=mul > 1)
+        result[target] = RowComponents(
+            slot_BJ, add_slot_BJ, bias_B, merged=shape.merged and mul > 1
+        )
     return result

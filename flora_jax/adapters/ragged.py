@@ -93,7 +93,7 @@ class RowComponents:
     ``slot [B, J]``, ``add_slot [B, J']``, ``bias [B]``. All rows are in one form.
 
     With ``merged`` each row's explicit weight ``W_i`` is built first, which is cheaper as soon as there
-    are a few tokens for every component; without, ``J`` is 1.
+    are a few tokens for every component; without, every token is multiplied ``J`` times (Eq. 6).
     """
 
     slot_BJ: HostOrDevice
@@ -220,8 +220,10 @@ def _apply_row_wise(
             lambda row: product.product(row[0], multiplicative.merge_as_held(row[1], row[2], W_IO)),
             (x_BTI, pre_BJI, post_BJO),
         )
-    else:
+    elif own.slot_BJ.shape[1] == 1:
         y_BTO = product.product(scale_inputs(x_BTI, pre_BJI), W_IO) * post_BJO
+    else:
+        y_BTO = multiplicative.apply_batch(pre_BJI, post_BJO, x_BTI, W_IO)
     if own.add_slot_BJ.shape[1]:
         down_BJI, up_BJO = bank.down_CI[own.add_slot_BJ], bank.up_CO[own.add_slot_BJ]
         h_BTJ = jnp.einsum("bti,bji->btj", x_BTI.astype(jnp.float32), down_BJI)

@@ -29,7 +29,7 @@ from flora_jax.starcoder.model import Model, init_model
 from flora_jax.starcoder.sources import resolve
 from flora_jax.starcoder.transpose import for_decoding
 
-KINDS = ("flora", "lora", "ia3", "hira", "none", "sequential")
+KINDS = ("flora", "lora", "ia3", "hira", "none", "sequential", "unmerged")
 Progress = Callable[[int, int], None]
 
 
@@ -42,6 +42,7 @@ class Contender:
     arrived; if every request has its own, that is a batch of one. The adapter stays factored, as the
     engine serves it: a server that merges each into a copy of the weights instead saves the factors'
     cost (at rank 1 none) and pays for the merge, which is another pass over all weights a request.
+    "unmerged" is FLoRA by the paper's formula (Eq. 6) in prompts too, where the engine builds ``W_i``.
 
     Raises:
         InputError: an unknown kind or target, or a rank that the kind cannot have.
@@ -62,7 +63,7 @@ class Contender:
 
     @property
     def adapter_kind(self) -> str | None:
-        return {"none": None, "sequential": "flora"}.get(self.kind, self.kind)
+        return {"none": None, "sequential": "flora", "unmerged": "flora"}.get(self.kind, self.kind)
 
 
 class Base(NamedTuple):
@@ -198,6 +199,8 @@ def running(
     """
     names, resident = workload.adapters, options.resident_adapters
     adapters = make_adapters(model.config, contender, names, seed, resident)
+    if contender.kind == "unmerged":
+        options = dataclasses.replace(options, merge_prompts=False)
     began = time.perf_counter()
     engine = start_engine(model, adapters, options, on_compile)
     try:
@@ -208,6 +211,7 @@ def running(
             "targets": list(contender.targets) if adapters else [],
             "adapters": len({request.adapter for request in workload.requests} - {None}),
             "adapter_bytes": next(iter(adapters.values())).bytes() if adapters else 0,
+            "merge_prompts": options.merge_prompts,
             "warm_up_s": time.perf_counter() - began,
         }
         yield engine, line

@@ -17,7 +17,10 @@ Preset = Annotated[
 ]
 Kind = Annotated[
     str,
-    typer.Option(help="flora, lora, ia3, hira, none, or sequential: FLoRA, one adapter at a time."),
+    typer.Option(
+        help="flora, lora, ia3, hira, none; sequential: FLoRA, one adapter at a time; "
+        "unmerged: FLoRA by the paper's formula in prompts too."
+    ),
 ]
 Rank = Annotated[int | None, typer.Option(help="Of the random adapters. Default 1.")]
 Ranks = Annotated[str | None, typer.Option(help="Several, as 1,2,4: a line of the result each.")]

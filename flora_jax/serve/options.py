@@ -16,7 +16,8 @@ class EngineOptions:
 
     Args:
         max_num_seqs: sequences that run at once.
-        max_num_batched_tokens: tokens of one iteration; longer prompts are prefilled over several.
+        max_num_batched_tokens: tokens of one iteration; longer prompts are prefilled over several. A
+            long piece is never cut, so there may be up to ``chunk · pieces - 1`` more.
         max_model_len: prompt and output together; the model's context where it is ``None``.
         cache_tokens: positions of the key/value cache over all sequences; room for ``max_num_seqs``
             sequences of ``max_model_len`` where it is ``None``. With less, sequences are set aside when
@@ -31,8 +32,12 @@ class EngineOptions:
             the start where it is ``None``.
         max_components: the most components an adapter may have on a target (its rank; one more for
             HiRA); where it is ``None``, and at least, what the adapters given at the start have.
-        targets: projections that later adapters may have besides those of the first ones.
-        host_adapter_bytes: bound of the host's cache of adapters that are ready to be written.
+        targets: projections that later adapters may have besides those of the first ones; without
+            ``max_components`` with as many components as any of the first ones has anywhere.
+        host_adapter_bytes: bound of the host's cache of adapters that are ready to be written; those
+            read ahead for who comes next, at most 4 · ``max_num_seqs``, are not counted.
+        merge_prompts: prompts under two or more multiplicative components go through their explicit
+            weight; else by the paper's formula (Eq. 6), as decoding does: more products and no weight.
         batch_invariant: always use the largest shapes, so that a row has the same bits in any company.
         seed: of requests that have none of their own.
 
@@ -53,6 +58,7 @@ class EngineOptions:
     max_components: int | None = None
     targets: tuple[str, ...] = ()
     host_adapter_bytes: int = 4 << 30
+    merge_prompts: bool = True
     batch_invariant: bool = False
     seed: int = 0
 
@@ -67,6 +73,8 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise InputError(f"{name} is {value}, expected at least {bound}")
+        if self.seed >= 2**32:
+            raise InputError(f"seed is {self.seed}, expected below 2**32")
         for rows in self.row_buckets or ():
             if not 1 <= rows <= self.max_num_seqs:
                 raise InputError(f"row_buckets has {rows}, expected 1 to {self.max_num_seqs}")

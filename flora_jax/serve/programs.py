@@ -103,7 +103,11 @@ class Lattice:
         sizes |= {(1, padded_additive(n)) for n in range(1, add + 1)}
         return [
             BASE_FORM,
-            *(Form(*size, group) for group in self.groups for size in sorted(sizes)),
+            *(
+                Form(*size, group, self.options.merge_prompts)
+                for group in self.groups
+                for size in sorted(sizes)
+            ),
         ]
 
     def form(self, own: Form | None) -> Form:
@@ -111,7 +115,8 @@ class Lattice:
         if own is None or not own.targets:
             return BASE_FORM
         fitting = [group for group in self.groups if set(own.targets) <= set(group)]
-        return own._replace(targets=min(fitting, key=len))
+        targets = min(fitting, key=len)
+        return own._replace(targets=targets, merged=self.options.merge_prompts)
 
     def piece_rows(self, pieces: int) -> int:
         """Rows of a dispatch of short pieces."""
