@@ -3,46 +3,21 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_adapters import KINDS, random_adapter
+from random_adapters import random_adapter
+from tiny_engine import CONFIG, CONTENTS, NAMES, OPTIONS, TARGETS, make_engine
 
 from flora_jax.adapters.peft_io import write_adapter
 from flora_jax.errors import InputError
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
-from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Request
-from flora_jax.starcoder.config import StarCoderConfig
 from flora_jax.starcoder.model import init_model
 
 pytestmark = pytest.mark.usefixtures("optimised")
-CONFIG = StarCoderConfig(
-    vocab_size=97, n_positions=96, n_embd=16, n_layer=2, n_head=2, n_inner=32,
-    eos_token_ids=(0,), initializer_range=0.4,
-)  # fmt: skip
-TARGETS = ("attn.c_attn", "mlp.c_proj")
-OPTIONS = EngineOptions(
-    max_num_seqs=4, max_num_batched_tokens=40, chunk=8, pieces=2, page=4, cache_tokens=128,
-    decode_steps=5, resident_adapters=2, host_adapter_bytes=20_000, batch_invariant=True,
-)  # fmt: skip
-# Two contents for each name: schedules replace one by the other.
-CONTENTS = {
-    (f"{kind}{rank}", content): random_adapter(
-        kind, 10 * content + rank, CONFIG.projections(), 2, rank=rank, targets=targets
-    )
-    for kind in KINDS
-    for rank, targets in [(1, TARGETS), (4, TARGETS), (3, TARGETS[:1])]
-    for content in range(2)
-    if kind != "ia3" or rank == 1
-}
-NAMES = sorted({name for name, _ in CONTENTS})
-
-
-def make_engine(**changes):
-    first = {name: CONTENTS[name, 0] for name in NAMES}
-    return Engine(init_model(CONFIG, 5), first, options=dataclasses.replace(OPTIONS, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -157,17 +132,21 @@ def test_hours_of_schedules(engine, alone):
             assert completion == alone(request, content), (seed, request)
 
 
-def test_in_the_smallest_shapes_only_near_ties_differ(alone):
+@pytest.mark.parametrize("merge_prompts", [True, False])
+def test_in_the_smallest_shapes_only_near_ties_differ(merge_prompts, alone):
     """Without batch invariance rows are padded as company asks: differences are counted, and rare."""
-    engine = make_engine(batch_invariant=False)
+    engine = make_engine(batch_invariant=False, merge_prompts=merge_prompts)
     found = [result for seed in range(40) for result in run_schedule(engine, seed)]
     differing = sum(completion != alone(request, content) for request, content, completion in found)
     assert len(found) > 200
     assert differing == 0
 
 
-def test_nothing_is_compiled_after_the_warm_up():
-    """Another model than the other tests', so that nothing is compiled yet."""
+@pytest.mark.parametrize("committed", [False, True])
+def test_nothing_is_compiled_after_the_warm_up(committed):
+    """Another model than the other tests', so that nothing is compiled yet. A checkpoint's parameters
+    may be committed to a device.
+    """
     config = dataclasses.replace(CONFIG, n_embd=24, vocab_size=99)
     adapters = {
         f"{kind}{rank}": random_adapter(kind, rank, config.projections(), 2, rank=rank)
@@ -175,10 +154,14 @@ def test_nothing_is_compiled_after_the_warm_up():
         for rank in (1, 3)
     }
     options = dataclasses.replace(
-        OPTIONS, max_num_seqs=3, row_buckets=(3,), batch_invariant=False, host_adapter_bytes=0
-    )
+        OPTIONS, max_num_seqs=3, row_buckets=(3,), batch_invariant=False, host_adapter_bytes=0,
+        cache_tokens=100,
+    )  # fmt: skip
     new = random_adapter("flora", 9, config.projections(), 2, rank=2)
-    engine = Engine(init_model(config, 0), adapters, options=options)
+    model = init_model(config, 0)
+    if committed:
+        model = model._replace(params=jax.device_put(model.params, jax.devices()[0]))
+    engine = Engine(model, adapters, options=options)
     engine.warm_up()
     requests = [
         dataclasses.replace(random_request(seed), adapter=[*adapters, None][seed % 5])
@@ -189,6 +172,7 @@ def test_nothing_is_compiled_after_the_warm_up():
     late = dataclasses.replace(requests[0], adapter="new")
     assert len(list(generate(engine, [late]))) == 1
     assert engine.stats.adapter_evictions
+    assert engine.stats.preemptions
     assert engine.compilations.count == 0
 
 
@@ -232,39 +216,6 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_requests_alone(alone, tmp_pa
     assert "changed since it was registered" in ended[tickets["changing"]].error
     assert "at most" in ended[tickets["large"]].error
     assert ended[tickets["flora4"]].completion == alone(good, content)
-
-
-def test_requests_that_do_not_fit_are_refused(engine):
-    with pytest.raises(InputError, match="unknown adapter 'nobody'"):
-        engine.add(Request(0, (1,), adapter="nobody"))
-    with pytest.raises(InputError, match="token ids 1 to 97, the vocabulary has 0 to 96"):
-        engine.add(Request(0, (1, 97)))
-    with pytest.raises(InputError, match="97 tokens, expected 1 to 96"):
-        engine.add(Request(0, (1,) * 97))
-    small = make_engine(cache_tokens=64)
-    with pytest.raises(InputError, match="50 tokens and 20 more, the cache holds 64"):
-        small.add(Request(0, (1,) * 50, max_tokens=20))
-
-
-def test_seeds_decide_and_indices_stand_in_for_them(engine):
-    base = Request(0, (5, 6, 7), max_tokens=20, temperature=1.5, ignore_eos=True)
-
-    def run(**changes):
-        (completion,) = generate(engine, [dataclasses.replace(base, **changes)])
-        return completion.token_ids
-
-    assert run(seed=3) == run(seed=3, index=9)
-    assert run(seed=3) != run(seed=4)
-    assert run() == run()
-    assert run() != run(index=1)
-
-
-def test_prompts_up_to_the_context_are_cut_with_reason_length(engine):
-    for length, expected in [(95, 1), (96, 0), (90, 6)]:
-        ids = tuple(t % 96 + 1 for t in range(length))
-        (completion,) = generate(engine, [Request(0, ids, max_tokens=50, ignore_eos=True)])
-        assert len(completion.token_ids) == expected
-        assert completion.finish_reason == "length"
 
 
 @pytest.mark.parametrize("changes", [{"chunk": 16, "pieces": 3}, {"page": 16}, {"decode_steps": 1}])

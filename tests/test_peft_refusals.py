@@ -79,6 +79,7 @@ VALUES = [
     ("hira", "r", None, "r is None"),
     ("lora", "lora_alpha", "8", "lora_alpha is '8', expected a number"),
     ("lora", "lora_alpha", float("nan"), "lora_alpha is nan"),
+    ("lora", "lora_alpha", 10**400, "lora_alpha is 1000"),
     ("lora", "use_rslora", 1, "use_rslora is 1, expected true or false"),
     ("lora", "rank_pattern", {"c_attn": 1.5}, "rank_pattern is"),
     ("lora", "rank_pattern", [1], "rank_pattern is"),

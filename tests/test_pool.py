@@ -1,6 +1,7 @@
 """The adapter pool: least recent use, pins, replacement, failures, and a cost that ignores its size."""
 
 import dataclasses
+import threading
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from flora_jax.serve.dispatch import Device
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.pool import AdapterPool, LoadError
 from flora_jax.serve.programs import Lattice
+from flora_jax.serve.versions import Version
 from flora_jax.starcoder.config import StarCoderConfig
 from flora_jax.starcoder.model import init_model
 
@@ -65,10 +67,71 @@ def test_a_pinned_adapter_stays_until_its_name_stands_for_another():
     pinned = pool.register("pinned", flora(0), pinned=True)
     other = pool.register("other", flora(1))
     ready(pool, pinned)
-    pool.release(pinned)
-    assert ready(pool, other) == "full"
+    with pytest.raises(LoadError, match="adapter 'other': no room beside the pinned ones"):
+        ready(pool, other)
     pool.register("pinned", flora(2))
+    assert ready(pool, other) == "full"
+    pool.release(pinned)
     assert ready(pool, other) == "ready"
+
+
+def test_only_adapters_that_make_room_leave():
+    """Older ones on another projection stay."""
+    second = "mlp.c_fc"
+    pool = AdapterPool(
+        CONFIG,
+        dict.fromkeys((TARGET, second), Count(2 + 2, 1, 1)),
+        dict.fromkeys((TARGET, second), Count(1, 0, 0)),
+    )
+    versions = [
+        pool.register(
+            str(n), random_adapter("flora", n, CONFIG.projections(), 2, targets=(target,))
+        )
+        for n, target in enumerate((TARGET, TARGET, second, second, second))
+    ]
+    for version in versions:
+        assert ready(pool, version) == "ready"
+        pool.release(version)
+    assert resident(pool, versions) == [True, True, False, True, True]
+
+
+def test_what_nobody_waits_for_is_not_kept(monkeypatch):
+    pool = pool_of(2)
+    there = threading.Event()
+    read = Version.read
+    seen = []
+
+    def delayed(version, config):
+        assert there.wait(60)
+        seen.append(version.name)
+        return read(version, config)
+
+    monkeypatch.setattr(Version, "read", delayed)
+    versions = [pool.register(str(n), flora(n)) for n in range(20)]
+    for version in versions:
+        assert pool.acquire(version) == "loading"
+    for version in versions[1:]:
+        pool.forget(version)
+    there.set()
+    assert ready(pool, versions[0]) == "ready"
+    assert ready(pool, versions[19]) == "ready"
+    # The one behind the first may have been on its way.
+    assert set(seen) <= {"0", "1", "19"}
+
+
+@pytest.mark.parametrize("error", [OverflowError("too large"), RecursionError("too deep")])
+def test_whatever_goes_wrong_while_reading_is_that_adapters_error(error, monkeypatch):
+    pool = pool_of(1)
+    version = pool.register("bad", flora(0))
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Version, "read", fail)
+    with pytest.raises(LoadError, match=f"adapter 'bad': {type(error).__name__}: too"):
+        ready(pool, version)
+    monkeypatch.undo()
+    assert ready(pool, version) == "ready"
 
 
 def test_the_same_content_again_is_the_same_version_and_other_content_is_not():

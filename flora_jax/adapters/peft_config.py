@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -110,7 +111,7 @@ def read_config(directory: Path) -> AdapterConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise AdapterError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
-    except (UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:  # Huge integers, deep nesting.
         raise AdapterError(f"{path}: cannot be read: {error}") from None
     if not isinstance(raw, dict):
         raise AdapterError(f"{path}: found a JSON {type(raw).__name__}, expected an object")
@@ -246,4 +247,4 @@ def _is_number(value: Any, kind: type) -> bool:
         return False
     if kind is int:
         return isinstance(value, int)
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flora_jax.adapters.pairs import Form, form, list_pairs, row_components
 from flora_jax.serve.options import EngineOptions
@@ -76,7 +77,9 @@ class Device:
         self.rows = options.max_num_seqs
         # The embedding is never quantised.
         self.dtype = jax.tree.leaves(model.params["wte"])[0].dtype
-        self.state = init_state(model.config, self.rows, pages, options.page, self.dtype)
+        self.state = self._beside_parameters(
+            init_state(model.config, self.rows, pages, options.page, self.dtype)
+        )
 
     def prefill(self, pieces: Sequence[Piece]) -> jax.Array | None:
         """Runs pieces, all of one form and length; the sequences that are through begin to decode.
@@ -212,12 +215,26 @@ class Device:
         tasks.append(partial(self._insert, [], [0]))
         width = self.model.config.n_embd
         for count in sorted({1, *self.lattice.pieces}):
-            tasks.append(partial(self._begin, [], jnp.zeros((count, width), self.dtype)))
+            hidden_BD = self._beside_parameters(jnp.zeros((count, width), self.dtype))
+            tasks.append(partial(self._begin, [], hidden_BD))
         tasks += [partial(self._prefill, shape, []) for shape in self.lattice.prefill_shapes()]
         tasks += [
             partial(self._decode, shape, [], 0, False) for shape in self.lattice.decode_shapes()
         ]
         return tasks
+
+    def _beside_parameters(self, tree: Any) -> Any:
+        """The arrays, committed to the parameters' devices where those are (as a checkpoint's can be).
+
+        What a step returns is committed then, and a program compiled for other arrays would not do.
+        """
+        leaf = jax.tree.leaves(self.model.params["wte"])[0]
+        if not leaf.committed:
+            return tree
+        place = leaf.sharding
+        if isinstance(place, NamedSharding):
+            place = NamedSharding(place.mesh, PartitionSpec())
+        return jax.device_put(tree, place)
 
     def _page_numbers(self, pages: Sequence[int]) -> np.ndarray:
         numbers_M = np.full(self.lattice.width, self.pages, np.int32)
@@ -230,7 +247,7 @@ class Device:
         for row, sequence in enumerate(sequences):
             own = sequence.pages[:width]
             table_BM[row, : len(own)] = own
-        blocks = np.int32(key_blocks(longest)) if self.lattice.dynamic else None
+        blocks = np.int32(key_blocks(longest, self.options.page)) if self.lattice.dynamic else None
         return Paging(table_BM, blocks)
 
     def _settings(self, sequences: Sequence[Scheduled | None], rows: int) -> Settings:

@@ -80,7 +80,9 @@ class Engine:
             self.pool, options, context,
             dynamic=jax.default_backend() == "cpu", groups=target_groups(first),
         )  # fmt: skip
-        pages = -(-(options.cache_tokens or options.max_num_seqs * context) // options.page)
+        pages = options.max_num_seqs * -(-context // options.page)
+        if options.cache_tokens is not None:
+            pages = -(-options.cache_tokens // options.page)
         self.scheduler = Scheduler(options.max_num_seqs, pages, options.page)
         self.device = Device(model, self.pool, self.lattice, options, pages)
         self._tickets = itertools.count()
@@ -155,10 +157,11 @@ class Engine:
                 self.device.restore(sequence, self._copies.pop(sequence.ticket))
         self._written, self._due, self._refused = self.pool.loads, False, []
         self.scheduler.admit(self._admission)
+        self._read_ahead()
         if self.scheduler.running:
             self._run()
         elif self._refused:
-            self._wait()
+            self.pool.wait([sequence.content.version for sequence, _ in self._refused], 0.1)
         return sorted(self._updates, key=lambda update: update.ticket)
 
     def close(self) -> None:
@@ -166,7 +169,7 @@ class Engine:
         self.pool.close()
 
     def _check(self, request: Request) -> Version | None:
-        request.check(self.context, self.model.config.vocab_size)
+        request.check(self.context, self.model.config.vocab_size, self.tokenizer is not None)
         if request.adapter is None:
             return None
         try:
@@ -177,20 +180,25 @@ class Engine:
             ) from None
 
     def _receive(self) -> None:
-        while self._inbox:
-            arrived = self._inbox.popleft()
-            if isinstance(arrived, int):
-                sequence = self._sequences.get(arrived)
+        arrived = [self._inbox.popleft() for _ in range(len(self._inbox))]
+        cancelled = {one for one in arrived if isinstance(one, int)}
+        for one in arrived:
+            if isinstance(one, int):
+                sequence = self._sequences.get(one)
                 if sequence is not None:
                     self._drop(sequence)
-            elif arrived.room == 0:
-                completion = arrived.content.stream.completion()
-                self._updates.append(Update(arrived.ticket, completion=completion))
-            else:
-                self._sequences[arrived.ticket] = arrived
-                self.scheduler.add(arrived)
-                if arrived.content.version is not None:
-                    self.pool.prefetch(arrived.content.version)
+            elif one.room:
+                self._sequences[one.ticket] = one
+                self.scheduler.add(one)
+            elif one.ticket not in cancelled:
+                completion = one.content.stream.completion()
+                self._updates.append(Update(one.ticket, completion=completion))
+
+    def _read_ahead(self) -> None:
+        """Begins to read the adapters of those that come next, though there is no row for them yet."""
+        for sequence in self.scheduler.heads():
+            if sequence.content.version is not None:
+                self.pool.prefetch(sequence.content.version)
 
     def _admission(self, sequence: Sequence) -> Admission:
         own = sequence.content.version
@@ -211,16 +219,6 @@ class Engine:
         if found != "ready":
             self._refused.append((sequence, found))
         return found
-
-    def _wait(self) -> None:
-        """Nothing runs: waits for adapters, or fails those that no eviction can make room for."""
-        if all(found == "full" for _, found in self._refused):
-            for sequence, _ in self._refused:
-                self._drop(sequence)
-                reason = f"no room for adapter {sequence.owner!r} beside the pinned ones"
-                self._updates.append(Update(sequence.ticket, error=reason))
-        else:
-            self.pool.wait([sequence.content.version for sequence, _ in self._refused], 0.1)
 
     def _run(self) -> None:
         prefilled = self._prefill()
@@ -314,7 +312,7 @@ class Engine:
         """Takes a sequence out with all that it holds."""
         waiting = sequence.stage == "waiting"
         self.scheduler.remove(sequence)
-        if sequence.content.version is not None and not waiting:
-            self.pool.release(sequence.content.version)
+        if sequence.content.version is not None:
+            (self.pool.forget if waiting else self.pool.release)(sequence.content.version)
         self._copies.pop(sequence.ticket, None)
         del self._sequences[sequence.ticket]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from flora_jax.adapters.bank import RESERVED, Count, Prepared, most_of, sum_of
 from flora_jax.adapters.model_adapter import TARGETS, match_targets
+from flora_jax.errors import InputError
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.pool import AdapterPool
 from flora_jax.serve.versions import Version
@@ -17,16 +18,27 @@ def make_pool(
 ) -> AdapterPool:
     """A pool that knows these adapters, with room for all of them on the device, or for as many of the
     largest as the options say.
+
+    Raises:
+        InputError: targets without anything that says how many components they may have.
     """
     prepared = list(first.values())
     most, room = most_of(prepared), sum_of(prepared)
-    if options.max_components is not None:
+    more = options.max_components
+    if more is not None:
         for target in {*most, *match_targets(options.targets)}:
             known = most.get(target, Count(1, 0, 0))
-            more = options.max_components
             most[target] = Count(max(more, known[0]), max(more, known[1]), 1)
+    elif options.targets:
+        if not most:
+            raise InputError(
+                f"targets are {', '.join(options.targets)} and max_components is None, expected a "
+                "number where no adapter is there at the start"
+            )
+        largest = Count(*map(max, zip(*most.values())))
+        most = dict.fromkeys(match_targets(options.targets), largest) | most
     number = options.resident_adapters
-    if number is not None or options.max_components is not None:
+    if number is not None or more is not None or options.targets:
         number = number or max(len(prepared), options.max_num_seqs)
         room = {
             target: Count(*(reserved + number * n for reserved, n in zip(RESERVED, count)))

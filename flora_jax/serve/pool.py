@@ -30,6 +30,9 @@ from flora_jax.serve.versions import Source, Version
 from flora_jax.serve.versions import version as version_of
 from flora_jax.starcoder.config import StarCoderConfig
 
+# Numbers of slots by target and side (multiplicative, additive, bias), none of them 0.
+Held = collections.Counter[tuple[str, int]]
+
 
 class LoadError(InputError):
     """An adapter could not be made ready; the message says which and why."""
@@ -39,6 +42,12 @@ class LoadError(InputError):
 class _Resident:
     slots: dict[str, Slots]
     users: int = 0
+
+    def held(self) -> Held:
+        return collections.Counter(
+            {(t, side): len(own) for t, s in self.slots.items()
+             for side, own in enumerate(_numbers(s)) if own}
+        )  # fmt: skip
 
 
 class AdapterPool:
@@ -122,10 +131,16 @@ class AdapterPool:
             self._ready_bytes -= oldest.bytes
 
     def prefetch(self, version: Version) -> None:
-        """Begins to read an adapter that somebody will want."""
+        """Begins to read an adapter that somebody will want; it is held until claimed or forgotten."""
         known = (self._residents, self._ready, self._loading)
         if not any(version in place for place in known):
             self._loading[version] = self._reader.submit(version.read, self.config)
+
+    def forget(self, version: Version) -> None:
+        """Nobody waits for an adapter any more: what was read of it, or why it could not be, is lost."""
+        future = self._loading.pop(version, None)
+        if future is not None:
+            future.cancel()
 
     def acquire(self, version: Version) -> Admission:
         """Claims an adapter for a sequence, "ready" if it is on the device now.
@@ -187,6 +202,9 @@ class AdapterPool:
             prepared = self._loading.pop(version).result()
         except (InputError, OSError, ValueError) as error:
             raise LoadError(f"adapter {version.name!r}: {error}") from error
+        except Exception as error:  # Whatever a file holds, it is the request's affair alone.
+            reason = f"{type(error).__name__}: {error}"
+            raise LoadError(f"adapter {version.name!r}: {reason}") from error
         for target, count in prepared.counts.items():
             most = self.capacity.get(target)
             if most is None or any(n > m for n, m in zip(count, most)):
@@ -199,19 +217,28 @@ class AdapterPool:
         return prepared
 
     def _place(self, version: Version, prepared: Prepared) -> _Resident | None:
-        """Gives the adapter slots and writes it there; ``None`` where running ones leave no room."""
-        leaving: list[_Resident] = []
-        short = self._short(prepared, leaving)
-        if short:
+        """Gives the adapter slots and writes it there; ``None`` where running ones leave no room.
+
+        Raises:
+            LoadError: pinned ones leave no room.
+        """
+        missing = self._missing(prepared)
+        leaving: list[Version] = []
+        for candidate, resident in self._residents.items():
+            if not missing:
+                break
+            gain = resident.held()
+            if gain.keys() & missing.keys() and not (resident.users or self._is_pinned(candidate)):
+                leaving.append(candidate)
+                missing -= gain
+        if missing:
             for candidate, resident in self._residents.items():
-                if resident.users or self._is_pinned(candidate):
-                    continue
-                leaving.append(resident)
-                if not self._short(prepared, leaving):
-                    break
-            else:
-                return None
-        for candidate in [v for v, r in self._residents.items() if any(r is x for x in leaving)]:
+                if resident.users and not self._is_pinned(candidate):
+                    missing -= resident.held()
+            if missing:
+                raise LoadError(f"adapter {version.name!r}: no room beside the pinned ones")
+            return None
+        for candidate in leaving:
             self._evict(candidate)
         owned = {}
         for target, count in prepared.counts.items():
@@ -229,15 +256,13 @@ class AdapterPool:
         sizes = self.room, self.capacity, self.config.projections(), self.config.n_layer
         self.layers = write(self.layers, *patch(prepared, owned, *sizes))
 
-    def _short(self, prepared: Prepared, leaving: list[_Resident]) -> bool:
-        """Whether there is too little room even when some residents leave."""
+    def _missing(self, prepared: Prepared) -> Held:
+        """How many slots too few are free."""
+        wanted: Held = collections.Counter()
         for target, count in prepared.counts.items():
-            gained = [_numbers(r.slots[target]) for r in leaving if target in r.slots]
-            for side, needed in enumerate(count):
-                free = len(self._free[target][side]) + sum(len(n[side]) for n in gained)
-                if free < needed:
-                    return True
-        return False
+            for side, (needed, free) in enumerate(zip(count, self._free[target])):
+                wanted[target, side] = needed - len(free)
+        return +wanted
 
     def _evict(self, version: Version) -> None:
         for target, slots in self._residents.pop(version).slots.items():

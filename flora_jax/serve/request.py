@@ -55,8 +55,13 @@ class Request:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
 
-    def check(self, context: int, vocab_size: int) -> None:
-        """Raises ``RequestError`` unless the prompt is of 1 to ``context`` tokens of the vocabulary."""
+    def check(self, context: int, vocab_size: int, has_tokenizer: bool) -> None:
+        """Whether such a model can serve it.
+
+        Raises:
+            RequestError: the prompt is not of 1 to ``context`` tokens of the vocabulary, a setting that
+                no request may have, or stop strings where there is no text.
+        """
         ids = self.token_ids
         if not 1 <= len(ids) <= context:
             raise RequestError(f"request {self.index}: {len(ids)} tokens, expected 1 to {context}")
@@ -65,6 +70,16 @@ class Request:
                 f"request {self.index}: token ids {min(ids)} to {max(ids)}, "
                 f"the vocabulary has 0 to {vocab_size - 1}"
             )
+        try:
+            _settings({name: getattr(self, name) for name in _SETTINGS}, self)
+            if self.seed is not None:
+                _number({"seed": self.seed}, "seed", 0, int, 0, _LARGEST_SEED)
+            if len({*self.stop_token_ids}) > MAX_STOP_TOKENS:
+                raise RequestError(_too_many(len(self.stop_token_ids)))
+            if self.stop and not has_tokenizer:
+                raise RequestError(_NO_TEXT)
+        except RequestError as error:
+            raise RequestError(f"request {self.index}: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +104,14 @@ _FIELDS = frozenset(
     "prompt prompt_token_ids adapter max_tokens temperature top_k top_p seed stop stop_token_ids "
     "ignore_eos".split()
 )
+_SETTINGS = ("max_tokens", "temperature", "top_k", "top_p")
+_LARGEST_SEED = 2**32 - 1
+_NO_TEXT = "stop strings need a tokenizer, and the checkpoint has none"
 MAX_STOP_TOKENS = 8
+
+
+def _too_many(count: int) -> str:
+    return f"{count} stop_token_ids, at most {MAX_STOP_TOKENS} are served"
 
 
 def parse_requests(
@@ -167,7 +189,7 @@ def parse_request(
     seed = raw.get("seed")
     stop = _strings(raw.get("stop"))
     if stop and tokenizer is None:
-        raise RequestError("stop strings need a tokenizer, and the checkpoint has none")
+        raise RequestError(_NO_TEXT)
     stop_ids = raw.get("stop_token_ids")
     stop_ids = () if stop_ids is None else _token_ids("stop_token_ids", stop_ids, vocab_size)
     special = _special_tokens(tokenizer) if stop else {}
@@ -175,20 +197,20 @@ def parse_request(
     stop_ids += tuple(special[text] for text in stop if text in special)
     stop = tuple(text for text in stop if text not in special)
     if len(stop_ids) > MAX_STOP_TOKENS:
-        raise RequestError(f"{len(stop_ids)} stop_token_ids, at most {MAX_STOP_TOKENS} are served")
+        raise RequestError(_too_many(len(stop_ids)))
     return Request(
         index=index,
         token_ids=_prompt(raw, tokenizer, vocab_size, context),
         adapter=adapter,
         **_settings(raw, defaults),
-        seed=None if seed is None else _number(raw, "seed", 0, int, 0, 2**32 - 1),
+        seed=None if seed is None else _number(raw, "seed", 0, int, 0, _LARGEST_SEED),
         stop=stop,
         stop_token_ids=stop_ids,
         ignore_eos=ignore_eos,
     )
 
 
-def _settings(raw: Mapping[str, Any], defaults: Defaults) -> dict[str, Any]:
+def _settings(raw: Mapping[str, Any], defaults: Defaults | Request) -> dict[str, Any]:
     return {
         "max_tokens": _number(raw, "max_tokens", defaults.max_tokens, int, 1),
         "temperature": _number(raw, "temperature", defaults.temperature, float, 0.0),

@@ -151,8 +151,7 @@ class Scheduler:
 
     def _choose(self, admission: Callable[[Sequence], Admission]) -> Sequence | None:
         """The next one to run; none where the first in line lacks pages or has been passed enough."""
-        heads = [queue[0] for queue in itertools.islice(self._waiting.values(), 4 * self.rows)]
-        heads.sort(key=lambda sequence: self._share[sequence.owner])
+        heads = sorted(self.heads(), key=lambda sequence: self._share[sequence.owner])
         for number, sequence in enumerate(heads):
             if self._pages_for(sequence.prompt + 1) > len(self.free_pages):
                 return None
@@ -166,6 +165,10 @@ class Scheduler:
             if found == "full" and sequence.overtaken >= self.rows:
                 return None
         return None
+
+    def heads(self) -> list[Sequence]:
+        """The first in line of each owner, of so many owners that the next to run is among them."""
+        return [queue[0] for queue in itertools.islice(self._waiting.values(), 4 * self.rows)]
 
     def grow(self, steps: int) -> tuple[list[Sequence], int, list[tuple[Sequence, list[int]]]]:
         """Pages for the next tokens of all decoding sequences.

@@ -91,7 +91,7 @@ def attend_cached(
     wide, scale, late = _softmax_options(dtype, config)
     q_BGXK = _queries_as_rows(q_BTHK, groups, 1.0 if late else scale)
     width = paging.table_BM.shape[1]
-    pages = max(1, min(width, KEY_BLOCK // page))
+    pages = min(width, _block_pages(page))
     blocks = -(-width // pages)
     table_BM = jnp.pad(
         paging.table_BM,
@@ -142,9 +142,13 @@ def attend_cached(
     return _rows_as_tokens(out_BGXK.astype(dtype), length)
 
 
-def key_blocks(length: int) -> int:
-    """How many steps :func:`attend_cached` takes over so many positions."""
-    return -(-length // KEY_BLOCK)
+def key_blocks(length: int, page: int) -> int:
+    """How many steps :func:`attend_cached` takes over so many positions in pages of such a size."""
+    return -(-length // (_block_pages(page) * page))
+
+
+def _block_pages(page: int) -> int:
+    return max(1, KEY_BLOCK // page)
 
 
 def _softmax_options(dtype: jnp.dtype, config: StarCoderConfig) -> tuple[Any, float, bool]:
