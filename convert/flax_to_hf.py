@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from flora_jax.errors import InputError
+from flora_jax.cli.program import run_function
 from flora_jax.files import require_new
 from flora_jax.starcoder.checkpoint import load_model, save_hf
 from flora_jax.starcoder.sources import resolve
@@ -28,14 +28,10 @@ def main(
     ] = None,
 ) -> None:
     """Convert a StarCoder into Hugging Face files (config.json and safetensors)."""
-    try:
-        require_new(output)
-        directory = resolve(source)
-        save_hf(load_model(directory, dtype), output, companions=directory)
-    except (InputError, OSError) as error:
-        typer.echo(f"flax_to_hf: {error}", err=True)
-        raise typer.Exit(2) from None
+    require_new(output)
+    directory = resolve(source)
+    save_hf(load_model(directory, dtype), output, companions=directory)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

@@ -33,6 +33,7 @@ import typer
 
 from flora_jax.bench import report
 from flora_jax.bench.layer_options import parse_ranks
+from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 
 RESULTS = Path(__file__).parent / "results" / "adapters_per_example.json"
@@ -226,4 +227,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

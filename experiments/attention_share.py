@@ -30,6 +30,7 @@ import typer
 
 from flora_jax.bench import report
 from flora_jax.bench.layer_options import parse_ranks
+from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 
 RESULTS = Path(__file__).parent / "results" / "attention_share.json"
@@ -181,4 +182,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

@@ -27,6 +27,7 @@ import typer
 
 from flora_jax.bench import collected, report
 from flora_jax.bench.layer_options import LayerOptions, parse_ranks, projection_of
+from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 
 RESULTS = Path(__file__).parent / "results" / "eq7_crossover.jsonl"
@@ -92,7 +93,7 @@ def main(
     rows = []
     for shape, preset, options in planned:
         key = {"shape": shape, "preset": preset, "options": dataclasses.asdict(options)}
-        found = collected.find(collected.read_lines(output), key)
+        found = collected.find(output, key)
         if found is None:
             found = collected.append_line(output, key, layer.measure(options))
             jax.clear_caches()
@@ -108,4 +109,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

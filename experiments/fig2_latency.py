@@ -8,7 +8,7 @@ and 15b the last 128. The rate is 8/s on a GPU, as in the paper (3b, 15b: float1
 tokens). Here it is a part of what the base alone can do: first the base's request capacity is measured
 (all requests at once), then every contender, the base among them, at 0.5 and 0.9 of it. Lengths and
 results as in fig2_throughput.py: experiments/results/fig2_latency.jsonl has a line for every finished
-run, which is not run again.
+run, which is not run again on the same machine.
 
 Receipt: only tried so far, with small settings; not run in full.
 """
@@ -28,6 +28,7 @@ from flora_jax.bench import serving_setup as setup
 from flora_jax.bench.serving import run_latency, run_throughput
 from flora_jax.bench.workload import WorkloadOptions
 from flora_jax.cli.common import prepare_jax, say
+from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 from flora_jax.starcoder.model import Model
 
@@ -142,15 +143,14 @@ class Runs:
         loads: list[float | None] = [1.0] if self.plan.rate is not None else [*PARTS]
         if contender.kind == "none" and self.plan.rate is None:
             loads.insert(0, None)
-        lines = collected.read_lines(RESULTS)
-        return (load for load in loads if not collected.find(lines, self._key(contender, load)))
+        return (load for load in loads if not collected.find(RESULTS, self._key(contender, load)))
 
     def _rate(self, load: float) -> float:
         """Requests a second."""
         if self.plan.rate is not None:
             return self.plan.rate
         key = self._key(setup.Contender("none", 0), None)
-        line = collected.find(collected.read_lines(RESULTS), key)
+        line = collected.find(RESULTS, key)
         assert line is not None  # The base's is measured first.
         return load * line["request_throughput"]
 
@@ -167,10 +167,9 @@ def show(plot: Path | None) -> None:
     """Prints a table for each preset that has results, and draws TTFT and TPOT for each load."""
     lines = [line for line in collected.read_lines(RESULTS) if line["load"] is not None]
     panels: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
-    for preset in dict.fromkeys(line["preset"] for line in lines):
-        own = [line for line in lines if line["preset"] == preset]
+    for title, own in collected.by_preset(lines).items():
         own.sort(key=lambda line: (line["load"], line["kind"], line["rank"], line["repeat"]))
-        report.table(f"Latency, {preset}", own, _SHOWN)
+        report.table(f"Latency, {title}", own, _SHOWN)
         for metric in ("ttft", "tpot"):
             series: dict[str, list[tuple[float, float | None]]] = {}
             ranks = [line["rank"] for line in own if line["rank"]] or [1]
@@ -178,7 +177,7 @@ def show(plot: Path | None) -> None:
                 name, value = f"{line['kind']} at {line['load']:g}", line[f"mean_{metric}_ms"]
                 at = {min(ranks), max(ranks)} if line["kind"] == "none" else {line["rank"]}
                 series.setdefault(name, []).extend((rank, value) for rank in sorted(at))
-            panels[f"{preset}: mean {metric.upper()}"] = series
+            panels[f"{title}: mean {metric.upper()}"] = series
     if plot is not None and panels:
         report.plot_panels(plot, panels, "rank", "ms", logx=True, logy=True)
 
@@ -204,4 +203,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

@@ -6,13 +6,14 @@
 All requests are there at once, with lengths resampled from LENGTHS.csv (input_tokens,output_tokens; a
 fit to ShareGPT without it). All adapters lie on the device, of 3b and 15b the last 128; a rank's kinds
 run one after the other, so that a drift of the machine falls on both. "none" is the base alone.
+"unmerged" is FLoRA by the paper's formula in prompts too, where the engine builds each `W_i`.
 "sequential" serves FLoRA adapters one after another, the paper's other baseline: since every request
 has its own, one request at a time (fewer requests, as it is slow). The paper's own figure is 3b and 15b
 on an H100: float16, 8,192 batched tokens, 1,000 requests unscaled. Weights and adapters are random, and
 on all targets of PEFT's default for this model, c_attn.
 
 Every finished run is a line of experiments/results/fig2_throughput.jsonl at once; one that is there
-already, of the same plan, is not run again.
+already, of the same plan and machine, is not run again.
 
 Receipt: `164m` took 35 minutes on 2 cores of an Intel Xeon (Emerald Rapids), half of them compiling;
 experiments/figure2.md has the table and what it says of the paper's claims. mini and 1b are not run yet.
@@ -33,6 +34,7 @@ from flora_jax.bench import collected, report
 from flora_jax.bench import serving_setup as setup
 from flora_jax.bench.workload import WorkloadOptions
 from flora_jax.cli.common import prepare_jax, say
+from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 from flora_jax.starcoder.model import Model
 
@@ -42,12 +44,15 @@ ALL_RANKS = (1, 2, 4, 8, 16, 32)
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is run for a preset; the sequential baseline has its own ranks and number of requests."""
+    """What is run for a preset; the sequential baseline has its own ranks and number of requests,
+    the formula unmerged its own ranks.
+    """
 
     num_prompts: int
     scale: float = 1.0
     ranks: tuple[int, ...] = ALL_RANKS
     kinds: tuple[str, ...] = ("flora", "lora")
+    unmerged_ranks: tuple[int, ...] = ()
     sequential_ranks: tuple[int, ...] = (1, 8)
     sequential_prompts: int = 16
     dtype: str = "float32"
@@ -62,7 +67,7 @@ GPU = Plan(
 )
 PLANS = {
     "mini": Plan(1000, sequential_prompts=64),
-    "164m": Plan(128, 0.25),
+    "164m": Plan(128, 0.25, unmerged_ranks=(8,)),
     "1b": Plan(32, 0.125, ranks=(1, 4, 8), sequential_ranks=(1,), sequential_prompts=4),
     # For a GPU.
     "3b": GPU,
@@ -76,6 +81,8 @@ def contenders(plan: Plan) -> Iterator[tuple[setup.Contender, int]]:
     for rank in plan.ranks:
         for kind in plan.kinds:
             yield setup.Contender(kind, rank), plan.num_prompts
+    for rank in plan.unmerged_ranks:
+        yield setup.Contender("unmerged", rank), plan.num_prompts
     for rank in plan.sequential_ranks:
         yield setup.Contender("sequential", rank), plan.sequential_prompts
 
@@ -92,7 +99,7 @@ def run_preset(preset: str, plan: Plan, lengths: Path | None, seed: int, repeat:
         }  # fmt: skip
         if plan.resident_adapters is not None:
             key["resident_adapters"] = plan.resident_adapters
-        if collected.find(collected.read_lines(RESULTS), key):
+        if collected.find(RESULTS, key):
             continue
         base = setup.find_base(None, preset)
         # All contenders have the same model, also those with fewer and perhaps shorter requests.
@@ -118,15 +125,14 @@ def run_preset(preset: str, plan: Plan, lengths: Path | None, seed: int, repeat:
         jax.clear_caches()
 
 
-def medians(lines: Sequence[dict[str, Any]], preset: str) -> list[dict[str, Any]]:
-    """For each contender the medians over repeats, and its ratio to the base."""
+def medians(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each contender of a preset the medians over repeats, and its ratio to the base."""
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for line in lines:
-        if line["preset"] == preset:
-            groups.setdefault((line["kind"], line["rank"]), []).append(line)
+        groups.setdefault((line["kind"], line["rank"]), []).append(line)
     rows = []
     for (kind, rank), group in sorted(groups.items()):
-        row: dict[str, Any] = {"preset": preset, "kind": kind, "rank": rank, "runs": len(group)}
+        row: dict[str, Any] = {"kind": kind, "rank": rank, "runs": len(group)}
         row["failed"] = sum(line["failed"] for line in group)
         for name in ("request_throughput", "output_throughput", "total_token_throughput"):
             row[name] = statistics.median(line[name] for line in group)
@@ -141,16 +147,16 @@ def show(plot: Path | None) -> None:
     """Prints a table and draws a panel for each preset that has results."""
     lines = collected.read_lines(RESULTS)
     panels: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
-    for preset in dict.fromkeys(line["preset"] for line in lines):
-        rows = medians(lines, preset)
-        report.table(f"Throughput, {preset}", rows, [*rows[0]])
+    for title, own in collected.by_preset(lines).items():
+        rows = medians(own)
+        report.table(f"Throughput, {title}", rows, [*rows[0]])
         series: dict[str, list[tuple[float, float | None]]] = {}
         for row in rows:
             series.setdefault(row["kind"], []).append((row["rank"], row["output_throughput"]))
         ranks = [row["rank"] for row in rows if row["rank"]]
         if "none" in series and ranks:  # The base has no rank: a level over all of them.
             series["none"] = [(x, series["none"][0][1]) for x in (min(ranks), max(ranks))]
-        panels[preset] = series
+        panels[title] = series
     if plot is not None and panels:
         report.plot_panels(plot, panels, "rank", "output tokens/s", logx=True)
 
@@ -176,4 +182,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

@@ -43,6 +43,7 @@ from flax import nnx
 from flora_jax.adapters.grouped import grouped_hooks
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.adapters.peft_io import read_adapter
+from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 from flora_jax.starcoder.checkpoint import load_model
 from flora_jax.starcoder.model import Model
@@ -280,4 +281,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

@@ -27,6 +27,7 @@ import typer
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 from flora_jax.files import whole_path
 from flora_jax.starcoder.checkpoint import load_model, save_hf
@@ -309,4 +310,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

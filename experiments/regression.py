@@ -35,6 +35,7 @@ from flora_jax.bench.serving import run_throughput
 from flora_jax.bench.timing import interleaved
 from flora_jax.bench.workload import WorkloadOptions
 from flora_jax.cli.common import prepare_jax, say
+from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError, RunError
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
@@ -293,4 +294,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

@@ -40,6 +40,7 @@ from flax import nnx
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, match_targets, randomise
 from flora_jax.bench import report
 from flora_jax.cli.common import ASSETS, prepare_jax, say
+from flora_jax.cli.program import run_function
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Request
@@ -301,4 +302,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

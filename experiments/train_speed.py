@@ -26,6 +26,8 @@ from typing import Annotated, Any
 
 import typer
 
+from flora_jax.cli.program import run_function
+
 ROWS, LENGTH = 8, 256
 CONTENDERS = ("peft lora 1", "ours lora 1", "ours flora 1", "ours flora 8")
 RESULTS = Path(__file__).parent / "results" / "train_speed.json"
@@ -197,4 +199,4 @@ def report(measured: dict[str, list[Any]], rounds: int, dropout: bool) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from flora_jax.bench.collected import read_lines
+from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
@@ -100,7 +101,7 @@ def test_another_seed_or_repeat_is_another_run(throughput):
     throughput.main(["mini"], None, 1, 1, None)
     throughput.main(["mini"], None, 0, 3, None)
     assert len(throughput.calls) == 4 * 6
-    rows = throughput.medians(read_lines(throughput.RESULTS), "mini")
+    rows = throughput.medians(read_lines(throughput.RESULTS))
     assert {(row["kind"], row["rank"]): row["to_base"] for row in rows}["lora", 4] == 1 / 5
 
 
@@ -124,6 +125,21 @@ def test_a_preset_with_a_rate_needs_no_capacity(latency):
     latency.main(["3b"], None, 0, 1, None)
     assert {call[2] for call in latency.calls} == {8.0}
     assert len(latency.calls) == 5
+
+
+def test_an_experiment_ends_bad_input_with_one_line(throughput, monkeypatch, capsys):
+    for words, message in (
+        (["7b"], "PRESET is '7b', expected some of mini, 164m, 1b, 3b, 15b"),
+        (["mini", "--seed", "x"], "Invalid value for '--seed'"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["experiments/fig2_throughput.py", *words])
+        with pytest.raises(SystemExit) as ended:
+            run_function(throughput.main)
+        assert ended.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith(f"fig2_throughput: {message}")
+        assert err.count("\n") == 1
 
 
 def test_an_unknown_preset_is_named(throughput, latency):

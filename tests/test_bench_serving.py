@@ -4,6 +4,7 @@ moves a fake clock, and the commands on a tiny model.
 
 import collections
 import dataclasses
+import functools
 import json
 import random
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from flora_jax.bench.collected import append_line, find, read_lines
+from flora_jax.bench import machine
+from flora_jax.bench.collected import append_line, by_preset, find, read_lines
 from flora_jax.bench.latency_metrics import Record, is_good, latency, parse_goodput, throughput
 from flora_jax.bench.serving import drive, most_at_once, run_latency, run_throughput
 from flora_jax.cli import bench_serving
@@ -324,15 +326,33 @@ def test_collected_lines_are_found_by_their_key_and_stay(tmp_path):
     for number, key in enumerate(keys):
         append_line(path, key, {"value": number})
         assert [line["value"] for line in read_lines(path)] == list(range(number + 1))
-    assert [find(read_lines(path), key)["value"] for key in keys] == [0, 1, 2, 3]
-    assert find(read_lines(path), {"kind": "z"}) is None
-    assert find(read_lines(path), {"absent": None}) is None
+    assert [find(path, key)["value"] for key in keys] == [0, 1, 2, 3]
+    assert find(path, {"kind": "z"}) is None
+    assert find(path, {"absent": None}) is None
     assert {"command", "date", "machine", "versions"} <= set(read_lines(path)[0])
     with pytest.raises(ValueError, match="JSON compliant"):
         append_line(path, {}, {"value": float("nan")})
     path.write_text('{"a": 1}\n{"a"')
     with pytest.raises(InputError, match=r"lines\.jsonl, line 2: not JSON"):
         read_lines(path)
+
+
+def test_a_line_of_another_machine_is_another_line(tmp_path, monkeypatch):
+    path, key = tmp_path / "lines.jsonl", {"preset": "p"}
+    own = machine.describe()
+    append_line(path, key, {"value": 0})
+    assert list(by_preset(read_lines(path))) == ["p"]
+    for change in ({"cpu": "another"}, {"cores": 999}, {"devices": ["gpu: H100"]}):
+        monkeypatch.setattr(machine, "describe", functools.partial(dict, own, **change))
+        assert find(path, key) is None
+    append_line(path, key, {"value": 1})
+    assert find(path, key)["value"] == 1
+    monkeypatch.setattr(machine, "describe", lambda: own | {"memory_gib": 1})
+    assert find(path, key)["value"] == 0
+    groups = by_preset(read_lines(path))
+    assert [[line["value"] for line in group] for group in groups.values()] == [[0], [1]]
+    assert all(title.startswith("p, ") for title in groups)
+    assert list(groups)[1].endswith("gpu: H100")
 
 
 app = typer.Typer()
@@ -427,7 +447,7 @@ def test_latency_has_vllms_keys(program, tmp_path):
     assert files[1].stat().st_size > 1000
 
 
-@pytest.mark.parametrize("kind", ["none", "sequential"])
+@pytest.mark.parametrize("kind", ["none", "sequential", "unmerged"])
 def test_the_baselines_run(kind, program, tmp_path):
     output = tmp_path / "t.json"
     program("throughput", *SMALL, "--kind", kind, "--no-limits", "--adapter-distribution", "uniform",

@@ -17,6 +17,7 @@ import typer
 
 from flora_jax.adapters.model_adapter import init_adapter, match_targets, randomise
 from flora_jax.adapters.peft_io import write_adapter
+from flora_jax.cli.program import run_function
 from flora_jax.files import whole_directory
 from flora_jax.starcoder.checkpoint import save_hf
 from flora_jax.starcoder.config import PRESETS
@@ -80,4 +81,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

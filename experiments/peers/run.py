@@ -39,6 +39,8 @@ import typer
 from load import ForeignLoad, available_gib, wait_for_quiet
 from ratios import Outcome, write_tables
 
+from flora_jax.cli.program import run_function
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -242,4 +244,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_function(main)

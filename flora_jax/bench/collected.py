@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,38 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def find(lines: list[dict[str, Any]], key: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The last line with these values, compared as JSON has them."""
+def find(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    """This machine's last line with these values, compared as JSON has them.
+
+    Raises:
+        InputError: a line that is no JSON object.
+    """
     wanted = json.loads(json.dumps(dict(key)))
-    for line in reversed(lines):
-        if all(name in line and line[name] == value for name, value in wanted.items()):
+    here = _place(machine.describe())
+    for line in reversed(read_lines(path)):
+        if _place(line.get("machine")) == here and all(
+            name in line and line[name] == value for name, value in wanted.items()
+        ):
             return line
     return None
+
+
+def by_preset(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Lines by preset, and by machine where there are several, under a title for both."""
+    machines = {_place(line.get("machine")) for line in lines}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        words = [line["preset"], *(_place(line.get("machine")) if len(machines) > 1 else ())]
+        found.setdefault(", ".join(words), []).append(line)
+    return found
+
+
+def _place(about: Any) -> tuple[str, ...]:
+    """What makes one machine's times comparable: its processors and devices."""
+    if not isinstance(about, dict):
+        return ("unknown machine",)
+    devices = [name for name in about.get("devices") or () if name != "cpu: cpu"]
+    return (f"{about.get('cores')} cores of {about.get('cpu')}", *devices)
 
 
 def append_line(path: Path, key: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""How a program ends: bad input in one line on stderr."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+
+from flora_jax.errors import InputError, RunError
+
+
+def new_app(**options: Any) -> typer.Typer:
+    """An app for :func:`run`."""
+    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, **options)
+
+
+def run(app: typer.Typer, name: str) -> NoReturn:
+    """Runs the command line: bad input ends in one line and exit code 2, a failed run in 1."""
+    # As an exception, so that nothing half written is left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        code = app(standalone_mode=False)
+    except (InputError, OSError) as error:
+        _fail(name, str(error), 2)
+    except RunError as error:
+        _fail(name, str(error), 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        # Usage errors of the command line carry their message this way.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        if not message():  # No verb at all: the help is on the screen.
+            sys.exit(2)
+        _fail(name, message(), 2)
+    sys.exit(code or 0)
+
+
+def run_function(function: Callable[..., None]) -> NoReturn:
+    """The same for a script whose arguments are the function's."""
+    app = new_app()
+    app.command()(function)
+    run(app, Path(sys.argv[0]).stem)
+
+
+def _fail(name: str, message: str, code: int) -> NoReturn:
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
