@@ -57,7 +57,7 @@ from flora_jax.train.tokens import piece_bytes, tokenize
 LANGUAGES = ("d", "perl", "ruby", "rust", "racket", "swift", "lua")
 RATES = {
     "flora": (2e-3, 8e-3, 3.2e-2, 1.28e-1, 5.12e-1),
-    "lora": (1e-4, 1e-3, 1e-2, 3e-2),
+    "lora": (1e-4, 1e-3, 1e-2, 3e-2, 1e-1),
     "ia3": (5e-3, 2e-2, 8e-2, 3.2e-1),
     "hira": (2e-3, 8e-3, 3.2e-2, 1.28e-1, 5.12e-1),
 }
@@ -238,6 +238,7 @@ def main(
         if str(run.changes.get("seed", 0)) not in seeds.split(","):
             continue
         if (stage, run.name, steps) in finished:
+            print(f"{stage} {run.name}: its results are in {RESULTS.name} already")
             continue
         options = options_of(stage, run, corpora, steps, windows=48)
         directory = output / f"{stage}-{steps}" / run.name

@@ -33,7 +33,7 @@ def demo(
         str, typer.Option(help="Shown under every kind: d, perl, ruby, rust, racket, swift, lua.")
     ] = "lua",
 ) -> None:
-    """Completes one prompt in seven languages in one batch, each row with its own adapter."""
+    """Completes a prompt for each of seven languages in one batch, every row with its own adapter."""
     prepare_jax()
     from flora_jax.demo import PROMPTS, run_demo
 

@@ -108,6 +108,7 @@ def multipl_e(
         "n_samples": n_samples, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens
     }  # fmt: skip
     sampling = {name: value for name, value in given.items() if value is not None}
+    quantize = None if quantize == "none" else quantize
     engine: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "quantize": quantize}
     sandbox = Sandbox(str(root), unsafe)
     if load_generations is not None:
@@ -218,7 +219,7 @@ def _local(
     if engine["dtype"] not in (None, "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype is {engine['dtype']!r}, expected float32, bfloat16 or float16")
     if engine["quantize"] not in (None, "int8", "int4"):
-        raise InputError(f"--quantize is {engine['quantize']!r}, expected int8 or int4")
+        raise InputError(f"--quantize is {engine['quantize']!r}, expected int8, int4 or none")
     folders = named_paths(adapter, "adapter", "LANGUAGE=DIR")
     directory = resolve(source(model))
 
