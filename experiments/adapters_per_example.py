@@ -59,18 +59,20 @@ def explicit(kind: str, rank: int, adapters: int, x_XI: Any, W_IO: Any, bias_O: 
     inputs, outputs = W_IO.shape
     made = make_adapters(kind, rank, inputs, outputs, adapters).values()
     params = stack([adapter.layers[0][TARGET] for adapter in made])
-    weights_AIO, bias_AO = jax.block_until_ready(merge_rows(params, W_IO, bias_O))
+    weights_AIO, bias_AO = merge_rows(params, W_IO, bias_O)
+    # Each by itself: XLA copies a slice of a stack before it multiplies by it.
+    own = jax.block_until_ready((tuple(weights_AIO), tuple(bias_AO)))
 
-    def run(x_AXI: Any, weights_AIO: Any, bias_AO: Any) -> Any:
+    def run(x_AXI: Any, weights: Any, biases: Any) -> Any:
         # An unrolled loop: a batched product is a slow one for few rows on a CPU.
         products = [
             finish(product(x, W), bias, x.dtype)
-            for x, W, bias in zip(x_AXI, weights_AIO, bias_AO, strict=True)
+            for x, W, bias in zip(x_AXI, weights, biases, strict=True)
         ]
         return jnp.concatenate(products)
 
     x_AXI = x_XI.reshape(adapters, -1, x_XI.shape[-1])
-    return functools.partial(jax.jit(run), x_AXI, weights_AIO, bias_AO)
+    return functools.partial(jax.jit(run), x_AXI, *own)
 
 
 def projection_programs(

@@ -355,6 +355,17 @@ def test_a_line_of_another_machine_is_another_line(tmp_path, monkeypatch):
     assert list(groups)[1].endswith("gpu: H100")
 
 
+def test_lines_of_other_settings_are_not_mixed():
+    def line(preset, scale, seed, value):
+        return {"preset": preset, "workload": {"scale": scale, "seed": seed}, "value": value}
+
+    lines = [line("a", 1, 0, 0), line("a", 1, 1, 1), line("a", 0.5, 0, 2), line("b", 0.5, 0, 3)]
+    groups = by_preset(lines)
+    assert {title: [one["value"] for one in own] for title, own in groups.items()} == {
+        "a, scale 1": [0, 1], "a, scale 0.5": [2], "b": [3]
+    }  # fmt: skip
+
+
 app = typer.Typer()
 app.command()(bench_serving.throughput)
 app.command()(bench_serving.latency)
@@ -445,6 +456,13 @@ def test_latency_has_vllms_keys(program, tmp_path):
     assert line["adapter_loads"] >= 3  # Room for two: the others come during the run.
     assert line["compilations"] == 0
     assert files[1].stat().st_size > 1000
+
+
+def test_latency_is_drawn_for_whatever_percentiles_are_asked_for(program, tmp_path):
+    done = program("latency", *SMALL, "--kind", "none", "--metric-percentiles", "50,90",
+                   "--plot", tmp_path / "l.png")  # fmt: skip
+    assert "p90 TTFT" in done.output
+    assert (tmp_path / "l.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("kind", ["none", "sequential", "unmerged"])

@@ -22,7 +22,7 @@ from flora_jax.evaluate.generations import (
 from flora_jax.evaluate.jsonl import Journal
 from flora_jax.evaluate.languages import select
 from flora_jax.evaluate.problems import Problem, read_problems
-from flora_jax.evaluate.results import Result, read_results, summarise
+from flora_jax.evaluate.results import Result, check_same_problems, read_results, summarise
 
 LINE = {"name": "one", "language": "pl", "prompt": "p", "tests": "t", "stop_tokens": ["\n\n"],
         "completions": ["c", "d"]}  # fmt: skip
@@ -205,6 +205,9 @@ def server():
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             code = refuse.pop() if refuse else 200
+            if code == 0:  # No HTTP at all.
+                self.wfile.write(b"nonsense\r\n\r\n")
+                return
             answer = {"error": "no such model"}
             if code == 200:
                 asked.append((self.path, self.headers["Authorization"], body))
@@ -228,7 +231,7 @@ def server():
 def test_a_server_is_asked_for_all_samples_with_the_language_s_adapter(server, monkeypatch):
     url, asked, refuse = server
     monkeypatch.setattr(client_module.time, "sleep", lambda _: None)
-    refuse += [503, 429]
+    refuse += [503, 429, 0]
     problems = [*PROBLEMS[:1], Problem("a", "rb", "def a\n", "t", ())]
     client = Client(url, "base", {"rb": "ruby-adapter"}, "key", per_request=3)
     sampling = Sampling(n_samples=5, max_tokens=9)
@@ -254,6 +257,8 @@ def test_a_server_s_refusal_is_told(server, monkeypatch):
     refuse += [500] * 4
     with pytest.raises(RunError, match="no answer after 4 tries: 500"):
         list(Client(url, "m")(PROBLEMS[:1], Sampling(1)))
+    with pytest.raises(InputError, match=r"--server is 'http://a b/v1': .* control characters"):
+        list(Client("http://a b/v1", "m")(PROBLEMS[:1], Sampling(1)))
 
 
 def results(*correct):
@@ -284,10 +289,21 @@ def test_nothing_is_relative_to_a_base_that_passes_nothing():
     assert [cell.relative for cell in report.table(summaries, base="base")] == [None, None]
 
 
+def test_only_results_of_the_same_problems_are_relative_to_each_other():
+    check_same_problems({"base": results(1, 2), "flora": results(0, 0)}, "base")
+    other = [*results(1, 2), Result("p0", "rb", ("OK",))]
+    check_same_problems({"base": results(1, 2), "flora": other}, "base")
+    with pytest.raises(InputError, match="base and flora have not the same problems in pl: p1"):
+        check_same_problems({"base": results(1, 2), "flora": results(1)}, "base")
+
+
 def test_results_are_read_back(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text("".join(json.dumps(one.to_dict()) + "\n" for one in results(1, 2)))
     assert read_results(tmp_path) == read_results(path) == results(1, 2)
+    path.write_text('{"name": "a", "language": "pl", "statuses": ["OK"]}\n' * 2)
+    with pytest.raises(InputError, match="line 2: a in pl is there twice"):
+        read_results(tmp_path)
     path.write_text('{"name": "a", "language": "pl", "statuses": []}')
     with pytest.raises(InputError, match="line 1: statuses is empty"):
         read_results(tmp_path)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +13,13 @@ import pytest
 
 from flora_jax.errors import InputError
 from flora_jax.evaluate import sandbox as sandbox_module
+from flora_jax.evaluate import supervise
 from flora_jax.evaluate.sandbox import Sandbox
 from tests import toolchains
 
 MARK = f"hostile-{os.getpid()}"
+# Numbers of system calls, which differ.
+MMAP, READ = (222, 63) if platform.machine() == "aarch64" else (9, 0)
 # Each exits with 0 where it did its harm, and says "held" where it tried and could not.
 PROGRAMS = {
     "reads_a_file": 'open(my $f, "<", "SECRET") or die "held: $!"; print <$f>;',
@@ -36,6 +40,12 @@ PROGRAMS = {
     ' my $block = "x" x (1 << 20); for (1..200) { print $f $block or die "held: $!" }'
     ' close($f) or die "held: $!";',
     "prints_100_megabytes": 'print "x" x 1000000 for 1..100;',
+    "opens_a_socket_to_the_host": 'socket(my $s, 40, 1, 0) or die "held: $!";',
+    "fills_socket_buffers": 'socketpair(my $a, my $b, 1, 1, 0) or die "held: $!";',
+    # What is shared belongs to no process alone.
+    "eats_shared_memory": f"my $at = syscall({MMAP}, 0, 3 << 30, 3, 0x21, -1, 0);"
+    ' die "held: $!" if $at == -1; open(my $zero, "<", "/dev/zero");'
+    f" syscall({READ}, fileno($zero), $at + ($_ << 26), 1 << 26) for 0..47; sleep 100;",
     "eats_memory": 'my @all; push @all, "x" x (1 << 26) for 1..200;',
     "ignores_sigterm": "$SIG{$_} = 'IGNORE' for qw(TERM INT HUP ALRM); sleep 1 while 1;",
     "leaves_a_daemon": "use POSIX; if (!fork) { POSIX::setsid(); if (!fork) {"
@@ -48,6 +58,7 @@ PROGRAMS = {
 }
 STATUSES = {
     "prints_100_megabytes": "OutputLimit",
+    "eats_shared_memory": "MemoryLimit",
     "eats_memory": "MemoryLimit",
     "ignores_sigterm": "Timeout",
     "bombs_with_forks": "Timeout",
@@ -136,6 +147,29 @@ def test_a_sandbox_s_processes_are_not_counted_with_others(tmp_path):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = toolchains.evaluate(file, tmp_path / "out", "--workers", "4")
     assert set(map(tuple, found.values())) == {("OK",)}
+
+
+def test_without_a_sandbox_too_nothing_of_a_program_is_left():
+    mark = f"987{os.getpid()}"
+    ran, _ = Sandbox(unsafe=True).run(["sh", "-c", f"sleep {mark} & exit 0"], {}, 10)
+    assert (ran.ending, ran.exit_code) == ("exited", 0)
+    until = time.monotonic() + 5  # It was sent the signal, and dies on its own time.
+    while processes(mark) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert processes(mark) == []
+
+
+def test_a_program_that_is_stopped_is_not_tried_again():
+    mark = f"986{os.getpid()}"
+    with ThreadPoolExecutor(1) as executor:
+        running = executor.submit(Sandbox(unsafe=True).run, ["sleep", mark], {}, 60)
+        while not processes(mark):
+            time.sleep(0.01)
+        supervise.kill_running()
+        with pytest.raises(supervise.Stopped):
+            running.result(timeout=10)
+    assert processes(mark) == []
+    assert Sandbox(unsafe=True).run(["true"], {}, 10)[0].exit_code == 0
 
 
 def test_without_a_sandbox_nothing_is_run(monkeypatch):

@@ -15,7 +15,10 @@ from experiments.evaluator_proof import (
     swapped_generations,
     write_lines,
 )
+from flora_jax.evaluate import multipl_e
+from flora_jax.evaluate.generations import read_generations
 from flora_jax.evaluate.languages import LANGUAGES
+from flora_jax.evaluate.sandbox import Sandbox
 from tests import toolchains
 
 pytestmark = pytest.mark.toolchains
@@ -110,6 +113,23 @@ def test_killed_at_any_time_a_run_goes_on_and_ends_with_the_same_numbers(tmp_pat
     assert len({one["key"] for one in lines}) == len(lines) == run["programs"]
     for name in ("results.jsonl", "summary.json"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_run_that_is_stopped_leaves_no_results_of_other_generations(tmp_path, monkeypatch):
+    toolchains.need("pl")
+    first = write_lines(tmp_path / "first.jsonl", perl_lines(2))
+    toolchains.evaluate(first, tmp_path / "out")
+    generations = read_generations(write_lines(tmp_path / "second.jsonl", perl_lines(3)))
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(multipl_e, "run_all", stop)
+    for known, left in ((read_generations(first), True), (generations, False)):
+        with pytest.raises(KeyboardInterrupt):
+            multipl_e.evaluate(known, tmp_path / "out", sandbox=Sandbox())
+        for name in ("results.jsonl", "summary.json", "run.json"):
+            assert (tmp_path / "out" / name).exists() == left
 
 
 def test_identical_programs_run_once(tmp_path):

@@ -49,13 +49,26 @@ def find(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def by_preset(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Lines by preset, and by machine where there are several, under a title for both."""
-    machines = {_place(line.get("machine")) for line in lines}
+    """Lines that may be compared, under a title: the preset, and what else differs between lines of
+    one preset, the machine and settings such as lengths, scale and dtype. Seeds and repeats may.
+    """
+    settings = [_comparable(line) for line in lines]
     found: dict[str, list[dict[str, Any]]] = {}
-    for line in lines:
-        words = [line["preset"], *(_place(line.get("machine")) if len(machines) > 1 else ())]
-        found.setdefault(", ".join(words), []).append(line)
+    for line, own in zip(lines, settings, strict=True):
+        alike = [other for other in settings if other["preset"] == own["preset"]]
+        differing = [name for name in own if any(other.get(name) != own[name] for other in alike)]
+        words = [own[n] if n == "machine" else f"{n} {own[n]}" for n in differing]
+        found.setdefault(", ".join([line["preset"], *words]), []).append(line)
     return found
+
+
+def _comparable(line: Mapping[str, Any]) -> dict[str, str]:
+    """What lines of one figure have in common, as text."""
+    workload = line.get("workload", {})
+    plan = {name: line.get(name) for name in ("dtype", "max_num_seqs", "max_num_batched_tokens")}
+    plan |= {name: workload.get(name) for name in ("lengths", "min_total", "max_total", "scale")}
+    about = {"preset": line["preset"], "machine": ", ".join(_place(line.get("machine")))}
+    return about | {name: str(value) for name, value in plan.items()}
 
 
 def _place(about: Any) -> tuple[str, ...]:

@@ -58,12 +58,14 @@ _THROUGHPUT = {
     "total_token_throughput": "tokens/s", "share_of_limit": "share of limit",
 }  # fmt: skip
 _LATENCY = {
-    "kind": "kind", "rank": "rank", "completed": "done", "failed": "failed",
-    "request_throughput": "requests/s", "request_goodput": "good/s",
+    "kind": "kind",
+    "rank": "rank",
+    "completed": "done",
+    "failed": "failed",
+    "request_throughput": "requests/s",
+    "request_goodput": "good/s",
     "output_throughput": "output tokens/s",
-    **{f"{s}_{m}_ms": f"{s} {m.upper()}" for m in ("ttft", "tpot", "itl", "e2el")
-       for s in ("median", "p99")},
-}  # fmt: skip
+}
 
 
 def throughput(
@@ -149,7 +151,13 @@ def latency(
     columns = {
         name: text for name, text in _LATENCY.items() if asked["goodput_ms"] or "good" not in text
     }
-    panels = {m.upper() + " in ms": [f"mean_{m}_ms", f"p99_{m}_ms"] for m in ("ttft", "tpot")}
+    top = f"p{max(asked['percentiles']):g}"
+    columns |= {
+        f"{statistic}_{metric}_ms": f"{statistic} {metric.upper()}"
+        for metric in ("ttft", "tpot", "itl", "e2el")
+        for statistic in ("median", top)
+    }
+    panels = {m.upper() + " in ms": [f"mean_{m}_ms", f"{top}_{m}_ms"] for m in ("ttft", "tpot")}
     _show("latency", lines, columns, plot, panels)
 
 
@@ -230,6 +238,7 @@ def _show(
     from flora_jax.bench import report
     from flora_jax.cli.common import say
 
+    report.table(benchmark, lines, columns)
     if plot is not None:
         kind = lines[0]["kind"]
         drawn = {
@@ -239,7 +248,6 @@ def _show(
             for title, names in panels.items()
         }
         report.plot_panels(plot, drawn, "rank", benchmark)
-    report.table(benchmark, lines, columns)
     for line in lines:
         for failure in line["errors"][:5]:
             say(f"{line['kind']} {line['rank']}, request {failure['index']}: {failure['error']}")

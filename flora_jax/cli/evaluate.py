@@ -65,14 +65,15 @@ def table(
 ) -> None:
     """Puts several evaluations into one table, with failures by class, and a bar chart."""
     from flora_jax.evaluate import report
-    from flora_jax.evaluate.results import KS, read_results, summarise
+    from flora_jax.evaluate.results import KS, check_same_problems, read_results, summarise
 
     if k not in KS:
         raise InputError(f"-k is {k}, expected one of {', '.join(map(str, KS))}")
     named = named_paths(results, "NAME=DIR", "NAME=DIR")
-    cells = report.table(
-        {name: summarise(read_results(path)) for name, path in named.items()}, k, base
-    )
+    read = {name: read_results(path) for name, path in named.items()}
+    cells = report.table({name: summarise(own) for name, own in read.items()}, k, base)
+    if base is not None:
+        check_same_problems(read, base)
     for path in report.write_report(cells, output):
         say(str(path))
     print(report.to_markdown(cells), end="")

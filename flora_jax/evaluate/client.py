@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -99,6 +100,8 @@ class Client:
                     trouble = f"{error.code} {error.read(500).decode('utf-8', 'replace')}"
                 if error.code < 500 and error.code != 429:
                     raise InputError(f"{self.url}: {trouble}") from None
-            except (OSError, ValueError) as error:
-                trouble = str(error)
+            except http.client.InvalidURL as error:
+                raise InputError(f"--server is {self.url!r}: {error}") from None
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                trouble = str(error) or type(error).__name__
         raise RunError(f"{self.url}: no answer after {_TRIES} tries: {trouble}")

@@ -91,6 +91,8 @@ def evaluate(
     languages = [key for key in LANGUAGES if any(one.language == key for one in generations)]
     found = toolchains.require(languages, sandbox)
     claim(output)
+    digest = _digest(generations)
+    _forget_others(output, digest)
     with Journal(executions or output / EXECUTIONS) as journal:
         memory = Memory(journal)
         keys = [
@@ -107,7 +109,8 @@ def evaluate(
         progress(done, total)
         own = ThreadPoolExecutor(workers or cores()) if executor is None else None
         try:
-            for name, outcome in run_all(tasks, executor or own, in_flight):  # type: ignore[arg-type]
+            bound = in_flight or max(4 * cores(), 2 * (workers or 0))
+            for name, outcome in run_all(tasks, executor or own, bound):  # type: ignore[arg-type]
                 language, key = name.split()
                 memory.add(key, language, outcome)
                 done += 1
@@ -126,7 +129,7 @@ def evaluate(
         summary = summarise(results, seed)
         _write(output, results, summary, {
             "source": source,
-            "generations_sha256": _digest(generations),
+            "generations_sha256": digest,
             "toolchains": {key: f"{one.path} {one.version}" for key, one in found.items()},
             "sandbox": asdict(sandbox),
             "programs": total,
@@ -157,6 +160,18 @@ def _missing(
             if key not in memory and key not in given:
                 given.add(key)
                 yield f"{one.language} {key}", _task(one, index, found, sandbox)
+
+
+def _forget_others(output: Path, digest: str) -> None:
+    """Removes the results of other generations, which a run that is killed would leave as its own."""
+    try:
+        known = json.loads((output / RUN).read_text(encoding="utf-8"))
+        same = isinstance(known, dict) and known.get("generations_sha256") == digest
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        for name in (SUMMARY, RESULTS, RUN):
+            (output / name).unlink(missing_ok=True)
 
 
 def _digest(generations: Iterable[Generation]) -> str:

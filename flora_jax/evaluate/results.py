@@ -41,15 +41,20 @@ def read_results(path: Path) -> list[Result]:
     """The lines of ``results.jsonl``, or of that file in a directory.
 
     Raises:
-        InputError: no such file, or a line that is no result.
+        InputError: no such file, a line that is no result, or a problem twice.
     """
     file = path / "results.jsonl" if path.is_dir() else path
-    found = []
+    found: list[Result] = []
+    known: set[tuple[str, str]] = set()
     for where, raw in read_objects(file):
         statuses = texts(raw, "statuses", where)
         if not statuses:
             raise InputError(f"{where}: statuses is empty, expected at least one")
-        found.append(Result(text(raw, "name", where), text(raw, "language", where), statuses))
+        one = Result(text(raw, "name", where), text(raw, "language", where), statuses)
+        if (one.language, one.name) in known:
+            raise InputError(f"{where}: {one.name} in {one.language} is there twice")
+        known.add((one.language, one.name))
+        found.append(one)
     if not found:
         raise InputError(f"{file}: no results")
     return found
@@ -99,6 +104,25 @@ def _summary(results: Sequence[Result], seed: int) -> dict[str, Any]:
     statuses = Counter(status for result in results for status in result.statuses)
     summary["statuses"] = dict(sorted(statuses.items()))
     return summary
+
+
+def check_same_problems(results: Mapping[str, Sequence[Result]], base: str) -> None:
+    """Whether every method has the base's problems in each language that both have.
+
+    Raises:
+        InputError: one has problems that the other does not have.
+    """
+    of_base = {language: _names(own) for language, own in by_language(results[base]).items()}
+    for method, found in results.items():
+        for language, own in by_language(found).items():
+            alone = sorted(_names(own) ^ of_base.get(language, _names(own)))
+            if alone:
+                said = f"{base} and {method} have not the same problems in {language}"
+                raise InputError(listing(said, alone, 5))
+
+
+def _names(results: Iterable[Result]) -> set[str]:
+    return {one.name for one in results}
 
 
 def compare_results(

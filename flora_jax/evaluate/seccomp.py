@@ -1,8 +1,9 @@
 """A filter of system calls that no limit of the sandbox binds, as a BPF program.
 
-Memory behind a file descriptor or a System V identifier belongs to no process, so that neither an
-address-space limit nor a look at the processes sees it; and calls that a program for a test never
-needs are so many doors less. Knows nothing of bubblewrap, which loads the program.
+Memory behind a file descriptor or a System V identifier (a socket's buffers, too) belongs to no
+process, so that neither an address-space limit nor a look at the processes sees it; a socket may reach a
+virtual machine's host, which no network namespace hides; and calls that a program for a test never needs
+are so many doors less. Knows nothing of bubblewrap, which loads the program.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ _X32 = 0x40000000  # The second table of numbers on x86-64.
 # memfd_create memfd_secret shmget shmat msgget semget bpf userfaultfd perf_event_open
 # io_uring_setup mount umount2 pivot_root chroot setns unshare ptrace process_vm_readv
 # process_vm_writev add_key request_key keyctl kexec_load open_by_handle_at fsopen fsmount
-# open_tree move_mount
+# open_tree move_mount socket socketpair
 _X86_64 = (319, 447, 29, 30, 68, 64, 321, 323, 298, 425, 165, 166, 155, 161, 308, 272, 101, 310,
-           311, 248, 249, 250, 246, 304, 430, 432, 428, 429)  # fmt: skip
+           311, 248, 249, 250, 246, 304, 430, 432, 428, 429, 41, 53)  # fmt: skip
 _AARCH64 = (279, 447, 194, 196, 186, 190, 280, 282, 241, 425, 40, 39, 41, 51, 268, 97, 117, 270,
-            271, 217, 218, 219, 104, 265, 430, 432, 428, 429)  # fmt: skip
+            271, 217, 218, 219, 104, 265, 430, 432, 428, 429, 198, 199)  # fmt: skip
 _TABLES = {"x86_64": (0xC000003E, _X86_64), "aarch64": (0xC00000B7, _AARCH64)}
 
 

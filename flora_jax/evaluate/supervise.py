@@ -21,16 +21,20 @@ from pathlib import Path
 from typing import Literal
 
 Ending = Literal["exited", "timeout", "output", "memory"]
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 _LOOK = 0.1  # Seconds between two looks at the memory of a program.
 # A deadline missed by so many seconds says nothing of the program: this process did not run itself.
 _LATE = 5.0
 _RUNNING: set[subprocess.Popen[bytes]] = set()
 _LOCK = threading.Lock()
+_stops = 0  # Calls of kill_running.
 
 
 class StartError(RuntimeError):
     """The sandbox, not the program in it, failed; the message is the sandbox's."""
+
+
+class Stopped(RuntimeError):
+    """:func:`kill_running` has ended the program."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,10 @@ class Process:
 
         Raises:
             StartError: the sandbox did not get as far as running the command.
+            Stopped: ``kill_running`` was called meanwhile.
         """
         started = time.monotonic()
+        before = _stops
         passed = [*self.inherited, *([self.status[1]] if self.status else [])]
         try:
             # A session of its own: no terminal to type into, and one process group to kill.
@@ -87,7 +93,15 @@ class Process:
         with _LOCK:
             _RUNNING.add(process)
         try:
-            return _Watch(self, process, started).watch()
+            if _stops == before:  # Else it may not have been among those that were killed.
+                ran = _Watch(self, process, started).watch()
+                if _stops == before:
+                    return ran
+            raise Stopped
+        except StartError:
+            if _stops != before:
+                raise Stopped from None
+            raise
         finally:
             _kill(process)
             process.wait()
@@ -123,8 +137,7 @@ class _Watch:
                 self.said[descriptor], self.names[name] = bytearray(), descriptor
                 selector.register(descriptor, selectors.EVENT_READ)
             ending = self._until_end(selector, gone)
-            if ending != "exited":
-                _kill(self.process)
+            _kill(self.process)  # Or what it has left, if it has ended itself.
             self.process.wait()
             self._wait_for_inner()
             for descriptor in self.said:
@@ -199,14 +212,14 @@ class _Watch:
             os.close(self.inner_gone)
 
     def _resident(self) -> int:
-        """Bytes of private memory of all processes in the sandbox, by its own list of them."""
+        """Bytes of memory of all processes in the sandbox, by its own list of them."""
         if self.inner is None:
-            return _private(Path(f"/proc/{self.process.pid}/statm"))
+            return _own(Path(f"/proc/{self.process.pid}/status"))
         with contextlib.suppress(OSError):
             listed = Path(f"/proc/{self.inner}/root/proc")
             if listed.stat().st_dev == Path("/proc").stat().st_dev:  # Not yet in its own.
                 return 0
-            return sum(_private(path / "statm") for path in listed.glob("[0-9]*"))
+            return sum(_own(path / "status") for path in listed.glob("[0-9]*"))
         return 0
 
     def _result(self, ending: Ending) -> Ran:
@@ -229,12 +242,13 @@ class _Watch:
         return Ran("exited", code, stdout, stderr, seconds)
 
 
-def _private(statm: Path) -> int:
+def _own(status: Path) -> int:
+    """Anonymous memory, shared or not, of a process: all that is not a file's."""
     try:
-        fields = statm.read_text().split()
+        lines = status.read_text().splitlines()
     except OSError:  # It ended since it was listed.
         return 0
-    return (int(fields[1]) - int(fields[2])) * _PAGE
+    return sum(1024 * int(s.split()[1]) for s in lines if s.startswith(("RssAnon:", "RssShmem:")))
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -245,7 +259,9 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def kill_running() -> None:
-    """Ends every program that runs now; whoever waits for it sees it killed."""
+    """Ends every program that runs now; whoever waits for it gets :class:`Stopped`."""
+    global _stops
     with _LOCK:
+        _stops += 1
         for process in _RUNNING:
             _kill(process)
