@@ -16,14 +16,16 @@ Target = str | os.PathLike[str]
 
 
 def require_new(target: Target) -> Path:
-    """``target`` as an absolute path.
+    """``target`` as an absolute path, links followed.
 
     Raises:
-        InputError: it is a file, or a directory with something in it.
+        InputError: it is a file, a directory with something in it, or where a file system is mounted.
     """
-    path = Path(target).absolute()
+    path = Path(target).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{target}: exists already, and is not an empty directory")
+    if path.is_mount():  # Nothing can be renamed to it.
+        raise InputError(f"{target}: a file system is mounted there; give a directory inside it")
     return path
 
 

@@ -379,6 +379,30 @@ def test_output_is_whole_or_absent(tmp_path, tiny, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
+def test_output_follows_a_link_and_refuses_a_mount(tmp_path, tiny, monkeypatch):
+    model = load_model(tiny)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    save_hf(model, tmp_path / "link")
+    assert file_bits(tmp_path / "real") == file_bits(tiny)
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "mounted")
+    with pytest.raises(InputError, match="mounted: a file system is mounted there"):
+        save_hf(model, tmp_path / "mounted")
+
+
+def test_fields_that_others_read_survive_a_conversion(tmp_path, tiny):
+    path = tiny / "config.json"
+    given = {"attn_pdrop": 0.0, "embd_pdrop": 0.2, "bos_token_id": 1, "pad_token_id": 3}
+    raw = {n: v for n, v in json.loads(path.read_text()).items() if n != "resid_pdrop"}
+    path.write_text(json.dumps(raw | given))
+    save_orbax(load_model(tiny), tmp_path / "flax")
+    save_hf(load_model(tmp_path / "flax"), tmp_path / "back")
+    found = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {name: found[name] for name in given} == given
+    assert "resid_pdrop" not in found
+
+
 def convert(program: str, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "convert" / program), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)

@@ -282,13 +282,39 @@ BAD = {
     "no model at all": (GOOD[1:], "model"),
     "no output": ([*GOOD, "--config", "empty.toml"], "output is missing"),
     "output in a file": ([*GOOD, "--config", "output.toml"], "both: exists already"),
+    "output of a number": ([*GOOD, "--config", "number.toml"], "output is 5, expected a directory"),
+    "no targets": ([*GOOD, "--config", "untargeted.toml"], "targets: "),
+    "resume in a file": ([*AGAIN[2:4], "--config", "resume.json", *data_of("ruby", "perl")],
+                         "the run to resume has data"),
+    "resume is no truth": ([*GOOD, "--config", "perhaps.toml"], "resume is 'perhaps', expected true"),
+    "an end token of another vocabulary": (["endless", *GOOD[1:]], "eos_token_id is 50256, expected"),
+    "nothing to predict": ([*GOOD, "--data", "lua=blank.jsonl"],
+                           "data lua=blank.jsonl: 1 tokens of 1 documents hold nothing to predict"),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bad_files(home, unfinished):
+    files = {
+        "number.toml": "output = 5", "untargeted.toml": "targets = []",
+        "perhaps.toml": 'resume = "perhaps"', "blank.jsonl": '{"content": ""}',
+        "resume.json": json.dumps(
+            json.loads((unfinished / "config.json").read_text()) | {"resume": True}
+        ),
+    }  # fmt: skip
+    for name, text in files.items():
+        (home / name).write_text(text)
+    raw = json.loads((home / "text" / "config.json").read_text())
+    (shutil.copytree(home / "text", home / "endless") / "config.json").write_text(
+        json.dumps(raw | {"eos_token_id": 50256})
+    )
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_ends_in_one_line_and_exit_code_2(case, home, both, unfinished, capsys):
     arguments, named = BAD[case]
-    if "--output" not in arguments and case not in ("no output", "output in a file"):
+    named_there = ("no output", "output in a file", "output of a number")
+    if "--output" not in arguments and case not in named_there:
         arguments = [*arguments, "--output", "out"]
     kept = [both, unfinished, home / "text"]
     before = [snapshot(path) for path in kept]

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -177,6 +179,39 @@ def test_source_files_come_by_path_and_others_are_named(tmp_path):
         "e.js: 1000001 bytes, at most 1000000 are read",
     ]
     assert texts(tmp_path, suffixes=(".py",)) == ["", "é", "two"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "a.py").write_text("a")
+    scan = os.scandir
+
+    def refusing(path):
+        if Path(path).name == "secret":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(InputError, match="secret: cannot be read: Permission denied"):
+        content_digest(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_skipped_with_its_reason(tmp_path, monkeypatch):
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text(name)
+    first = content_digest(tmp_path)
+    opened = Path.open
+
+    def refusing(path, *arguments, **options):
+        if path.name == "b.py":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refusing)
+    assert content_digest(tmp_path) != first
+    skipped = []
+    assert named(tmp_path, corrupt=skipped) == [("a.py", "a.py")]
+    assert "b.py: " in skipped[0]
 
 
 def test_a_directory_with_data_files_is_read_from_these(data_sets, tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flora_jax.errors import RunError
 from flora_jax.train.loop import LoopOptions, NonFiniteLossError, run_loop
 from flora_jax.train.loss import bits_per_byte, next_token_loss
 from flora_jax.train.step import TrainState, adamw, init_state, make_step, warmup_stable_decay
@@ -242,6 +244,19 @@ def test_a_finished_run_can_be_extended_and_keeps_the_last_checkpoints(tmp_path)
     state = run(tmp_path, batches, steps=6, keep=2)
     assert (batches.asked, int(state.step)) == ([3, 4, 5], 6)
     assert saved_steps(tmp_path) == [5, 6]
+
+
+def test_a_damaged_checkpoint_is_named_with_the_one_before(tmp_path):
+    run(tmp_path, steps=4)
+    last, before = sorted(saved_steps(tmp_path), reverse=True)[:2]
+    for file in (tmp_path / "checkpoints" / str(last)).rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    message = rf"checkpoints/{last}: damaged .*; without that directory .* from step {before}"
+    with pytest.raises(RunError, match=message):
+        run(tmp_path, steps=5)
+    shutil.rmtree(tmp_path / "checkpoints" / str(last))
+    assert int(run(tmp_path, steps=5).step) == 5
 
 
 def test_metrics_past_the_checkpoint_are_cut_away(tmp_path):

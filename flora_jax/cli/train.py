@@ -110,6 +110,7 @@ def train(
         if name in given:
             # As written: "./a/b" is a directory and "a/b" may be a data set of the hub.
             given[name] = named_values(given[name], name)
+    del given["resume"]  # It is always there: its absence wishes nothing.
     values |= given
     # Where, not what: no part of a run's options.
     values.pop("config", None)
@@ -118,6 +119,8 @@ def train(
     options = make_options(values)
     if place is None:
         raise InputError("output is missing, expected --output DIR")
+    if not isinstance(place, (str, Path)):
+        raise InputError(f"{config}: output is {place!r}, expected a directory")
     if not isinstance(again, bool):
         raise InputError(f"{config}: resume is {again!r}, expected true or false")
     # Read by the hub's clients at import.

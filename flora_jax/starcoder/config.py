@@ -43,6 +43,8 @@ _WITHOUT_EFFECT = frozenset(
     "torchscript transformers_version typical_p use_bfloat16 use_cache validate_runner_input "
     "model_type eos_token_id".split()
 )
+# Of these what others read: dropout while they train, and special tokens.
+_KEPT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "bos_token_id", "pad_token_id")
 # Accepted at the one value this implementation computes.
 _ONLY = {"add_cross_attention": False, "is_decoder": False, "quantization_config": None}
 _ALIASES = {
@@ -59,6 +61,7 @@ class StarCoderConfig:
 
     ``n_inner`` is resolved (null in config.json means ``4 * n_embd``). ``eos_token_ids`` holds the
     tokens that end a generation; ``dtype`` the checkpoint's own ("float32", "bfloat16", "float16").
+    ``others`` are fields of config.json that have no effect here but elsewhere, to be written again.
     """
 
     vocab_size: int = 50257
@@ -77,6 +80,7 @@ class StarCoderConfig:
     initializer_range: float = 0.02
     eos_token_ids: tuple[int, ...] = (50256,)
     dtype: str = "float32"
+    others: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
@@ -133,7 +137,7 @@ class StarCoderConfig:
             raise InputError(
                 f"{where}: model_type is {raw.get('model_type')!r}, expected 'gpt_bigcode'"
             )
-        known = {field.name: field for field in dataclasses.fields(cls)}
+        known = {field.name: field for field in dataclasses.fields(cls) if field.name != "others"}
         values: dict[str, Any] = {}
         unknown: list[str] = []
         for key, value in raw.items():
@@ -163,6 +167,7 @@ class StarCoderConfig:
         values["eos_token_ids"] = (
             tuple(eos) if isinstance(eos, list) else (eos,) * (eos is not None)
         )
+        values["others"] = tuple((name, raw[name]) for name in _KEPT if name in raw)
         values["dtype"] = raw.get("dtype") or raw.get("torch_dtype") or "float32"
         try:
             config = cls(**values)
@@ -189,12 +194,14 @@ class StarCoderConfig:
         raw = dataclasses.asdict(self)
         eos = raw.pop("eos_token_ids")
         first = eos[0] if eos else None
+        del raw["others"]
         return {
             "architectures": ["GPTBigCodeForCausalLM"],
             "model_type": "gpt_bigcode",
             **raw,
             "bos_token_id": first,
             "eos_token_id": list(eos) if len(eos) > 1 else first,
+            **dict(self.others),
         }
 
 

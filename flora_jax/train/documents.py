@@ -123,10 +123,15 @@ def content_digest(source: str | Path, suffixes: tuple[str, ...] = ()) -> str | 
         return revision and hashlib.sha256(f"{source} {revision}".encode()).hexdigest()
     files, tables = _files(Path(source), suffixes)
     for name, file in files:
-        content = str(file.stat().st_size)
-        if tables or int(content) <= SOURCE_BYTES:
-            with file.open("rb") as raw:
-                content = hashlib.file_digest(raw, "sha256").hexdigest()
+        try:
+            content = str(file.stat().st_size)
+            if tables or int(content) <= SOURCE_BYTES:
+                with file.open("rb") as raw:
+                    content = hashlib.file_digest(raw, "sha256").hexdigest()
+        except OSError as error:
+            if tables:
+                _refuse(error)
+            content = str(error)  # The file will be skipped, for that reason.
         digest.update(json.dumps([name, content]).encode() + b"\n")
     return digest.hexdigest()
 
@@ -159,11 +164,15 @@ def _files(path: Path, suffixes: tuple[str, ...]) -> tuple[list[tuple[str, Path]
     if tables:
         return [(file.name, file) for file in tables], True
     found = []
-    for folder, folders, names in os.walk(path):
+    for folder, folders, names in os.walk(path, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files = (Path(folder, name) for name in names if not name.startswith("."))
         found += [p for p in files if p.is_file() and (not suffixes or p.suffix in suffixes)]
     return [(file.relative_to(path).as_posix(), file) for file in sorted(found)], False
+
+
+def _refuse(error: OSError) -> None:
+    raise InputError(f"{error.filename}: cannot be read: {error.strerror}")
 
 
 def _source_file(name: str, file: Path) -> Document | Corrupt:

@@ -90,7 +90,16 @@ def run_loop(
     )
     newest = manager.latest_step()
     if newest is not None:
-        state = manager.restore(newest, args=ocp.args.StandardRestore(state))
+        try:
+            state = manager.restore(newest, args=ocp.args.StandardRestore(state))
+        except Exception as error:  # Whatever orbax and what it stands on make of damage.
+            older = [step for step in manager.all_steps() if step != newest]
+            manager.close()
+            instead = f"from step {max(older)}" if older else "from the start"
+            raise RunError(
+                f"{directory / 'checkpoints' / str(newest)}: damaged ({str(error).splitlines()[0]}); "
+                f"without that directory the run goes on {instead}"
+            ) from error
     _cut_metrics(metrics, int(state.step))
 
     progress = Progress(

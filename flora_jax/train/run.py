@@ -87,8 +87,13 @@ def train(
     tokenizer = load_tokenizer(directory, config.vocab_size)
     if tokenizer is None or not config.eos_token_ids:
         raise InputError(f"{directory}: training needs tokenizer.json and an end token")
+    if (end_id := config.eos_token_ids[0]) >= config.vocab_size:
+        raise InputError(
+            f"{directory / 'config.json'}: eos_token_id is {end_id}, expected below the vocabulary's "
+            f"{config.vocab_size}"
+        )
     prepare = functools.partial(
-        tokenize, tokenizer=tokenizer, end_id=config.eos_token_ids[0], cache=cache,
+        tokenize, tokenizer=tokenizer, end_id=end_id, cache=cache,
         column=options.text_column, max_corrupt=options.max_corrupt,
     )  # fmt: skip
     with tokenizing() as watch:
@@ -96,6 +101,14 @@ def train(
         validation = {
             name: prepare(path, progress=watch) for name, path in options.validation.items()
         }
+    for split, paths, data in (
+        ("data", options.data, training), ("validation", options.validation, validation)
+    ):  # fmt: skip
+        for name, (packed_tokens, _) in data.items():
+            try:
+                packed_tokens.windows(options.seq_len)
+            except InputError as error:
+                raise InputError(f"{split} {name}={paths[name]}: {error}") from None
     quantize = None if options.quantize == "none" else options.quantize
     model = load_model(directory, options.dtype, mesh=mesh, quantize=quantize)
     claim_directory(options, output, training, validation)
