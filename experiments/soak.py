@@ -19,9 +19,10 @@ It fails (exit code 1) unless
   excused only if a full forward pass has both tokens within 1e-4 of each other, and such cases are
   counted; a sampled one's never.
 
-Receipt: passed in 10 minutes on one core of an Intel Xeon (Emerald Rapids): 20,000 requests, 602 of them
-cancelled, 319,000 tokens, 6,128 preemptions, 3,094 adapter loads, nothing compiled, memory 0.7 % more at the
-end than after 5 %, 206 requests the same alone without a near tie (experiments/results/soak.json).
+Receipt: passed in 10 minutes on one core of an Intel Xeon (Emerald Rapids): 20,000 requests, 602 of
+them cancelled, 319,000 tokens, 6,128 preemptions, 3,094 adapter loads, nothing compiled, memory 0.7 %
+more at the end than after 5 %, 206 requests the same alone without a near tie
+(experiments/results/soak.json).
 """
 
 from __future__ import annotations

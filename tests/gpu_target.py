@@ -1,5 +1,7 @@
 """An H100 to compile for ahead of time, where no GPU is; nothing runs on it."""
 
+import functools
+
 import jax
 import pytest
 from jax.experimental import topologies
@@ -34,11 +36,17 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
+@functools.cache
+def on_one_h100():
+    """The same at every call: devices of two topologies do not mix in a program."""
+    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H100)
+    return NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+
+
 def placed_on_h100(tree):
     """Shapes and dtypes of a tree's leaves as arrays of one H100; skips where its compiler is absent."""
     pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax-cuda13-pjrt")
-    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H100)
-    everywhere = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+    everywhere = on_one_h100()
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), tree
     )
