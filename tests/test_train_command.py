@@ -344,6 +344,22 @@ def test_changed_data_are_refused_on_resume(home, unfinished, capsys):
     assert snapshot(unfinished) == held
 
 
+def test_another_base_in_the_place_of_the_old_is_refused_on_resume(home, unfinished, capsys):
+    held = snapshot(unfinished)
+    (home / "text").rename(home / "aside")
+    try:
+        shutil.copytree(home / "aside", home / "text")
+        other = tiny_torch_model(1, vocab_size=PIECES, **SIZES)
+        other.save_pretrained(home / "text")
+        assert program(home, "train", *AGAIN) == 2
+    finally:
+        shutil.rmtree(home / "text")
+        (home / "aside").rename(home / "text")
+    err = capsys.readouterr().err
+    assert "the weights of text are not what they were" in err.splitlines()[-1]
+    assert snapshot(unfinished) == held
+
+
 def test_a_run_killed_before_its_folders_writes_them_on_resume(both, home, unfinished):
     """The kept number of checkpoints and how often they are saved may differ."""
     output = shutil.copytree(unfinished, home / "late")

@@ -14,6 +14,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 from flora_jax.errors import InputError
 from flora_jax.files import is_part, require_new, whole_file
 from flora_jax.train.data import PackedTokens
@@ -57,20 +60,27 @@ def is_finished(options: TrainOptions, output: Path) -> bool:
 
 
 def claim_directory(
-    options: TrainOptions, output: Path, training: Tokenized, validation: Tokenized
+    options: TrainOptions,
+    output: Path,
+    training: Tokenized,
+    validation: Tokenized,
+    params: Any,
 ) -> None:
     """Saves the options and what was read, and removes what a killed process left half written.
 
     Raises:
-        InputError: the data are not what the run to resume has read.
+        InputError: the data, or the base's ``params``, are not what the run to resume has read.
     """
     found = {
         split: {name: _described(packed, skipped) for name, (packed, skipped) in data.items()}
         for split, data in (("training", training), ("validation", validation))
     }
+    digest = _digest(params)
     saved = output / DATA
     if saved.exists():
         before = read_file(saved)
+        if before.get("model", digest) != digest:
+            raise InputError(f"{saved}: the weights of {options.model} are not what they were")
         for split, entries in found.items():
             for name, entry in entries.items():
                 if before.get(split, {}).get(name, {}).get("sha256") != entry["sha256"]:
@@ -82,7 +92,7 @@ def claim_directory(
     with whole_file(output / CONFIG) as file:
         file.write(options.model_dump_json(indent=1) + "\n")
     with whole_file(saved) as file:
-        file.write(json.dumps(found, indent=1) + "\n")
+        file.write(json.dumps(found | {"model": digest}, indent=1) + "\n")
 
 
 def report_data(training: Tokenized, validation: Tokenized, say: Callable[[str], None]) -> None:
@@ -94,6 +104,12 @@ def report_data(training: Tokenized, validation: Tokenized, say: Callable[[str],
                 say(f"{split} {name}: skipped {line}")
             if len(skipped) > _SHOWN:
                 say(f"{split} {name}: skipped {len(skipped) - _SHOWN} more, see {DATA}")
+
+
+def _digest(params: Any) -> str:
+    """Of the start of every tensor: in another base, fine-tuned ones too, some of it differs."""
+    starts = [leaf[(0,) * (leaf.ndim - 1)][:64] for leaf in jax.tree.leaves(params)]
+    return hashlib.sha256(b"".join(np.asarray(start).tobytes() for start in starts)).hexdigest()
 
 
 def _described(packed: PackedTokens, skipped: list[str]) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def train(
                 raise InputError(f"{split} {name}={paths[name]}: {error}") from None
     quantize = None if options.quantize == "none" else options.quantize
     model = load_model(directory, options.dtype, mesh=mesh, quantize=quantize)
-    claim_directory(options, output, training, validation)
+    claim_directory(options, output, training, validation, model.params)
     report_data(training, validation, say)
 
     schedule = warmup_then(options.schedule, options.rate, options.steps, options.warmup)
