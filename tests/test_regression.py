@@ -18,6 +18,7 @@ def script(monkeypatch):
     spec = importlib.util.spec_from_file_location("regression", FILE)
     script = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "regression", script)
+    monkeypatch.syspath_prepend(FILE.parent)
     spec.loader.exec_module(script)
     monkeypatch.setattr(script, "prepare_jax", lambda: None)
     names = {n for r in script.RATIOS.values() for n in (r.measured, r.reference)}
@@ -67,7 +68,7 @@ def test_bounds_of_other_ratios_are_refused(script, tmp_path):
     found = json.loads(path.read_text())
     del found["bounds"]["decode, FLoRA r 1 / base"]
     path.write_text(json.dumps(found))
-    with pytest.raises(InputError, match=r"9 ratios, expected 10: \['decode, FLoRA r 1 / base'\]"):
+    with pytest.raises(InputError, match=r"11 ratios, expected 12: \['decode, FLoRA r 1 / base'\]"):
         run(script, path)
 
 

@@ -1,0 +1,140 @@
+"""What regression.py runs in turns: engines with their adapters, and programs over them."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from flora_jax.bench import serving_setup as setup
+from flora_jax.bench.serving import run_throughput
+from flora_jax.bench.workload import WorkloadOptions
+from flora_jax.errors import RunError
+from flora_jax.serve.engine import Engine
+from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.request import Request
+
+ROWS, LONG, FEW, MANY = (1, 16, 32), 512, 8, 512
+CONTEXT = LONG + 128
+CONTENDERS = {
+    "flora 1": setup.Contender("flora", 1),
+    "flora 8": setup.Contender("flora", 8),
+    "lora 8": setup.Contender("lora", 8, ("c_fc",)),
+}
+
+
+def generate(
+    engine: Engine, names: Sequence[str | None], prompt: int, new: int
+) -> Callable[[], None]:
+    """A program: a row for every name, all at once, with a prompt of random tokens."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(1, engine.model.config.vocab_size, (len(names), prompt)).tolist()
+
+    def run() -> None:
+        for row, name in enumerate(names):
+            engine.add(Request(row, tuple(prompts[row]), name, max_tokens=new, ignore_eos=True))
+        while engine.has_work:
+            for update in engine.step():
+                if update.error is not None:
+                    raise RunError(update.error)
+
+    return run
+
+
+def step_seconds(engine: Engine, rows: int, prompt: int, dispatches: int) -> tuple[float, float]:
+    """Seconds of a full dispatch of decoding: the engine's iteration, and the bare device's.
+
+    Both over the same rows, prefilled before; they take turns, so that both see the same lengths.
+    """
+    steps = engine.options.decode_steps
+    tickets = [
+        engine.add(
+            Request(
+                row, (1 + row,) * prompt, max_tokens=2 * dispatches * steps + 8, ignore_eos=True
+            )
+        )
+        for row in range(rows)
+    ]
+    while any(s.stage != "decode" for s in engine.scheduler.running) or not engine.stats.running:
+        engine.step()
+    engine.step()
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(dispatches):
+        began = time.perf_counter()
+        engine.step()
+        seconds[0].append(time.perf_counter() - began)
+        own = [*engine.scheduler.running]
+        for sequence in own:
+            if not engine.scheduler.reserve(sequence, sequence.cached + steps):
+                raise RunError("the cache is too small for the bare loop")
+        began = time.perf_counter()
+        tokens_BN = engine.device.decode(own, steps, eager=False)
+        seconds[1].append(time.perf_counter() - began)
+        for sequence, own_N in zip(own, tokens_BN, strict=True):
+            sequence.content.stream.add(own_N.tolist())
+            sequence.drawn += steps
+    for ticket in tickets:
+        engine.cancel(ticket)
+    engine.step()
+    return statistics.median(seconds[0]), statistics.median(seconds[1])
+
+
+def build(preset: str, rows: int, seed: int) -> tuple[Engine, dict[str, list[str]]]:
+    """An engine with as many adapters of every contender as it has rows, and their names."""
+    base = setup.find_base(None, preset)
+    wide = dataclasses.replace(base.config, n_positions=max(base.config.n_positions, CONTEXT))
+    model = setup.load_base(base._replace(config=wide), "float32", seed)
+    adapters: dict[str, Any] = {}
+    names: dict[str, list[str]] = {}
+    for title, contender in CONTENDERS.items():
+        names[title] = [f"{title}, {n}" for n in range(rows)]
+        adapters |= setup.make_adapters(model.config, contender, names[title], seed)
+    options = EngineOptions(max_num_seqs=rows, max_model_len=CONTEXT, row_buckets=ROWS)
+    return Engine(model, adapters, options=options), names
+
+
+def unmerged(engine: Engine, names: Sequence[str], seed: int) -> Engine:
+    """The same with the FLoRAs of rank 8 alone, and no explicit weights in its prompts."""
+    adapters = setup.make_adapters(engine.model.config, CONTENDERS["flora 8"], names, seed)
+    options = dataclasses.replace(engine.options, merge_prompts=False)
+    return Engine(engine.model, adapters, options=options)
+
+
+def resident_programs(preset: str, prompt: int, new: int, seed: int) -> dict[str, Any]:
+    """The same batch of 16 rows under 8 adapters, in a bank of 8 and among 512 that are there."""
+    base = setup.find_base(None, preset)
+    model = setup.load_base(base, "float32", seed)
+    found = {}
+    for resident in (FEW, MANY):
+        named = [str(n) for n in range(resident)]
+        adapters = setup.make_adapters(model.config, CONTENDERS["flora 8"], named, seed)
+        options = EngineOptions(max_num_seqs=16, max_model_len=prompt + new, row_buckets=(16,))
+        engine = Engine(model, adapters, options=options)
+        for name in named:
+            setup.preload(engine, name)
+        rows = named[:FEW] * 2
+        found[f"resident {resident}"] = generate(engine, rows, prompt, new)
+        found[f"resident {resident} first"] = generate(engine, rows, prompt, 1)
+    return found
+
+
+def mixed(engine: Engine, names: Sequence[str], seed: int) -> Callable[[], Any]:
+    """A program: a ShareGPT-like load, an adapter of ``names`` for every request in turn."""
+    options = WorkloadOptions(num_prompts=len(names), scale=0.125, seed=seed)
+    workload, _ = setup.plan_workload(
+        setup.Base("", engine.model.config, None), options, adapted=False
+    )
+    requests = [
+        dataclasses.replace(request, adapter=name)
+        for request, name in zip(workload.requests, names, strict=True)
+    ]
+
+    def run() -> None:
+        if run_throughput(engine, requests)["failed"]:
+            raise RunError("a request of the load failed")
+
+    return run
