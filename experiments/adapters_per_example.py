@@ -15,9 +15,9 @@ before. Results go to experiments/results/adapters_per_example.json and .png.
 
 Receipt: 30 seconds on 2 cores of an Intel Xeon (Emerald Rapids):
 experiments/results/adapters_per_example.json. The whole pass costs the same under 1 and 16 adapters
-(FLoRA 1.10 to 1.12 of the base, LoRA 1.02 to 1.04), as does an example whose adapter changes up to 16
+(FLoRA 1.10 to 1.12 of the base, LoRA 1.03 to 1.04), as does an example whose adapter changes up to 16
 times; explicit weights cost more with every adapter. The projection alone, 16 rows, FLoRA of rank 4:
-2.2 to 2.9 times the base's, LoRA 1.2 to 1.4.
+2.3 to 2.5 times the base's, LoRA 1.1 to 1.3.
 """
 
 from __future__ import annotations
