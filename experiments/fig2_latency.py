@@ -10,8 +10,8 @@ tokens). Here it is a part of what the base alone can do: first the base's reque
 results as in fig2_throughput.py: experiments/results/fig2_latency.jsonl has a line for every finished
 run, which is not run again on the same machine.
 
-Receipt: `164m` took 38 minutes on 2 cores of an Intel Xeon (Emerald Rapids), 12 of them compiling;
-experiments/figure2.md has the table. The others are not run yet.
+Receipt: `164m` took 38 minutes on 2 cores of an Intel Xeon (Emerald Rapids), 12 of them compiling,
+`mini` 34; experiments/figure2.md has the tables. 1b is not run yet.
 """
 
 from __future__ import annotations
