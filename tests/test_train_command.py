@@ -1,17 +1,8 @@
-"""``flora-jax train`` as its users meet it: folders out, one line for bad input, any stop survived."""
+"""``flora-jax train`` as its users meet it: folders out, one line for bad input."""
 
-import contextlib
-import hashlib
 import json
 import math
-import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +10,8 @@ import numpy as np
 import pytest
 from byte_tokenizer import PIECES, byte_tokenizer
 from torch_models import flax_logits, random_tokens, tiny_torch_model, torch_logits
+from training_home import LENGTH, NAMES, SIZES, data_of, fill, lines_of, program, read_for, snapshot
 
-from flora_jax import cli
-from flora_jax.adapters.peft_io import read_adapter
 from flora_jax.starcoder.checkpoint import load_model
 from flora_jax.train.adapt import GroupedBatch, make_scorer
 from flora_jax.train.tokens import tokenize
@@ -31,9 +21,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
 )
 
-ROOT = Path(__file__).resolve().parents[1]
-SIZES = {"n_embd": 16, "n_head": 2, "n_layer": 2, "n_inner": 24}
-NAMES, STEPS, EVERY, LENGTH = ("perl", "ruby"), 12, 5, 24
+STEPS, EVERY = 12, 5
 OPTIONS = [
     "--kind", "lora", "--rank", "2", "--alpha", "3", "--targets", "c_attn,c_fc", "--steps", STEPS,
     "--batch-size", "8", "--seq-len", LENGTH, "--learning-rate", "0.02", "--eval-every", EVERY,
@@ -41,76 +29,11 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-def write_data(path, seed, documents=20):
-    """Lines of a small language: few letters, so that something is quickly learned."""
-    rng = np.random.default_rng(seed)
-    texts = ["".join(rng.choice([*"abc \n{}λ"], rng.integers(5, 60))) for _ in range(documents)]
-    path.write_text("".join(json.dumps({"content": text}) + "\n" for text in texts))
-    return path
-
-
-def data_of(*names, option="data"):
-    return [word for n in names for word in (f"--{option}", f"{n}={n}.{option}.jsonl")]
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A model with a tokenizer, one without, and data of two languages."""
     home = tmp_path_factory.mktemp("home")
-    tiny_torch_model(0, vocab_size=PIECES, **SIZES).save_pretrained(home / "bare")
-    shutil.copytree(home / "bare", home / "text")
-    byte_tokenizer().save(str(home / "text" / "tokenizer.json"))
-    flat = tiny_torch_model(0, vocab_size=PIECES, **SIZES | {"n_layer": 1})
-    flat.save_pretrained(home / "flat")
-    shutil.copy(home / "text" / "tokenizer.json", home / "flat")
-    for number, name in enumerate(NAMES):
-        write_data(home / f"{name}.data.jsonl", number)
-        write_data(home / f"{name}.validation.jsonl", 10 + number, 6)
-    write_data(home / "empty.jsonl", 0, 0)
-    (home / "empty.toml").write_text("")
-    (home / "output.toml").write_text('output = "both"\n')
-    (home / "corrupt.jsonl").write_text('{"content": "abc"}\n{"content": \n{"content": "a"}\n')
-    for name, file in (("taken", "notes"), ("broken", "config.json")):
-        (home / name).mkdir()
-        (home / name / file).write_text("nothing")
-    (home / "notes.txt").write_text("no data")
+    fill(home)
     return home
-
-
-@contextlib.contextmanager
-def inside(home):
-    with pytest.MonkeyPatch.context() as patch:
-        # Set, though to nothing, the variable keeps the program from choosing a place.
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-        patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
-        patch.chdir(home)
-        yield patch
-
-
-def program(home, *arguments):
-    """Runs the program; returns its exit code."""
-    with inside(home) as patch:
-        patch.setattr(sys, "argv", ["flora-jax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-    return stopped.value.code
-
-
-def lines_of(output, speed=False):
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    if not speed:
-        for line in lines:
-            line.pop("tokens_per_second", None)
-    return lines
-
-
-def snapshot(folder):
-    """Every file below with the digest of its content."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -127,10 +50,6 @@ def both(home):
 @pytest.fixture(scope="module")
 def model(home):
     return load_model(home / "text")
-
-
-def read_for(model, folder):
-    return read_adapter(folder, model.config.projections(), model.config.n_layer)
 
 
 def test_the_output_has_a_folder_for_each_adapter_and_the_runs_files(both):
@@ -383,158 +302,6 @@ def test_training_that_diverges_ends_in_one_line_with_the_adapter_and_its_docume
     last = err.splitlines()[-1]
     assert last.startswith("flora-jax: ")
     assert "adapter perl, batch of perl.data.jsonl:" in last
-
-
-# Processes of their own. A server forks them after the imports, which take longer than a run.
-
-SERVER = """
-import json, os, sys
-import jax
-import flora_jax.cli, flora_jax.train.run, matplotlib.figure
-for line in sys.stdin:
-    order = json.loads(line)
-    if "wait" in order:
-        print(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]), flush=True)
-        continue
-    if child := os.fork():
-        print(child, flush=True)
-        continue
-    os.environ.update(order["environment"])
-    if order["quick"]:
-        jax.config.update("jax_disable_most_optimizations", True)
-        jax.config.update("jax_log_compiles", True)
-    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1), os.dup2(log, 2)
-    sys.argv = ["flora-jax", *order["arguments"]]
-    flora_jax.cli.main()
-"""
-
-
-class Processes:
-    """Starts the program in ``home`` and waits for it."""
-
-    def __init__(self, home, server):
-        self.home, self.server = home, server
-
-    def _ask(self, **order):
-        self.server.stdin.write(json.dumps(order) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def start(self, *arguments, quick=False, **environment):
-        return self._ask(
-            arguments=["train", *map(str, arguments)], environment=environment, quick=quick,
-            log=str(self.home / "log"),
-        )  # fmt: skip
-
-    def wait(self, process):
-        return self._ask(wait=process), (self.home / "log").read_text()
-
-    def run(self, *arguments, **options):
-        code, log = self.wait(self.start(*arguments, **options))
-        assert code == 0, log
-        return log
-
-
-@pytest.fixture(scope="module")
-def processes(home):
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(home / "xla")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XDG_CACHE_HOME": str(home / "cache"),
-    }
-    command = [sys.executable, "-c", SERVER]
-    with subprocess.Popen(
-        command, cwd=home, env=environment, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    ) as server:  # fmt: skip
-        yield Processes(home, server)
-        server.stdin.close()
-
-
-LONG = [
-    "flat", *data_of(*NAMES), *data_of("perl", option="validation"), "--kind", "lora", "--dropout",
-    "0.2", "--accumulate", "2", "--steps", "30", "--batch-size", "8", "--seq-len", LENGTH,
-    "--eval-every", "10", "--save-every", "2", "--learning-rate", "0.01",
-]  # fmt: skip
-
-
-def newest(output):
-    """The step of the last whole checkpoint."""
-    folder = output / "checkpoints"
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    return max((int(name) for name in names if name.isdecimal()), default=0)
-
-
-def wait_until(done):
-    patience = time.monotonic() + 120
-    while not done():
-        assert time.monotonic() < patience
-        time.sleep(0.005)
-
-
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(kills, home, processes):
-    # Without XLA's optimisations a process starts faster; the long test has them.
-    chance, quick = random.Random(kills), kills < 10
-    output, uninterrupted = home / f"killed-{kills}", home / f"whole-{kills}"
-    processes.run(*LONG, "--output", uninterrupted, quick=quick)
-    arguments, reached = [*LONG, "--output", output, "--resume"], []
-    for number in range(kills):
-        process = processes.start(*arguments, quick=quick)
-        # The first at any moment, the others some checkpoints later, one perhaps half written.
-        if number:
-            wait_until((output / "metrics.jsonl").exists)
-            goal = min(28, newest(output) + 2 * chance.randint(0, 12 // kills))
-            wait_until(lambda goal=goal: newest(output) >= goal)
-        time.sleep(chance.uniform(0, 0.2 if number else 3))
-        os.kill(process, signal.SIGKILL)
-        code, log = processes.wait(process)
-        assert code in (0, -signal.SIGKILL), log
-        reached.append(newest(output))
-    processes.run(*arguments, quick=quick)
-    assert any(0 < step < 30 for step in reached)
-    for name in NAMES:
-        assert snapshot(output / name) == snapshot(uninterrupted / name)
-    assert lines_of(output) == lines_of(uninterrupted)
-    for name in ("config.json", "data.json"):
-        assert (output / name).read_text() == (uninterrupted / name).read_text()
-
-
-MESHED = [
-    "flat", *data_of(*NAMES), *data_of("ruby", option="validation"), "--kind", "flora", "--rank", "2",
-    "--targets", "c_attn,mlp.c_proj", "--steps", "3", "--batch-size", "16", "--seq-len", LENGTH,
-    "--warmup-steps", "0",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def one_device(home, processes):
-    processes.run(*MESHED, "--output", "one-device", quick=True)
-    return home / "one-device"
-
-
-@pytest.mark.parametrize(
-    "mesh", ["data=2,tensor=4", pytest.param("data=8", marks=pytest.mark.slow)]
-)
-def test_a_mesh_of_devices_trains_the_same_adapters(mesh, home, processes, one_device):
-    output, model = home / mesh, load_model(home / "flat")
-    eight = "--xla_force_host_platform_device_count=8"
-    log = processes.run(*MESHED, "--output", output, "--mesh", mesh, quick=True, XLA_FLAGS=eight)
-    assert log.count("Finished XLA compilation of jit(step)") == 1
-    assert log.count("Finished XLA compilation of jit(score)") == 1
-    for found, expected in zip(lines_of(output), lines_of(one_device), strict=True):
-        assert found["step"] == expected["step"]
-        if "losses" in expected:
-            assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
-            assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
-        for name, measured in expected.get("validation", {}).items():
-            assert found["validation"][name] == pytest.approx(measured, rel=1e-3)
-    for name in NAMES:
-        adapters = [read_for(model, run / name) for run in (output, one_device)]
-        for a, b in zip(*(jax.tree.leaves(one.layers) for one in adapters), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
 
 
 def test_the_help_tells_the_defaults(home, capsys):
