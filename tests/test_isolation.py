@@ -1,7 +1,10 @@
 """A request's tokens do not depend on its company, its place, or what the engine does meanwhile."""
 
 import dataclasses
+import itertools
 import json
+import os
+import time
 
 import jax
 import jax.numpy as jnp
@@ -127,9 +130,18 @@ def test_any_schedule_gives_every_request_its_tokens_alone(engine, alone, block)
 
 @pytest.mark.slow
 def test_hours_of_schedules(engine, alone):
-    for seed in range(100_000):
-        for request, content, completion in run_schedule(engine, 10**6 + seed, requests=5000):
+    """For SCHEDULE_MINUTES, 120 unless told, from SCHEDULE_SEED on; of 10,000 requests to be drawn."""
+    end = time.monotonic() + 60 * float(os.environ.get("SCHEDULE_MINUTES", "120"))
+    first = int(os.environ.get("SCHEDULE_SEED", "1000000"))
+    completions = 0
+    for seed in itertools.count(first):
+        for request, content, completion in run_schedule(engine, seed, requests=5000):
             assert completion == alone(request, content), (seed, request)
+            completions += 1
+        if time.monotonic() > end:
+            break
+    print(f"{seed - first + 1} schedules, {completions} completions")
+    assert completions
 
 
 @pytest.mark.parametrize("merge_prompts", [True, False])
