@@ -160,7 +160,7 @@ _SHOWN = {
     "load": "load", "request_rate": "rate/s", "kind": "kind", "rank": "rank", "failed": "failed",
     "mean_ttft_ms": "mean TTFT ms", "p99_ttft_ms": "p99 TTFT ms",
     "mean_tpot_ms": "mean TPOT ms", "p99_tpot_ms": "p99 TPOT ms",
-    "mean_e2el_ms": "mean E2EL ms", "p99_gap_ms": "p99 gap ms",
+    "mean_e2el_ms": "mean E2EL ms", "p99_itl_ms": "p99 ITL ms",
 }  # fmt: skip
 
 

@@ -65,7 +65,7 @@ def latency(monkeypatch, tmp_path):
     def run_latency(engine, requests, arrivals_s, **_):
         rate = len(requests) / arrivals_s[-1]
         script.calls.append((engine.kind, engine.rank, round(rate, 6)))
-        metrics = [f"{s}_{m}_ms" for s in ("mean", "p99") for m in ("ttft", "tpot", "e2el", "gap")]
+        metrics = [f"{s}_{m}_ms" for s in ("mean", "p99") for m in ("ttft", "tpot", "e2el", "itl")]
         return {"request_throughput": rate, "failed": 0, **dict.fromkeys(metrics, 5.0)}
 
     monkeypatch.setattr(script.setup, "running", running)

@@ -18,23 +18,22 @@ FAILED = Record(3, 40, 0.0, [(1.0, 5)], 2.0, "broken")
 
 def test_latencies_are_those_computed_by_hand():
     found = latency([TWICE, SINGLE, THREE, FAILED], 10.0, percentiles=(50, 100, 99.9))
-    # TTFT 2, 0.5, 1; E2EL 4, 0.5, 4; TPOT 2/3, -, 3/2; ITL 0 1 1, -, 1 2; gaps 2, -, 1 2.
+    # TTFT 2, 0.5, 1; E2EL 4, 0.5, 4; TPOT 2/3, -, 3/2; ITL 2, -, 1 2.
     assert found["mean_ttft_ms"] == pytest.approx(3500 / 3)
     assert found["median_ttft_ms"] == found["p50_ttft_ms"] == 1000
     assert found["p100_ttft_ms"] == 2000
     assert found["p99.9_ttft_ms"] == pytest.approx(1998)
     assert found["std_ttft_ms"] == pytest.approx((7 / 18) ** 0.5 * 1000)
     assert found["mean_tpot_ms"] == pytest.approx(1000 * (2 / 3 + 3 / 2) / 2)
-    assert found["mean_itl_ms"] == 1000
+    assert found["mean_itl_ms"] == pytest.approx(5000 / 3)
     assert found["p100_itl_ms"] == 2000
     assert found["mean_e2el_ms"] == pytest.approx(8500 / 3)
-    assert found["mean_gap_ms"] == pytest.approx(5000 / 3)
 
 
-def test_tokens_that_come_together_share_the_time_since_the_one_before():
-    assert TWICE.itls_s == [0.0, 1.0, 1.0]  # The second one came with the first.
+def test_tokens_that_come_together_are_one_arrival():
+    assert TWICE.itls_s == [2.0]
     assert THREE.itls_s == [1.0, 2.0]
-    assert Record(0, 1, 0.0, [(1.0, 1), (4.0, 3), (4.5, 1)], 4.5).itls_s == [1.0, 1.0, 1.0, 0.5]
+    assert Record(0, 1, 0.0, [(1.0, 1), (4.0, 3), (4.5, 1)], 4.5).itls_s == [3.0, 0.5]
     assert SINGLE.itls_s == []
 
 
@@ -70,17 +69,17 @@ def test_without_bounds_there_is_no_goodput():
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_token_gaps_add_up_to_the_time_after_the_first_token(seed):
+def test_inter_token_latencies_add_up_to_the_time_after_the_first_token(seed):
     draw = random.Random(seed)
     time, arrived = 0.0, []
     for _ in range(draw.randint(1, 20)):
         time += draw.random()
         arrived.append((time, draw.randint(1, 9)))
     record = Record(0, 1, -draw.random(), arrived, time)
-    assert len(record.itls_s) == record.output_tokens - 1
+    assert len(record.itls_s) == len(arrived) - 1
     assert sum(record.itls_s) == pytest.approx(record.e2el_s - record.ttft_s)
     if record.output_tokens > 1:
-        assert record.tpot_s == pytest.approx(sum(record.itls_s) / len(record.itls_s))
+        assert record.tpot_s == pytest.approx(sum(record.itls_s) / (record.output_tokens - 1))
 
 
 def test_goodput_bounds_are_read_as_vllm_writes_them():

@@ -5,12 +5,11 @@ As vLLM's ``bench serve`` defines them, for each request that completed:
 - TTFT: from its start to its first token;
 - E2EL: from its start to its last token;
 - TPOT: (E2EL - TTFT) / (tokens - 1), for requests of two tokens and more;
-- ITL: the times between neighbouring tokens, of all requests together.
+- ITL: the times between neighbouring arrivals, of all requests together.
 
-Several tokens may come at once, where the engine draws them in one dispatch: the time since the token
-before is then spread evenly over them (with the first token it is 0 for the others, which came with it).
-GAP is the time between arrivals of any number of tokens, which is what a reader sees; vLLM, which looks
-at the chunks of a stream, calls that ITL. Knows nothing of engines or clocks.
+An arrival has several tokens where the engine draws them in one dispatch, as a chunk of vLLM's streams
+may: ITL is then how long a reader waits for the next ones, TPOT what a token takes on average. Knows
+nothing of engines or clocks.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ import numpy as np
 
 from flora_jax.errors import InputError
 
-METRICS = ("ttft", "tpot", "itl", "e2el", "gap")
+METRICS = ("ttft", "tpot", "itl", "e2el")
 GOODPUT_METRICS = ("ttft", "tpot", "e2el")
 PERCENTILES = (90.0, 99.0)
 
@@ -68,16 +67,9 @@ class Record:
         return (self.e2el_s - self.ttft_s) / (self.output_tokens - 1)
 
     @property
-    def gaps_s(self) -> list[float]:
+    def itls_s(self) -> list[float]:
         times = [time for time, _ in self.arrived]
         return [later - earlier for earlier, later in itertools.pairwise(times)]
-
-    @property
-    def itls_s(self) -> list[float]:
-        found = [0.0] * (self.arrived[0][1] - 1)
-        for gap, (_, count) in zip(self.gaps_s, self.arrived[1:]):
-            found += [gap / count] * count
-        return found
 
 
 def parse_goodput(texts: Sequence[str]) -> dict[str, float]:
@@ -156,7 +148,6 @@ def latency(
         "tpot": [tpot for record in done if (tpot := record.tpot_s) is not None],
         "itl": [itl for record in done for itl in record.itls_s],
         "e2el": [record.e2el_s for record in done],
-        "gap": [gap for record in done for gap in record.gaps_s],
     }
     found = throughput(records, duration_s)
     found["request_goodput"] = good / duration_s if goodput_ms else None
