@@ -7,7 +7,7 @@ import pytest
 from random_adapters import random_adapter
 from tiny_engine import CONFIG, OPTIONS, make_engine
 
-from flora_jax.errors import InputError
+from flora_jax.errors import InputError, RunError
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.request import Request
@@ -24,7 +24,9 @@ def engine():
 def test_requests_that_do_not_fit_are_refused(engine):
     with pytest.raises(InputError, match="unknown adapter 'nobody'"):
         engine.add(Request(0, (1,), adapter="nobody"))
-    with pytest.raises(InputError, match="token ids 1 to 97, the vocabulary has 0 to 96"):
+    with pytest.raises(
+        InputError, match="request 0: token_ids holds 97, the vocabulary has 0 to 96"
+    ):
         engine.add(Request(0, (1, 97)))
     with pytest.raises(InputError, match="97 tokens, expected 1 to 96"):
         engine.add(Request(0, (1,) * 97))
@@ -44,13 +46,58 @@ def test_requests_that_do_not_fit_are_refused(engine):
         ({"seed": 2**32}, "seed is 4294967296, expected"),
         ({"stop_token_ids": tuple(range(9))}, "9 stop_token_ids, at most 8 are served"),
         ({"stop": ("x",)}, "stop strings need a tokenizer"),
+        ({"stop": ("",)}, r"stop is \[''\], expected a non-empty string"),
+        ({"stop": (3,)}, r"stop is \[3\], expected a non-empty string"),
+        ({"stop_token_ids": (97,)}, "stop_token_ids holds 97, the vocabulary has 0 to 96"),
+        ({"stop_token_ids": (-1,)}, "stop_token_ids holds -1, the vocabulary has 0 to 96"),
+        ({"stop_token_ids": ("x",)}, "stop_token_ids holds 'x', expected integers"),
+        ({"token_ids": (1, float("nan"), 2)}, "token_ids holds nan, expected integers"),
+        ({"token_ids": (1, 2.5)}, "token_ids holds 2.5, expected integers"),
     ],
 )
 def test_a_request_that_would_fail_on_the_device_is_refused(changes, message, engine):
     """Inside a step it would take the others with it."""
     with pytest.raises(InputError, match=f"request 3: {message}"):
-        engine.add(Request(3, (1, 2), **changes))
+        engine.add(Request(**{"index": 3, "token_ids": (1, 2)} | changes))
     assert not engine.has_work
+
+
+@pytest.mark.parametrize("index", [-1, 2**32, 1.0, "3"])
+def test_an_index_that_no_seed_can_be_made_of_is_refused(index, engine):
+    with pytest.raises(InputError, match=f"request {index}: index is .*, expected"):
+        engine.add(Request(index, (1, 2)))
+    (completion,) = generate(engine, [Request(2**32 - 1, (np.int64(5), 6), max_tokens=3)])
+    assert completion.index == 2**32 - 1
+
+
+def test_a_ticket_that_is_none_is_refused_where_it_is_given(engine):
+    with pytest.raises(TypeError):
+        engine.cancel(None)
+    ticket = engine.add(Request(0, (1, 2)))
+    engine.cancel(np.int64(ticket))
+    assert engine.step() == []
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_engine_whose_iteration_broke_off_says_so_instead_of_going_on(error, monkeypatch):
+    """Tokens that the device has drawn and nobody has fetched would be missing."""
+    engine = make_engine()
+    engine.add(Request(0, (1, 2), max_tokens=30, ignore_eos=True))
+    engine.step()
+    decode = engine.device.decode
+
+    def interrupted(*arguments, **options):
+        decode(*arguments, **options)
+        raise error("now")
+
+    monkeypatch.setattr(engine.device, "decode", interrupted)
+    with pytest.raises(error):
+        engine.step()
+    monkeypatch.undo()
+    for use in (engine.step, lambda: engine.add(Request(1, (1, 2)))):
+        with pytest.raises(RunError, match=f"iteration broke off .{error.__name__}.'now'.., make"):
+            use()
 
 
 def test_a_request_without_room_that_is_cancelled_at_once_gets_no_update(engine):

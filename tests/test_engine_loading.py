@@ -101,6 +101,41 @@ def test_an_adapter_whose_turn_to_be_written_comes_next_waits_for_one_token(engi
     assert max(dispatched) == STEPS
 
 
+def test_who_is_cancelled_takes_no_read_from_others_who_wait_for_it(engine, monkeypatch):
+    reads = []
+    there = hold(monkeypatch, {"1"})
+    delayed = Version.read
+    monkeypatch.setattr(
+        Version, "read", lambda v, config: reads.append(v.name) or delayed(v, config)
+    )
+    patient = engine.add(Request(0, (4, 5), "1", max_tokens=2, ignore_eos=True))
+    for _ in range(3):
+        engine.cancel(engine.add(Request(1, (4, 5), "1", max_tokens=2, ignore_eos=True)))
+        engine.step()
+    there.set()
+    ended = {}
+    run(engine, ended)
+    assert len(ended[patient]) == 2
+    assert reads == ["1"]
+    again = engine.add(Request(2, (4, 5), "1", max_tokens=2, ignore_eos=True))
+    run(engine, ended)
+    assert ended[again] == ended[patient]
+
+
+def test_any_number_of_owners_that_are_being_read_hold_up_none_that_is_there(engine, monkeypatch):
+    there = hold(monkeypatch, {"1"} | {f"cold {n}" for n in range(20)})
+    for number in range(20):
+        engine.pool.register(f"cold {number}", engine.pool.current("1").source)
+        engine.add(Request(number, (4, 5), f"cold {number}", max_tokens=1, ignore_eos=True))
+    ready = [engine.add(Request(30, (1, 2), n, max_tokens=2, ignore_eos=True)) for n in (None, "0")]
+    done = set()
+    for _ in range(8):
+        done |= {update.ticket for update in engine.step() if update.completion}
+    assert done == set(ready)
+    there.set()
+    run(engine)
+
+
 def test_nothing_is_shortened_where_nothing_is_read(engine, dispatched):
     engine.add(Request(0, (1, 2, 3), "0", max_tokens=41, ignore_eos=True))
     run(engine)

@@ -1,6 +1,7 @@
 """The adapter pool: least recent use, pins, replacement, failures, and a cost that ignores its size."""
 
 import dataclasses
+import itertools
 import threading
 
 import jax
@@ -16,7 +17,7 @@ from flora_jax.serve.dispatch import Device
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.pool import AdapterPool, LoadError
 from flora_jax.serve.programs import Lattice
-from flora_jax.serve.versions import Version
+from flora_jax.serve.versions import Version, digest
 from flora_jax.starcoder.config import StarCoderConfig
 from flora_jax.starcoder.model import init_model
 
@@ -42,6 +43,37 @@ def ready(pool, version):
 
 def resident(pool, versions):
     return [pool.is_resident(version) for version in versions]
+
+
+def test_what_waits_for_room_is_read_once_however_small_the_hosts_cache_is(monkeypatch):
+    pool = pool_of(1)
+    pool.host_bytes = 1
+    reads = []
+    read = Version.read
+    monkeypatch.setattr(Version, "read", lambda v, config: reads.append(v.name) or read(v, config))
+    versions = [pool.register(str(n), flora(n)) for n in range(4)]
+    assert ready(pool, versions[0]) == "ready"
+    for _ in range(3):
+        assert [ready(pool, version) for version in versions[1:]] == ["full"] * 3
+    for before, version in itertools.pairwise(versions):
+        pool.release(before)
+        assert ready(pool, version) == "ready"
+    assert sorted(reads) == ["0", "1", "2", "3"]
+
+
+def test_a_folders_content_is_its_files_whatever_lies_beside_them(tmp_path):
+    folder = tmp_path / "one"
+    (folder / "adapter_1").mkdir(parents=True)
+    for path in (folder, str(folder), tmp_path / "absent", folder / "adapter_1"):
+        with pytest.raises(InputError, match="no adapter folder"):
+            digest(path)
+    (folder / "adapter_config.json").write_text("{}")
+    found = digest(folder)
+    assert digest(str(folder)) == found
+    (folder / "adapter_1" / "adapter_config.json").write_text("{}")
+    assert digest(folder) == found
+    (folder / "adapter_config.json").write_text("{ }")
+    assert digest(folder) != found
 
 
 def test_the_least_recently_used_leaves_and_those_in_use_stay():

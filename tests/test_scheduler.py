@@ -65,6 +65,21 @@ def test_a_request_whose_adapter_is_loading_blocks_nobody():
     assert admitted(scheduler, lambda s: "loading" if s.ticket == 0 else "ready") == [1, 2]
 
 
+def test_requests_behind_any_number_of_loading_ones_run_if_they_need_no_load():
+    scheduler = Scheduler(rows=2, pages=100, page=4)
+    for ticket in range(40):
+        scheduler.add(sequence(ticket, owner=ticket))
+    asked = []
+
+    def admission(one):
+        asked.append(one.ticket)
+        return "ready" if one.ticket in (20, 30) else "loading"
+
+    found = scheduler.admit(admission, lambda one: one.ticket in (20, 30))
+    assert [one.ticket for one in found] == [20, 30]
+    assert set(asked) == {*range(8), 20, 30}  # Of the others no adapter is asked for yet.
+
+
 def test_a_request_without_room_for_its_adapter_is_not_passed_for_ever():
     scheduler = Scheduler(rows=2, pages=100, page=4)
     scheduler.add(sequence(0, owner="large"))

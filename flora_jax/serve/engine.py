@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import collections
 import itertools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from flora_jax.adapters.bank import Prepared
-from flora_jax.errors import InputError
+from flora_jax.errors import InputError, RunError
 from flora_jax.serve.compilations import Compilations
 from flora_jax.serve.dispatch import Device, Job, Piece
 from flora_jax.serve.layout import make_pool, target_groups
@@ -91,6 +92,7 @@ class Engine:
         self._copies: dict[int, Any] = {}
         self._updates: list[Update] = []
         self._written, self._due = 0, False
+        self._broken: BaseException | None = None
         self._refused: list[tuple[Sequence, Admission]] = []
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -126,7 +128,9 @@ class Engine:
 
         Raises:
             InputError: the model or the known adapters cannot serve it.
+            RunError: an iteration broke off.
         """
+        self._check_whole()
         own = self._check(request)
         config, ids = self.model.config, request.token_ids
         room = min(request.max_tokens, self.context - len(ids))
@@ -142,27 +146,49 @@ class Engine:
         return ticket
 
     def cancel(self, ticket: int) -> None:
-        """Ends a request without a further update; one that is gone already is no error. Any thread."""
-        self._inbox.append(ticket)
+        """Ends a request without a further update; one that is gone already is no error. Any thread.
+
+        Raises:
+            TypeError: no ticket is of this type.
+        """
+        self._inbox.append(operator.index(ticket))
 
     def step(self) -> list[Update]:
         """Runs one iteration and returns what it brought, in the order of tickets.
 
         Without anything that can run it waits a moment for adapters that are being read.
+
+        Raises:
+            RunError: an iteration before broke off, by an interrupt or for want of memory: what the host
+                knows of the rows and what the device holds may differ since, so the engine is of no use.
         """
+        self._check_whole()
+        try:
+            self._iterate()
+        except BaseException as error:
+            self._broken = error
+            raise
+        return sorted(self._updates, key=lambda update: update.ticket)
+
+    def _check_whole(self) -> None:
+        if self._broken is not None:
+            raise RunError(
+                f"the engine is of no use since an iteration broke off ({self._broken!r}), make another"
+            )
+
+    def _iterate(self) -> None:
         self._updates = []
         self._receive()
         for sequence in self.scheduler.resume():
             if sequence.stage == "decode":
                 self.device.restore(sequence, self._copies.pop(sequence.ticket))
         self._written, self._due, self._refused = self.pool.loads, False, []
-        self.scheduler.admit(self._admission)
+        self.scheduler.admit(self._admission, self._at_once)
         self._read_ahead()
         if self.scheduler.running:
             self._run()
         elif self._refused:
             self.pool.wait([sequence.content.version for sequence, _ in self._refused], 0.1)
-        return sorted(self._updates, key=lambda update: update.ticket)
 
     def close(self) -> None:
         """Ends the pool's background reader."""
@@ -199,6 +225,10 @@ class Engine:
         for sequence in self.scheduler.heads():
             if sequence.content.version is not None:
                 self.pool.prefetch(sequence.content.version)
+
+    def _at_once(self, sequence: Sequence) -> bool:
+        own = sequence.content.version
+        return own is None or self.pool.is_read(own)
 
     def _admission(self, sequence: Sequence) -> Admission:
         own = sequence.content.version
@@ -310,9 +340,13 @@ class Engine:
 
     def _drop(self, sequence: Sequence) -> None:
         """Takes a sequence out with all that it holds."""
-        waiting = sequence.stage == "waiting"
+        waiting, own = sequence.stage == "waiting", sequence.content.version
         self.scheduler.remove(sequence)
-        if sequence.content.version is not None:
-            (self.pool.forget if waiting else self.pool.release)(sequence.content.version)
+        if own is not None and not waiting:
+            self.pool.release(own)
+        elif own is not None:
+            others = self.scheduler.queued(sequence.owner)
+            if not any(other.content.version == own for other in others):
+                self.pool.forget(own)
         self._copies.pop(sequence.ticket, None)
         del self._sequences[sequence.ticket]

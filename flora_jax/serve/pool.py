@@ -155,12 +155,14 @@ class AdapterPool:
                 self.prefetch(version)
                 if not self._loading[version].done():
                     return "loading"
-                prepared = self._finish(version)
-            else:
-                self._ready.move_to_end(version)
+                prepared = self._read(version)
             resident = self._place(version, prepared)
             if resident is None:
-                return "full"
+                return "full"  # What was read ahead is held on, whatever the host's cache has room for.
+            if self._loading.pop(version, None) is not None:
+                self.add_ready(version, prepared)
+            else:
+                self._ready.move_to_end(version)
         resident.users += 1
         self._residents.move_to_end(version)
         return "ready"
@@ -184,6 +186,10 @@ class AdapterPool:
     def is_resident(self, version: Version) -> bool:
         return version in self._residents
 
+    def is_read(self, version: Version) -> bool:
+        """Whether it lies on the device or is ready on the host."""
+        return version in self._residents or version in self._ready
+
     def of(self, version: Version | None, target: str) -> Slots:
         """Raises ``KeyError`` for an adapter that is not resident."""
         return BASE if version is None else self._residents[version].slots.get(target, BASE)
@@ -196,15 +202,21 @@ class AdapterPool:
         """Runs the writing step without an adapter, so that it is compiled."""
         self._write(None, {})
 
-    def _finish(self, version: Version) -> Prepared:
+    def _read(self, version: Version) -> Prepared:
         """What reading gave; a failure is not kept, so a later request tries again."""
         try:
-            prepared = self._loading.pop(version).result()
-        except (InputError, OSError, ValueError) as error:
-            raise LoadError(f"adapter {version.name!r}: {error}") from error
+            prepared = self._loading[version].result()
+            self._check_size(version, prepared)
         except Exception as error:  # Whatever a file holds, it is the request's affair alone.
-            reason = f"{type(error).__name__}: {error}"
+            del self._loading[version]
+            if isinstance(error, LoadError):
+                raise
+            known = isinstance(error, InputError | OSError | ValueError)
+            reason = str(error) if known else f"{type(error).__name__}: {error}"
             raise LoadError(f"adapter {version.name!r}: {reason}") from error
+        return prepared
+
+    def _check_size(self, version: Version, prepared: Prepared) -> None:
         for target, count in prepared.counts.items():
             most = self.capacity.get(target)
             if most is None or any(n > m for n, m in zip(count, most)):
@@ -213,8 +225,6 @@ class AdapterPool:
                     f"adapter {version.name!r}: {target} has {tuple(count)} components "
                     f"(multiplicative, additive, bias), at most {allowed} are served"
                 )
-        self.add_ready(version, prepared)
-        return prepared
 
     def _place(self, version: Version, prepared: Prepared) -> _Resident | None:
         """Gives the adapter slots and writes it there; ``None`` where running ones leave no room.

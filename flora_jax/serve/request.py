@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import numbers
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -59,23 +60,22 @@ class Request:
         """Whether such a model can serve it.
 
         Raises:
-            RequestError: the prompt is not of 1 to ``context`` tokens of the vocabulary, a setting that
-                no request may have, or stop strings where there is no text.
+            RequestError: the prompt is not of 1 to ``context`` tokens of the vocabulary, a field that no
+                request may have, or stop strings where there is no text.
         """
         ids = self.token_ids
         if not 1 <= len(ids) <= context:
             raise RequestError(f"request {self.index}: {len(ids)} tokens, expected 1 to {context}")
-        if not 0 <= min(ids) <= max(ids) < vocab_size:
-            raise RequestError(
-                f"request {self.index}: token ids {min(ids)} to {max(ids)}, "
-                f"the vocabulary has 0 to {vocab_size - 1}"
-            )
         try:
+            _token_ids("token_ids", ids, vocab_size)
+            _number({"index": self.index}, "index", 0, int, 0, _LARGEST_SEED)
             _settings({name: getattr(self, name) for name in _SETTINGS}, self)
             if self.seed is not None:
                 _number({"seed": self.seed}, "seed", 0, int, 0, _LARGEST_SEED)
+            _token_ids("stop_token_ids", self.stop_token_ids, vocab_size)
             if len({*self.stop_token_ids}) > MAX_STOP_TOKENS:
                 raise RequestError(_too_many(len(self.stop_token_ids)))
+            _strings([*self.stop])
             if self.stop and not has_tokenizer:
                 raise RequestError(_NO_TEXT)
         except RequestError as error:
@@ -254,7 +254,7 @@ def _token_ids(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
         raise RequestError(f"{name} is {type(value).__name__}, expected a list of integers")
     for token in value:
-        if not isinstance(token, int) or isinstance(token, bool):
+        if not isinstance(token, numbers.Integral) or isinstance(token, bool):
             raise RequestError(f"{name} holds {token!r}, expected integers")
         if not 0 <= token < vocab_size:
             raise RequestError(f"{name} holds {token}, the vocabulary has 0 to {vocab_size - 1}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Literal
 
 Stage = Literal["waiting", "prefill", "decode", "aside"]
@@ -70,7 +70,8 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        return sum(map(len, self._waiting.values())) + len(self.aside)
+        # Another thread may ask: a list is taken of them at once.
+        return sum(map(len, list(self._waiting.values()))) + len(self.aside)
 
     @property
     def has_work(self) -> bool:
@@ -79,6 +80,10 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Puts a new sequence behind its owner's others."""
         self._waiting.setdefault(sequence.owner, collections.deque()).append(sequence)
+
+    def queued(self, owner: Hashable) -> Iterable[Sequence]:
+        """The owner's sequences that wait, first in line first."""
+        return self._waiting.get(owner, ())
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, with its row and pages."""
@@ -130,15 +135,21 @@ class Scheduler:
             found.append(oldest)
         return found
 
-    def admit(self, admission: Callable[[Sequence], Admission]) -> list[Sequence]:
+    def admit(
+        self,
+        admission: Callable[[Sequence], Admission],
+        at_once: Callable[[Sequence], bool] = lambda _: False,
+    ) -> list[Sequence]:
         """New sequences that run from now on, with a row and pages for their prompts.
 
         ``admission`` says whether a sequence's adapter is there; "ready" must stay true for as long as
-        the sequence runs. It may remove the sequence from the scheduler.
+        the sequence runs. It may remove the sequence from the scheduler. It is asked about the heads,
+        and where none of them can run about those behind them of which ``at_once`` is true: theirs
+        need not be read.
         """
         found: list[Sequence] = []
         while self.free_rows and not self.aside:
-            chosen = self._choose(admission)
+            chosen = self._choose(admission, at_once)
             if chosen is None:
                 break
             queue = self._waiting.pop(chosen.owner)
@@ -149,10 +160,14 @@ class Scheduler:
             found.append(chosen)
         return found
 
-    def _choose(self, admission: Callable[[Sequence], Admission]) -> Sequence | None:
+    def _choose(
+        self, admission: Callable[[Sequence], Admission], at_once: Callable[[Sequence], bool]
+    ) -> Sequence | None:
         """The next one to run; none where the first in line lacks pages or has been passed enough."""
         heads = sorted(self.heads(), key=lambda sequence: self._share[sequence.owner])
-        for number, sequence in enumerate(heads):
+        behind = list(self._waiting.values())[len(heads) :]
+        further = (queue[0] for queue in behind if at_once(queue[0]))
+        for number, sequence in enumerate(itertools.chain(heads, further)):
             if self._pages_for(sequence.prompt + 1) > len(self.free_pages):
                 return None
             found = admission(sequence)
@@ -167,7 +182,9 @@ class Scheduler:
         return None
 
     def heads(self) -> list[Sequence]:
-        """The first in line of each owner, of so many owners that the next to run is among them."""
+        """The first in line of each owner, of so many owners that the next to run is most likely among
+        them; their adapters are worth reading.
+        """
         return [queue[0] for queue in itertools.islice(self._waiting.values(), 4 * self.rows)]
 
     def grow(self, steps: int) -> tuple[list[Sequence], int, list[tuple[Sequence, list[int]]]]:

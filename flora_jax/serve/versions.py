@@ -15,7 +15,7 @@ from flora_jax.adapters.peft_io import read_adapter
 from flora_jax.errors import InputError
 from flora_jax.starcoder.config import StarCoderConfig
 
-Source = ModelAdapter | Path
+Source = ModelAdapter | Path | str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Version:
             InputError: it cannot be read, does not fit the model, or has changed since it was hashed.
         """
         adapter = self.source
-        if isinstance(adapter, Path):
-            adapter = read_adapter(adapter, config.projections(), config.n_layer)
+        if isinstance(adapter, Path | str):
+            adapter = read_adapter(Path(adapter), config.projections(), config.n_layer)
             if digest(self.source) != self.digest:
                 raise InputError(f"{self.source}: changed since it was registered as {self.name!r}")
         return prepare(adapter, config.projections(), config.n_layer, f"adapter {self.name!r}")
@@ -53,16 +53,22 @@ def digest(source: Source) -> str:
     """A hash of an adapter's content.
 
     Raises:
-        InputError: there is no adapter folder at that path.
+        InputError: there is no adapter folder at that path, or it cannot be read.
     """
     found = hashlib.sha256()
-    if isinstance(source, Path):
-        files = sorted(source.glob("adapter_*")) if source.is_dir() else []
-        if not files:
-            raise InputError(f"{source}: no adapter folder (adapter_config.json and its weights)")
-        for file in files:
-            with file.open("rb") as stream:
-                found.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    if isinstance(source, Path | str):
+        try:
+            files = [file for file in sorted(Path(source).glob("adapter_*")) if file.is_file()]
+            if not files:
+                raise InputError(
+                    f"{source}: no adapter folder (adapter_config.json and its weights)"
+                )
+            for file in files:
+                with file.open("rb") as stream:
+                    found.update(file.name.encode())
+                    found.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise InputError(f"{source}: {error}") from None
     else:
         found.update(f"{source.kind} {jax.tree.structure(source.layers)}".encode())
         for leaf in jax.tree.leaves(source.layers):
