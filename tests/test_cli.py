@@ -15,6 +15,7 @@ from torch_models import TINY, tiny_torch_model
 
 from flora_jax import cli
 from flora_jax.adapters.peft_io import write_adapter
+from flora_jax.serve.options import EngineOptions
 from flora_jax.starcoder.config import StarCoderConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,6 +158,19 @@ def test_text_comes_from_the_tokenizer_beside_the_weights(generate):
     assert at_text["text"] == found["text"].partition(stop)[0]
     assert at_token["token_ids"] == found["token_ids"][: place + 1]
     assert at_token["text"] == tokenizer.decode(found["token_ids"][:place])
+
+
+def test_batch_invariance_has_the_same_shapes_for_every_file(generate, monkeypatch):
+    found = []
+    checked = EngineOptions.__post_init__
+    monkeypatch.setattr(
+        EngineOptions, "__post_init__", lambda own: found.append(own) or checked(own)
+    )
+    row = {"prompt_token_ids": [5, 6], "max_tokens": 2}
+    for rows in ([row], [row, row | {"max_tokens": 9}]):
+        generate("bare", rows, "--batch-size", "4", "--batch-invariant")
+    assert found[0] == found[-1]
+    assert (found[0].max_num_seqs, found[0].batch_invariant) == (4, True)
 
 
 def test_the_seed_decides_what_is_sampled(generate):

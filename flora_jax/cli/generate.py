@@ -91,10 +91,13 @@ def generate(
     loaded = load_model(
         directory, dtype_of(dtype), quantize=None if quantize == "none" else cast(Any, quantize)
     )
-    longest = max(len(request.token_ids) + request.max_tokens for request in requests)
+    rows, longest = batch_size, config.n_positions
+    if not batch_invariant:  # Else the shapes, and so the bits, would be those of this file.
+        rows = min(rows, len(requests))
+        longest = min(longest, max(len(r.token_ids) + r.max_tokens for r in requests))
     options = EngineOptions(
-        max_num_seqs=min(batch_size, len(requests)),
-        max_model_len=min(longest, config.n_positions),
+        max_num_seqs=rows,
+        max_model_len=longest,
         batch_invariant=batch_invariant,
         seed=seed,
     )
