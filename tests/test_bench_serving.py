@@ -112,8 +112,8 @@ def test_latency_is_drawn_for_whatever_percentiles_are_asked_for(program, tmp_pa
 @pytest.mark.parametrize("kind", ["none", "sequential", "unmerged"])
 def test_the_baselines_run(kind, program, tmp_path):
     output = tmp_path / "t.json"
-    program("throughput", *SMALL, "--kind", kind, "--no-limits", "--adapter-distribution", "uniform",
-            "--num-adapters", 2, "--output", output)  # fmt: skip
+    mix = [] if kind == "none" else ["--adapter-distribution", "uniform", "--num-adapters", 2]
+    program("throughput", *SMALL, "--kind", kind, "--no-limits", *mix, "--output", output)
     (line,) = json.loads(output.read_text())["results"]
     assert (line["completed"], line["failed"]) == (5, 0)
     assert (line["rank"], line["targets"]) == ((0, []) if kind == "none" else (1, ["c_attn"]))
@@ -126,6 +126,9 @@ def test_the_baselines_run(kind, program, tmp_path):
         (["--rank", "0"], "--rank is 0, expected at least 1"),
         (["--kind", "ia3", "--rank", "2"], "--rank is 2, expected 1 with --kind ia3"),
         (["--kind", "none", "--rank", "2"], "--rank is 2, expected none with --kind none"),
+        (["--kind", "none", "--num-adapters", "2"], "--num-adapters is 2, expected none with"),
+        (["--kind", "none", "--targets", "c_fc"], "--targets is c_fc, expected none with"),
+        (["--burstiness", "0.5"], "--burstiness is 0.5, expected none with --request-rate inf"),
         (["--rank", "1", "--ranks", "1,2"], "--rank is 1 and --ranks is 1,2, expected one"),
         (["--ranks", "1,x"], "--ranks is '1,x', expected numbers"),
         (["--targets", "c_out"], "target 'c_out'"),

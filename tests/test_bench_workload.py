@@ -38,7 +38,7 @@ def random_table(table):
         pairs = rng.integers(0, 2500, (200, 2))
         times = np.sort(rng.uniform(5, 60, 200))
         if timed:
-            rows = [f"{t:.6f},{p},{o}" for t, (p, o) in zip(times, pairs)]
+            rows = [f"{t:.6f},{p},{o}" for t, (p, o) in zip(times, np.maximum(pairs, 4))]
             return table("\n".join(["arrived_at,num_prefill_tokens,num_decode_tokens", *rows]))
         return table("\n".join(["input_tokens,output_tokens", *(f"{p},{o}" for p, o in pairs)]))
 
@@ -58,19 +58,20 @@ def test_only_what_passes_the_filter_is_drawn(seed, random_table):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_totals_are_clipped_and_prompts_kept_where_they_can_be(seed):
+def test_totals_are_clipped_at_the_longer_of_prompt_and_output(seed):
     rng = np.random.default_rng(seed)
     pairs = rng.integers(4, 1025, (300, 2))
     low, high = sorted(rng.integers(8, 1500, 2).tolist())
     result = clipped(pairs, low, high)
-    totals = result.sum(axis=1)
-    assert low <= totals.min()
-    assert totals.max() <= high
-    assert result.min() >= 4
-    inside = (pairs.sum(axis=1) >= low) & (pairs.sum(axis=1) <= high)
-    np.testing.assert_array_equal(result[inside], pairs[inside])
-    fits = pairs[:, 0] <= high - 4
-    np.testing.assert_array_equal(result[fits, 0], pairs[fits, 0])
+    for (prompt, output), (found_prompt, found_output) in zip(pairs.tolist(), result.tolist()):
+        if prompt + output <= high:
+            assert (found_prompt, found_output) == (prompt, max(output, low - prompt))
+            continue
+        assert found_prompt + found_output in (high, high - 1)
+        shorter = min(prompt, output)
+        assert sorted((found_prompt, found_output))[0] == min(shorter, high // 2)
+        assert (found_prompt > found_output) <= (prompt > output)
+        assert (found_prompt < found_output) <= (prompt <= output)
 
 
 @pytest.mark.parametrize("scale", [0.001, 0.125, 0.25, 1.0, 3.0])
@@ -168,6 +169,20 @@ def test_arrivals_have_the_rate_and_the_burstiness(seed, burstiness):
     assert gaps.std() / gaps.mean() == pytest.approx(burstiness**-0.5, rel=0.15, abs=1e-6)
 
 
+def test_of_a_trace_nothing_is_filtered_away(table):
+    rows = ["0,3000,9", "1,2,1", "2,2100,1500", "3,0,5", "4,7,0"]
+    path = table("\n".join(["arrived_at,num_prefill_tokens,num_decode_tokens", *rows]))
+    found = read_lengths(path)
+    assert found.pairs.tolist() == [[3000, 9], [2, 1], [2100, 1500]]
+    assert found.file_rows == (5, 3)
+    options = WorkloadOptions(3, lengths=path, request_rate="trace", min_total=0, max_total=4096)
+    made = make_workload(options, 100)
+    assert [(len(r.token_ids), r.max_tokens) for r in made.requests] == [
+        (3000, 9), (4, 1), (2100, 1500),
+    ]  # fmt: skip
+    assert made.file_rows == (5, 3)
+
+
 def test_an_infinite_rate_is_all_at_once():
     assert draw_arrivals(WorkloadOptions(5)).tolist() == [0.0] * 5
 
@@ -178,7 +193,7 @@ def test_a_trace_keeps_its_order_and_times(seed, random_table):
     table = read_lengths(path)
     count = len(table.pairs) // 2
     options = WorkloadOptions(count, lengths=path, request_rate="trace", min_total=0,
-                              max_total=2048, seed=seed)  # fmt: skip
+                              max_total=5000, seed=seed)  # fmt: skip
     made = make_workload(options, 100)
     pairs = [[len(r.token_ids), r.max_tokens] for r in made.requests]
     assert pairs == table.pairs[:count].tolist()
@@ -190,7 +205,10 @@ def test_a_trace_keeps_its_order_and_times(seed, random_table):
 
 def test_the_azure_trace_can_be_read(shared_data):
     path = shared_data / "lengths" / "splitwise_code.csv"
-    made = make_workload(WorkloadOptions(100, lengths=path, request_rate="trace"), 100)
+    options = WorkloadOptions(100, lengths=path, request_rate="trace", max_total=8192)
+    made = make_workload(options, 100)
+    assert made.file_rows == (8819, 8819)
+    assert longest(made.requests) > 4096  # As it was, neither filtered nor cut.
     assert made.arrivals_s[0] == 0
     assert np.diff(made.arrivals_s).min() >= 0
 
@@ -209,6 +227,7 @@ def test_the_azure_trace_can_be_read(shared_data):
         ({"request_rate": math.nan}, "--request-rate is nan"),
         ({"request_rate": "trace"}, "--lengths is None, expected a file with arrival times"),
         ({"burstiness": 0.0}, "--burstiness is 0.0, expected above 0"),
+        ({"burstiness": 0.5}, "--burstiness is 0.5, expected none with --request-rate inf"),
         ({"seed": -1}, "--seed is -1"),
     ],
 )

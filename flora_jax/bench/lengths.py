@@ -1,6 +1,7 @@
 """How long requests are: files of (prompt, output) token counts, and a fit for whoever has none.
 
-The filter is the one of vLLM's ShareGPT sampler. Knows nothing of requests, adapters or seeds.
+Chats go through the filter of vLLM's ShareGPT sampler, traces of a service are taken as they are. Knows
+nothing of requests, adapters or seeds.
 """
 
 from __future__ import annotations
@@ -15,23 +16,22 @@ import numpy as np
 
 from flora_jax.errors import InputError
 
-# The columns of a length file by what they hold; the second is Azure's way, with arrivals in seconds.
-_COLUMNS = (
-    ("input_tokens", "output_tokens"),
-    ("num_prefill_tokens", "num_decode_tokens"),
-)
+# The columns of a file of chats, and those of a service's trace, which may have arrivals in seconds.
+_CHATS = ("input_tokens", "output_tokens")
+_TRACE = ("num_prefill_tokens", "num_decode_tokens")
 ARRIVED = "arrived_at"
 # vLLM's filter for ShareGPT, tokens.
 LEAST, MOST_PROMPT, MOST_TOTAL = 4, 1024, 2048
 
 
 class Lengths(NamedTuple):
-    """Prompt and output lengths in tokens ``[N, 2]`` that passed vLLM's filter, and where a trace has
-    them the arrival times in seconds ``[N]``.
+    """Prompt and output lengths in tokens ``[N, 2]``, where a trace has them the arrival times in
+    seconds ``[N]``; of a file also how many rows it has, and how many of them were kept.
     """
 
     pairs: np.ndarray
     arrivals_s: np.ndarray | None = None
+    file_rows: tuple[int, int] | None = None
 
 
 def passes_filter(pairs_N2: np.ndarray) -> np.ndarray:
@@ -44,29 +44,39 @@ def passes_filter(pairs_N2: np.ndarray) -> np.ndarray:
 def read_lengths(path: Path) -> Lengths:
     """The lengths of a CSV file, with its arrival times where it has some.
 
+    Of chats (``input_tokens,output_tokens``) those that pass vLLM's filter, which is made for them; of a
+    trace in Azure's columns all that have a token of prompt and of output.
+
     Raises:
-        InputError: no such file, other columns, a value that is no number, or no row within the filter.
+        InputError: no such file, other columns, a value that is no number, or no row that is left.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             header = reader.fieldnames or []
-            columns = next((pair for pair in _COLUMNS if set(pair) <= set(header)), None)
+            columns = next((pair for pair in (_CHATS, _TRACE) if set(pair) <= set(header)), None)
             if columns is None:
-                wanted = " or ".join(",".join(pair) for pair in _COLUMNS)
+                wanted = " or ".join(",".join(pair) for pair in (_CHATS, _TRACE))
                 raise InputError(f"{path}: columns {','.join(header)}, expected {wanted}")
             timed = ARRIVED in header
             rows = [_row(path, n, row, columns, timed) for n, row in enumerate(reader, 2)]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--lengths {path}: {error}") from None
     table_NX = np.array(rows, float).reshape(-1, 2 + timed)
-    kept_NX = table_NX[passes_filter(table_NX[:, :2])]
-    if not len(kept_NX):
-        raise InputError(
-            f"{path}: none of {len(table_NX)} rows has {LEAST} to {MOST_PROMPT} tokens of prompt, "
-            f"{LEAST} or more of output and at most {MOST_TOTAL} together"
+    pairs_N2 = table_NX[:, :2]
+    if columns == _CHATS:
+        kept_N = passes_filter(pairs_N2)
+        wanted = (
+            f"{LEAST} to {MOST_PROMPT} tokens of prompt, {LEAST} or more of output and at most "
+            f"{MOST_TOTAL} together"
         )
-    return Lengths(kept_NX[:, :2].astype(int), kept_NX[:, 2] if timed else None)
+    else:
+        kept_N = (pairs_N2 > 0).all(axis=1)
+        wanted = "a token of prompt and of output"
+    if not kept_N.any():
+        raise InputError(f"{path}: none of {len(table_NX)} rows has {wanted}")
+    arrivals_N = table_NX[kept_N, 2] if timed else None
+    return Lengths(pairs_N2[kept_N].astype(int), arrivals_N, (len(table_NX), int(kept_N.sum())))
 
 
 def _row(
@@ -104,11 +114,14 @@ def sharegpt_like(count: int, rng: np.random.Generator) -> np.ndarray:
 
 def clipped(pairs_N2: np.ndarray, min_total: int, max_total: int) -> np.ndarray:
     """The pairs with totals from ``min_total``, for which outputs are lengthened, to ``max_total``, for
-    which outputs are cut to what the prompt leaves, and prompts where they leave less than 4 tokens.
+    which the longer of both is cut, to no less than the other, and then both alike.
     """
     prompt_N, output_N = pairs_N2.T
-    prompt_N = np.minimum(prompt_N, max_total - np.minimum(output_N, LEAST))
-    output_N = np.minimum(output_N, max_total - prompt_N)
+    half = max_total // 2
+    short_N = np.minimum(np.minimum(prompt_N, output_N), half)
+    long_N = np.minimum(np.maximum(prompt_N, output_N), max_total - short_N)
+    longer_N = prompt_N > output_N
+    prompt_N, output_N = np.where(longer_N, long_N, short_N), np.where(longer_N, short_N, long_N)
     output_N = np.maximum(output_N, min_total - prompt_N)
     return np.stack([prompt_N, output_N], axis=1)
 

@@ -297,6 +297,9 @@ def describe_run(
         "mean_output_tokens": sum(request.max_tokens for request in requests) / len(requests),
         "longest": longest(requests),
     }
+    if workload.file_rows is not None:
+        read, kept = workload.file_rows
+        lengths |= {"lengths_rows": read, "lengths_rows_kept": kept}
     return {
         "benchmark": benchmark,
         "model": base.name,

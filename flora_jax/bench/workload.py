@@ -41,7 +41,7 @@ class WorkloadOptions:
         num_prompts: requests.
         lengths: a CSV file of lengths, resampled; ``None`` is ``lengths.sharegpt_like``.
         min_total: prompt and output together have at least so many tokens: the output is lengthened.
-        max_total: and at most so many: the output is cut first, then the prompt.
+        max_total: and at most so many: the longer of both is cut.
         scale: multiplies both lengths afterwards; at least 4 tokens of prompt and 1 of output stay.
         adapter_distribution: "distinct" gives every request an adapter of its own; "uniform" and
             "zipf" (the k-th most popular with weight 1/k) draw among ``num_adapters``.
@@ -83,6 +83,9 @@ class WorkloadOptions:
                      "a file with arrival times, for --request-rate trace")  # fmt: skip
         else:
             _require("request-rate", self.request_rate, self.request_rate > 0, "above 0")
+        if self.request_rate in ("trace", math.inf):
+            _require("burstiness", self.burstiness, self.burstiness == 1,
+                     f"none with --request-rate {self.request_rate}")  # fmt: skip
         least = self.num_prompts if self.adapter_distribution == "distinct" else 1
         if self.num_adapters is not None:
             wanted = f"at least {least} with --adapter-distribution {self.adapter_distribution}"
@@ -103,11 +106,14 @@ class WorkloadOptions:
 
 
 class Workload(NamedTuple):
-    """Requests with the times in seconds, ascending, at which they arrive, and the adapters' names."""
+    """Requests with the times in seconds, ascending, at which they arrive, and the adapters' names;
+    ``file_rows`` are the rows of the file of lengths, and those of them that requests are drawn from.
+    """
 
     requests: list[Request]
     arrivals_s: list[float]
     adapters: list[str]
+    file_rows: tuple[int, int] | None = None
 
 
 def _require(option: str, found: Any, good: bool, expected: str) -> None:
@@ -122,11 +128,12 @@ def draw_lengths(options: WorkloadOptions) -> Lengths:
         InputError: see ``lengths.read_lengths``; a trace without times or with too few rows.
     """
     rng = _stream(options, _LENGTHS)
-    count, arrivals_s = options.num_prompts, None
+    count, arrivals_s, rows = options.num_prompts, None, None
     if options.lengths is None:
         pairs_N2 = sharegpt_like(count, rng)
     else:
         table = read_lengths(options.lengths)
+        rows = table.file_rows
         if options.request_rate == "trace":
             if table.arrivals_s is None:
                 raise InputError(f"{options.lengths}: no column {ARRIVED}, expected one for "
@@ -140,7 +147,7 @@ def draw_lengths(options: WorkloadOptions) -> Lengths:
         else:
             pairs_N2 = table.pairs[rng.integers(len(table.pairs), size=count)]
     pairs_N2 = clipped(pairs_N2, options.min_total, options.max_total)
-    return Lengths(scaled(pairs_N2, options.scale), arrivals_s)
+    return Lengths(scaled(pairs_N2, options.scale), arrivals_s, rows)
 
 
 def draw_adapters(options: WorkloadOptions) -> np.ndarray:
@@ -199,7 +206,7 @@ def make_workload(
         ids = tuple(allowed_V[rng.integers(len(allowed_V), size=prompt)].tolist())
         name = names[own_N[index]] if adapted else None
         requests.append(Request(index, ids, name, max_tokens=output, ignore_eos=True))
-    return Workload(requests, arrivals_N.tolist(), names)
+    return Workload(requests, arrivals_N.tolist(), names, lengths.file_rows)
 
 
 def longest(requests: Sequence[Request]) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from flora_jax.cli.common import MODEL_HELP, dtype_of, prepare_jax, source
+from flora_jax.cli.common import MODEL_HELP, dtype_of, prepare_jax, say, source
 from flora_jax.errors import InputError
 
 Model = Annotated[str | None, typer.Argument(help=MODEL_HELP)]
@@ -29,7 +29,8 @@ NumPrompts = Annotated[int, typer.Option(help="Requests.")]
 Scale = Annotated[float, typer.Option(help="Multiplies prompt and output lengths.")]
 Lengths = Annotated[
     Path | None,
-    typer.Option(help="CSV of lengths (input_tokens,output_tokens, or Azure's trace). "
+    typer.Option(help="CSV of lengths: chats (input_tokens,output_tokens), of which those that vLLM "
+                 "would take, or Azure's trace, for which --max-total 8192 cuts none short. "
                  "Default a fit to ShareGPT."),
 ]  # fmt: skip
 MinTotal = Annotated[int, typer.Option(help="Tokens of a request at least, before scaling.")]
@@ -186,6 +187,8 @@ def _run(
     from flora_jax.bench import report
     from flora_jax.bench.workload import WorkloadOptions
 
+    if kind == "none":
+        _refuse_adapter_options(targets, resident_adapters, workload)
     options = WorkloadOptions(request_rate=_rate(request_rate), **workload)
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise InputError(f"--dtype is {dtype!r}, expected float32, bfloat16 or float16")
@@ -201,6 +204,9 @@ def _run(
     ]
     base = setup.find_base(None if model is None else source(model), preset)
     drawn, base = setup.plan_workload(base, options, kind != "none")
+    read, kept = drawn.file_rows or (0, 0)
+    if kept < read:
+        say(f"{options.lengths}: {kept} of {read} rows pass the filter")
     engine = setup.engine_options(
         drawn.requests, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
         decode_steps=decode_steps, resident_adapters=resident_adapters,
@@ -228,6 +234,16 @@ def _run(
     return lines
 
 
+def _refuse_adapter_options(targets: str, resident: int | None, workload: dict[str, Any]) -> None:
+    """What would say nothing without adapters is a mistake."""
+    found = {"targets": (targets, "c_attn"), "resident-adapters": (resident, None)}
+    found |= {"num-adapters": (workload["num_adapters"], None)}
+    found |= {"adapter-distribution": (workload["adapter_distribution"], "distinct")}
+    for name, (value, default) in found.items():
+        if value != default:
+            raise InputError(f"--{name} is {value}, expected none with --kind none")
+
+
 def _show(
     benchmark: str,
     lines: list[dict[str, Any]],
@@ -236,7 +252,6 @@ def _show(
     panels: dict[str, list[str]],
 ) -> None:
     from flora_jax.bench import report
-    from flora_jax.cli.common import say
 
     report.table(benchmark, lines, columns)
     if plot is not None:
