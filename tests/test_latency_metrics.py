@@ -40,7 +40,7 @@ def test_tokens_that_come_together_are_one_arrival():
 def test_counts_and_rates_leave_failures_out_but_list_them():
     found = throughput([TWICE, SINGLE, THREE, FAILED], 10.0)
     assert found == {
-        "duration": 10.0, "completed": 3, "failed": 1,
+        "num_prompts": 4, "duration": 10.0, "completed": 3, "failed": 1,
         "errors": [{"index": 3, "error": "broken"}],
         "total_input_tokens": 60, "total_output_tokens": 8,
         "request_throughput": 0.3, "output_throughput": 0.8, "total_token_throughput": 6.8,
@@ -62,6 +62,14 @@ def test_goodput_counts_what_is_within_all_bounds(bounds, good):
     records = [TWICE, SINGLE, THREE, FAILED]
     assert [is_good(record, bounds) for record in records] == good
     assert latency(records, 10.0, goodput_ms=bounds)["request_goodput"] == sum(good) / 10
+
+
+def test_the_best_second_is_that_with_the_most_tokens_of_requests_that_completed():
+    # 1 at 1 s, 1 at 2 s and another half a second later, 2 at 3 s, 1 at 4 s, 2 at 5 s.
+    assert latency([TWICE, SINGLE, THREE, FAILED], 10.0)["max_output_tokens_per_s"] == 2
+    late = Record(4, 1, 0.0, [(3.1, 1), (3.9, 4), (4.0, 5)], 4.0)
+    assert latency([TWICE, SINGLE, THREE, late], 10.0)["max_output_tokens_per_s"] == 7
+    assert latency([FAILED], 10.0)["max_output_tokens_per_s"] == 0
 
 
 def test_without_bounds_there_is_no_goodput():

@@ -14,6 +14,7 @@ nothing of engines or clocks.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
@@ -114,6 +115,7 @@ def throughput(records: Sequence[Record], duration_s: float) -> dict[str, Any]:
     prompt = sum(record.prompt_tokens for record in done)
     output = sum(record.output_tokens for record in done)
     return {
+        "num_prompts": len(records),
         "duration": duration_s,
         "completed": len(done),
         "failed": len(records) - len(done),
@@ -139,7 +141,8 @@ def latency(
     """:func:`throughput`, and mean, median, standard deviation and percentiles of every metric in
     milliseconds, ``mean_ttft_ms``, ``p99_itl_ms`` and so on: ``None`` where nothing was measured.
 
-    ``request_goodput`` is the rate of requests within ``goodput_ms``, ``None`` without bounds.
+    ``request_goodput`` is the rate of requests within ``goodput_ms``, ``None`` without bounds, and
+    ``max_output_tokens_per_s`` what came in the best whole second of the run's.
     """
     done = [record for record in records if record.completed]
     good = sum(is_good(record, goodput_ms or {}) for record in records)
@@ -151,6 +154,11 @@ def latency(
     }
     found = throughput(records, duration_s)
     found["request_goodput"] = good / duration_s if goodput_ms else None
+    seconds: collections.Counter[int] = collections.Counter()
+    for record in done:
+        for time_s, count in record.arrived:
+            seconds[int(time_s)] += count
+    found["max_output_tokens_per_s"] = max(seconds.values(), default=0)
     for name in METRICS:
         found |= _statistics(name, np.array(samples[name]) * 1000, percentiles)
     return found
