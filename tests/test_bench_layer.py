@@ -11,7 +11,8 @@ import oracles
 import pytest
 from typer.testing import CliRunner
 
-from flora_jax.adapters.quantized import dequantize
+from flora_jax.adapters.product import explicit as explicit_weight
+from flora_jax.adapters.transposed import Transposed
 from flora_jax.bench import eq7, machine, report
 from flora_jax.bench.layer import crossovers, measure
 from flora_jax.bench.layer_options import ALL_KINDS, FORMS, LayerOptions, projection_of
@@ -30,12 +31,17 @@ def _tiny(**changed):
     return LayerOptions(**sizes | dict(measure_limits=False) | changed)
 
 
-@pytest.mark.parametrize("seed, quantize", [(0, "none"), (1, "none"), (2, "int8"), (3, "int4")])
-def test_every_case_computes_each_row_under_its_own_explicit_weight(seed, quantize):
-    options = _tiny(seed=seed, quantize=quantize)
+@pytest.mark.parametrize(
+    "seed, quantize, layout",
+    [(0, "none", "auto"), (1, "none", "inputs"), (2, "none", "outputs"), (3, "int8", "auto"),
+     (4, "int4", "inputs")],
+)  # fmt: skip
+def test_every_case_computes_each_row_under_its_own_explicit_weight(seed, quantize, layout):
+    options = _tiny(seed=seed, quantize=quantize, layout=layout)
     made = Programs(options)
     x, W, bias = made.base
-    explicit = dequantize(W, jax.numpy.float32)
+    assert isinstance(W, Transposed) == (quantize == "none" and layout != "inputs")
+    explicit = explicit_weight(W, jax.numpy.float32)
     for kind, form, rank in options.cases():
         if form == "merged":
             found = apply_merged(x, *made.build(kind, rank)())
@@ -200,6 +206,9 @@ def test_the_command_measures_everything_and_says_on_what(dtype, tmp_path):
         (["--dtype", "float8"], "--dtype is float8, expected of float32"),
         (["--quantize", "int2"], "--quantize is int2, expected of none, int8, int4"),
         (["--batch", "-1"], "--batch is -1"),
+        (["--layout", "rows"], "--layout is rows, expected of auto, inputs, outputs"),
+        (["--layout", "outputs", "--quantize", "int8"], "--layout is outputs, expected auto or"),
+        (["--seed", "-1"], "--seed is -1, expected 0 to"),
         (["--memory-limit", "nan"], "--memory-limit is nan, expected GiB above 0"),
         (["--inputs", "17", "--outputs", "8", "--quantize", "int4"], "17 input features"),
         ([*TINY, "--plot", "/no/such/place.png"], "--plot is /no/such/place.png, expected a file"),

@@ -14,6 +14,7 @@ from flora_jax.starcoder.config import PRESETS
 BASE = "base"
 PLAIN = "plain"
 FORMS = ("einsum", "vmap", "ragged", "merged")
+LAYOUTS = ("auto", "inputs", "outputs")
 DTYPES = ("float32", "bfloat16", "float16")
 ALL_KINDS = (BASE, *KINDS)
 # Kind, form and rank; the base has no rank.
@@ -27,8 +28,10 @@ class LayerOptions:
 
     ``kinds`` are of :data:`ALL_KINDS`, ``forms`` of :data:`FORMS`; the base has the form "plain" whatever
     is asked for, and IA3 the rank 1 alone. ``quantize`` is the base weight's, "none", "int8" or
-    "int4". ``memory_gib`` bounds what one measurement may hold; ``None`` is half of what the device has
-    free. ``measure_limits`` also measures the machine's bandwidth and best product rate.
+    "int4"; ``layout`` how it is held where it is not quantised: "inputs" first (``[I, O]``), "outputs"
+    first, or "auto", as a model decodes: by outputs on a CPU. ``memory_gib`` bounds what one measurement
+    may hold; ``None`` is half of what the device has free. ``measure_limits`` also measures the machine's
+    bandwidth and best product rate.
 
     Raises:
         InputError: a value out of its range, with the option's name.
@@ -43,6 +46,7 @@ class LayerOptions:
     forms: tuple[str, ...] = FORMS
     dtype: str = "float32"
     quantize: str = "none"
+    layout: str = "auto"
     repeats: int = 7
     memory_gib: float | None = None
     measure_limits: bool = True
@@ -60,6 +64,11 @@ class LayerOptions:
         _check_names("forms", self.forms, FORMS)
         _check_names("dtype", (self.dtype,), DTYPES)
         _check_names("quantize", (self.quantize,), ("none", *get_args(Method)))
+        _check_names("layout", (self.layout,), LAYOUTS)
+        if self.layout == "outputs" and self.quantize != "none":
+            raise InputError("--layout is outputs, expected auto or inputs with --quantize")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed is {self.seed}, expected 0 to 2^32 - 1")
         if self.memory_gib is not None and not self.memory_gib > 0:
             raise InputError(f"--memory-limit is {self.memory_gib}, expected GiB above 0")
 

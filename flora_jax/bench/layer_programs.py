@@ -21,6 +21,7 @@ from flora_jax.adapters.pairs import list_pairs
 from flora_jax.adapters.product import finish, product
 from flora_jax.adapters.quantized import quantize
 from flora_jax.adapters.ragged import Ragged
+from flora_jax.adapters.transposed import Transposed
 from flora_jax.bench import machine
 from flora_jax.bench.layer_options import PLAIN, Case, LayerOptions
 from flora_jax.errors import InputError
@@ -39,7 +40,7 @@ def make_adapters(
 
 
 def weights(options: LayerOptions) -> tuple[jax.Array, Any, jax.Array]:
-    """Random ``x [B, T, I]``, ``W [I, O]``, quantised where asked for, and ``bias [O]``.
+    """Random ``x [B, T, I]``, ``W [I, O]``, quantised or held by outputs, and ``bias [O]``.
 
     Raises:
         InputError: int4 cannot take so many inputs.
@@ -50,7 +51,10 @@ def weights(options: LayerOptions) -> tuple[jax.Array, Any, jax.Array]:
     W_IO = jax.random.normal(keys[1], (options.inputs, options.outputs), dtype)
     bias_O = jax.random.normal(keys[2], (options.outputs,), dtype)
     if options.quantize == "none":
-        return x_BTI, W_IO, bias_O
+        by_outputs = options.layout == "outputs" or (
+            options.layout == "auto" and jax.default_backend() == "cpu"
+        )
+        return x_BTI, Transposed(W_IO.T) if by_outputs else W_IO, bias_O
     try:
         return x_BTI, quantize(W_IO, cast(Any, options.quantize)), bias_O
     except ValueError as error:
@@ -83,8 +87,8 @@ class Programs:
         self.limit = _limit(options)
         size = jnp.dtype(options.dtype).itemsize
         border = options.inputs + options.outputs
-        # A weight is quantised from one of the full width in float32.
-        wide = size if options.quantize == "none" else size + 4
+        # A weight is turned from one by inputs, or quantised from one of full width in float32.
+        wide = (size + 4) if options.quantize != "none" else 2 * size
         least = wide * options.inputs * options.outputs + size * options.tokens * border
         if self.limit is not None and least > self.limit:
             raise InputError(

@@ -35,6 +35,10 @@ def layer(
     length: Annotated[int, typer.Option(help="Tokens of a row; 1 as in decoding.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     quantize: Annotated[str, typer.Option(help="The base weight: none, int8 or int4.")] = "none",
+    layout: Annotated[
+        str,
+        typer.Option(help="How it is held: inputs or outputs first; auto: as the engine has it."),
+    ] = "auto",
     repeats: Annotated[int, typer.Option(help="Rounds over all cases; medians are shown.")] = 7,
     memory_limit: Annotated[
         float | None, typer.Option(help="GiB; what needs more is left out. Default half the free.")
@@ -67,6 +71,7 @@ def layer(
         forms=tuple(forms.split(",")),
         dtype=dtype,
         quantize=quantize,
+        layout=layout,
         repeats=repeats,
         memory_gib=memory_limit,
         measure_limits=limits,
