@@ -4,14 +4,16 @@
     python experiments/regression.py --update   # writes the bounds that this run would just keep
 
 The 164M shape with random weights in float32, a different adapter in every row, prompts of 64 tokens and
-32 new ones. One engine holds the adapters of all contenders, so that nothing differs but what a request
-names; "unmerged", the paper's formula in prompts too, has another over the same weights. Programs run
-in turns, in another order in every round, and the medians of at least five rounds are divided. Every
-ratio is written so that more is better; only ratios are kept, so the bounds of regression_bounds.json
-hold on machines alike. No peer is needed: experiments/peers has those.
+64 new ones; "whole throughput" is a load of 48 requests on 16 rows, an eighth as long as ShareGPT's.
+Over the same weights there is an engine without room for adapters, the base; one that holds the
+adapters of all contenders, so that nothing differs between them but what a request names; and one for
+"unmerged", the paper's formula in prompts too. Programs run in turns, in another order in every round,
+and the medians of at least five rounds are divided. Every ratio is written so that more is better; only
+ratios are kept, so the bounds of regression_bounds.json hold on machines alike. No peer is needed:
+experiments/peers has those.
 
-Receipt: 9 minutes on 2 cores of an Intel Xeon (Emerald Rapids), of which programs not compiled before
-take two; measured values, bounds and machine are in experiments/results/regression_bounds.json.
+Receipt: RECEIPT; measured values, bounds and
+machine are in experiments/results/regression_bounds.json.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from flora_jax.bench.timing import interleaved
 from flora_jax.cli.common import prepare_jax, say
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError, RunError
+from flora_jax.serve.engine import Engine
 
 try:
     from experiments import regression_programs as made
@@ -39,7 +42,7 @@ except ModuleNotFoundError:  # Started as a script, whose directory is on the pa
     import regression_programs as made  # type: ignore[no-redef]
 
 BOUNDS = Path(__file__).parent / "results" / "regression_bounds.json"
-ROWS, LONG, FEW, MANY = made.ROWS, made.LONG, made.FEW, made.MANY
+ROWS, LONG, FEW, MANY, BATCH = made.ROWS, made.LONG, made.FEW, made.MANY, made.BATCH
 
 
 class Ratio(NamedTuple):
@@ -70,26 +73,26 @@ RATIOS = {
 
 
 def measure(
-    preset: str, rounds: int, seed: int, prompt: int = 64, new: int = 32
+    preset: str, rounds: int, seed: int, prompt: int = 64, new: int = 64
 ) -> dict[str, float]:
     """Median seconds by name, of programs that ran in turns; of a decoding what it takes longer than
     one token for every row.
     """
-    engine, names = made.build(preset, max(ROWS), seed)
+    base, engine, names = made.build(preset, seed)
     programs: dict[str, Callable[[], Any]] = {}
     least: dict[str, str] = {}
 
-    def add(title: str, rows: Sequence[str | None]) -> None:
-        programs[title] = made.generate(engine, rows, prompt, new)
-        programs[f"{title} first"] = made.generate(engine, rows, prompt, 1)
+    def add(title: str, own_engine: Engine, rows: Sequence[str | None]) -> None:
+        programs[title] = made.generate(own_engine, rows, prompt, new)
+        programs[f"{title} first"] = made.generate(own_engine, rows, prompt, 1)
         least[title] = f"{title} first"
 
     for rows in ROWS:
-        add(f"decode base {rows}", [None] * rows)
-        programs[f"products {rows}"] = products_alone(engine.model, rows, 1, new - 1)
+        add(f"decode base {rows}", base, [None] * rows)
+        programs[f"products {rows}"] = products_alone(base.model, rows, 1, new - 1)
     for title, own in names.items():
-        add(f"decode {title}", own[:16])
-    programs["long base"] = made.generate(engine, [None], LONG, 1)
+        add(f"decode {title}", engine, own[:BATCH])
+    programs["long base"] = made.generate(base, [None], LONG, 1)
     unmerged = made.unmerged(engine, names["flora 8"], seed)
     for title, own_engine in (("flora 8", engine), ("unmerged 8", unmerged)):
         programs[f"long {title}"] = made.generate(own_engine, names["flora 8"][:1], LONG, 1)
@@ -100,14 +103,17 @@ def measure(
     # Outside the timed rounds: whatever these shapes need is compiled here.
     for program in programs.values():
         jax.block_until_ready(program())
-    engine.compilations.reset()
+    engines = (base, engine, unmerged)
+    for own_engine in engines:
+        own_engine.compilations.reset()
     with report.progress("rounds", (rounds + 1) * len(programs)) as advance:
         times = interleaved(programs, rounds, advance)
-    if engine.compilations.count:
-        raise RunError(f"{engine.compilations.count} programs compiled while measuring, expected 0")
+    if compiled := sum(own_engine.compilations.count for own_engine in engines):
+        raise RunError(f"{compiled} programs compiled while measuring, expected 0")
     middle = {name: statistics.median(own) for name, own in times.items()}
     found = {n: s - middle[least[n]] if n in least else s for n, s in middle.items()}
-    pairs = [made.step_seconds(engine, 16, prompt, 3) for _ in range(max(rounds, 5))]
+    rows_1 = names["flora 1"][:BATCH]
+    pairs = [made.step_seconds(engine, rows_1, prompt, 3) for _ in range(max(rounds, 5))]
     found["engine"] = statistics.median(pair[0] for pair in pairs)
     found["bare"] = statistics.median(pair[1] for pair in pairs)
     return found
@@ -157,6 +163,10 @@ def main(
         raise InputError(f"--rounds is {rounds}, expected at least 5")
     if not 0 <= margin < 1:
         raise InputError(f"--margin is {margin}, expected 0 to below 1")
+    if preset not in ("mini", "164m"):
+        raise InputError(f"--preset is {preset!r}, expected mini or 164m")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed is {seed}, expected 0 to 2^32 - 1")
     least = {} if update else read_bounds(bounds)
     if update:
         report.check_output(bounds, "bounds")

@@ -20,6 +20,8 @@ from flora_jax.serve.request import Request
 
 ROWS, LONG, FEW, MANY = (1, 16, 32), 512, 8, 512
 CONTEXT = LONG + 128
+# Rows that run at once under adapters, and requests of a load, which enter as others end.
+BATCH, REQUESTS = 16, 48
 CONTENDERS = {
     "flora 1": setup.Contender("flora", 1),
     "flora 8": setup.Contender("flora", 8),
@@ -45,8 +47,11 @@ def generate(
     return run
 
 
-def step_seconds(engine: Engine, rows: int, prompt: int, dispatches: int) -> tuple[float, float]:
-    """Seconds of a full dispatch of decoding: the engine's iteration, and the bare device's.
+def step_seconds(
+    engine: Engine, names: Sequence[str], prompt: int, dispatches: int
+) -> tuple[float, float]:
+    """Seconds of a full dispatch of decoding, a row for every name: of the engine's whole iteration,
+    and of the device's part alone, the arrays that it is handed and the tokens' way back included.
 
     Both over the same rows, prefilled before; they take turns, so that both see the same lengths.
     """
@@ -54,11 +59,12 @@ def step_seconds(engine: Engine, rows: int, prompt: int, dispatches: int) -> tup
     tickets = [
         engine.add(
             Request(
-                row, (1 + row,) * prompt, max_tokens=2 * dispatches * steps + 8, ignore_eos=True
+                row, (1 + row,) * prompt, name, max_tokens=2 * dispatches * steps + 8,
+                ignore_eos=True,
             )
         )
-        for row in range(rows)
-    ]
+        for row, name in enumerate(names)
+    ]  # fmt: skip
     while any(s.stage != "decode" for s in engine.scheduler.running) or not engine.stats.running:
         engine.step()
     engine.step()
@@ -83,18 +89,21 @@ def step_seconds(engine: Engine, rows: int, prompt: int, dispatches: int) -> tup
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 
-def build(preset: str, rows: int, seed: int) -> tuple[Engine, dict[str, list[str]]]:
-    """An engine with as many adapters of every contender as it has rows, and their names."""
+def build(preset: str, seed: int) -> tuple[Engine, Engine, dict[str, list[str]]]:
+    """An engine without room for adapters, one with an adapter of every contender for each of
+    ``REQUESTS``, and their names.
+    """
     base = setup.find_base(None, preset)
     wide = dataclasses.replace(base.config, n_positions=max(base.config.n_positions, CONTEXT))
     model = setup.load_base(base._replace(config=wide), "float32", seed)
     adapters: dict[str, Any] = {}
     names: dict[str, list[str]] = {}
     for title, contender in CONTENDERS.items():
-        names[title] = [f"{title}, {n}" for n in range(rows)]
+        names[title] = [f"{title}, {n}" for n in range(REQUESTS)]
         adapters |= setup.make_adapters(model.config, contender, names[title], seed)
-    options = EngineOptions(max_num_seqs=rows, max_model_len=CONTEXT, row_buckets=ROWS)
-    return Engine(model, adapters, options=options), names
+    options = EngineOptions(max_num_seqs=BATCH, max_model_len=CONTEXT, row_buckets=(1, BATCH))
+    alone = dataclasses.replace(options, max_num_seqs=max(ROWS), row_buckets=ROWS)
+    return Engine(model, {}, options=alone), Engine(model, adapters, options=options), names
 
 
 def unmerged(engine: Engine, names: Sequence[str], seed: int) -> Engine:
@@ -112,7 +121,9 @@ def resident_programs(preset: str, prompt: int, new: int, seed: int) -> dict[str
     for resident in (FEW, MANY):
         named = [str(n) for n in range(resident)]
         adapters = setup.make_adapters(model.config, CONTENDERS["flora 8"], named, seed)
-        options = EngineOptions(max_num_seqs=16, max_model_len=prompt + new, row_buckets=(16,))
+        options = EngineOptions(
+            max_num_seqs=BATCH, max_model_len=prompt + new, row_buckets=(BATCH,)
+        )
         engine = Engine(model, adapters, options=options)
         for name in named:
             setup.preload(engine, name)
@@ -123,7 +134,7 @@ def resident_programs(preset: str, prompt: int, new: int, seed: int) -> dict[str
 
 
 def mixed(engine: Engine, names: Sequence[str], seed: int) -> Callable[[], Any]:
-    """A program: a ShareGPT-like load, an adapter of ``names`` for every request in turn."""
+    """A program: a ShareGPT-like load at an eighth of its lengths, each request under an own adapter."""
     options = WorkloadOptions(num_prompts=len(names), scale=0.125, seed=seed)
     workload, _ = setup.plan_workload(
         setup.Base("", engine.model.config, None), options, adapted=False
