@@ -163,7 +163,7 @@ def main(
     rows: Annotated[int, typer.Option(help="Of the first two sweeps.")] = 16,
     example_rows: Annotated[int, typer.Option(help="Of the third.")] = 1,
     example_tokens: int = 64,
-    repeats: int = 15,
+    repeats: Annotated[int, typer.Option(min=1)] = 15,
     output: Path = RESULTS,
 ) -> None:
     """Runs the three sweeps, prints the table and draws the picture."""

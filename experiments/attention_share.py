@@ -131,7 +131,7 @@ def main(
         str, typer.Option(help="Tokens of a prompt, and cached positions.")
     ] = "64,128,256,512,1024",
     rows: Annotated[int, typer.Option(help="Of a decoding step.")] = 16,
-    repeats: int = 5,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
     output: Path = RESULTS,
 ) -> None:
     """Times all parts at all lengths, prints the table and draws the picture."""

@@ -71,7 +71,7 @@ def main(
     decode_ranks: str = "1,2,4,8,16,32",
     prefill_ranks: str = "1,2,4,8",
     dtype: str = "float32",
-    repeats: int = 15,
+    repeats: Annotated[int, typer.Option(min=1)] = 15,
     output: Path = RESULTS,
 ) -> None:
     """Measures every curve, prints the table and draws the picture."""

@@ -187,7 +187,7 @@ def main(
     presets: Annotated[list[str] | None, typer.Argument(help=", ".join(PLANS))] = None,
     lengths: Annotated[Path | None, typer.Option(help="CSV of request lengths.")] = None,
     seed: int = 0,
-    repeats: Annotated[int, typer.Option(help="Runs of everything.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of everything.")] = 1,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the figure.")] = None,
 ) -> None:
     """Runs the presets, and shows all results so far."""

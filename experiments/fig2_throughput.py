@@ -133,6 +133,8 @@ def medians(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for (kind, rank), group in sorted(groups.items()):
         row: dict[str, Any] = {"kind": kind, "rank": rank, "runs": len(group)}
+        # More than one: the code changed between these runs.
+        row["commits"] = len({line["versions"]["commit"] for line in group})
         row["failed"] = sum(line["failed"] for line in group)
         for name in ("request_throughput", "output_throughput", "total_token_throughput"):
             row[name] = statistics.median(line[name] for line in group)
@@ -165,7 +167,7 @@ def main(
     presets: Annotated[list[str] | None, typer.Argument(help=", ".join(PLANS))] = None,
     lengths: Annotated[Path | None, typer.Option(help="CSV of request lengths.")] = None,
     seed: int = 0,
-    repeats: Annotated[int, typer.Option(help="Runs of everything; medians are shown.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of everything; medians are shown.")] = 1,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the figure.")] = None,
 ) -> None:
     """Runs the presets, and shows all results so far."""

@@ -236,7 +236,7 @@ def check_alone(
 
 def main(
     count: Annotated[int, typer.Option("--requests", help="At least 40.")] = 20_000,
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
 ) -> None:
     """Serves the requests, checks all of the above, and fails if anything is wrong."""

@@ -11,6 +11,8 @@ from typing import Any
 
 from load import machine
 
+from flora_jax.bench.machine import now, versions
+
 # Who is divided by whom, and whether both should say the same.
 PAIRS = (
     ("ours", "transformers", True),
@@ -113,6 +115,8 @@ def write_tables(
         groups[group] = {"medians": medians, "ratios": ratios}
     result = {
         "command": command,
+        "date": now(),
+        "commit": versions()["commit"],
         "machine": machine(),
         "contenders": outcome.about,
         "missing": outcome.missing,

@@ -41,6 +41,7 @@ from load import ForeignLoad, available_gib, wait_for_quiet
 from ratios import Outcome, write_tables
 
 from flora_jax.cli.program import run_function
+from flora_jax.errors import InputError
 
 HERE = Path(__file__).resolve().parent
 
@@ -197,10 +198,10 @@ def interleave(
 
 def main(
     directory: Annotated[Path, typer.Argument(help="For the model, the adapters and logs.")],
-    rounds: int = 5,
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
     batch: Annotated[str, typer.Option(help="Numbers of rows.")] = "1,16,32",
-    prompt_len: int = 64,
-    new_tokens: int = 64,
+    prompt_len: Annotated[int, typer.Option(min=1)] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     group: Annotated[
         list[str] | None, typer.Option(help=f"All by default: {', '.join(GROUPS)}.")
     ] = None,
@@ -220,7 +221,12 @@ def main(
         raise typer.BadParameter(f"unknown: {', '.join(sorted(unknown))}")
     # A request to end also ends the contenders.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
-    batches = [int(rows) for rows in batch.split(",")]
+    try:
+        batches = [int(rows) for rows in batch.split(",")]
+    except ValueError:
+        batches = []
+    if not batches or min(batches) < 1:
+        raise InputError(f"--batch is {batch!r}, expected numbers of rows, as 1,16,32")
     made = [str(directory), "--preset", preset, "--adapters", str(max(batches))]
     subprocess.run([sys.executable, str(HERE / "make.py"), *made], check=True)
     arguments = ["--model", str(directory / "model"), "--batch", batch]
