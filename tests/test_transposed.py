@@ -10,7 +10,7 @@ from flora_jax.adapters import apply, kind_of, product
 from flora_jax.adapters.bank import build_bank
 from flora_jax.adapters.pairs import form, list_pairs, row_components
 from flora_jax.adapters.ragged import Ragged, RowWise
-from flora_jax.adapters.transposed import Transposed
+from flora_jax.adapters.transposed import Transposed, matmul
 from flora_jax.starcoder.checkpoint import load_model, save_hf
 from flora_jax.starcoder.config import StarCoderConfig
 from flora_jax.starcoder.model import init_model
@@ -45,6 +45,25 @@ def test_every_form_gives_what_it_gives_with_the_weight_itself(seed, dtype, tole
         found = run(hook, rows, held, bias)
         assert found.dtype == dtype
         assert np.abs(np.float64(found) - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 600])
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float32, 3e-6), (jnp.bfloat16, 2e-2)])
+def test_products_of_few_and_of_many_rows_are_those_with_the_weight_itself(rows, dtype, tolerance):
+    rng = np.random.default_rng(rows)
+    x, W = (jnp.asarray(rng.normal(size=size), dtype) for size in ((2, rows, 24), (24, 40)))
+    expected = np.float64(x) @ np.float64(W)
+    for run in (matmul, jax.vmap(matmul, (0, None))):
+        found = jax.jit(run)(x, Transposed(W.T))
+        assert found.dtype == jnp.float32
+        assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def test_only_a_cpu_has_the_weight_first():
+    x, W = jnp.zeros((4, 24)), Transposed(jnp.zeros((40, 24)))
+    for platform, barriers in (("cpu", 1), ("cuda", 0), ("tpu", 0)):
+        lowered = jax.jit(matmul).trace(x, W).lower(lowering_platforms=(platform,))
+        assert lowered.as_text().count("optimization_barrier") == barriers
 
 
 def test_merging_gives_the_same_explicit_weight():

@@ -1,17 +1,20 @@
 """A base weight held by outputs, ``[O, I]``, in the place of one that is ``[I, O]``.
 
-A CPU's product of a few rows reads it up to 1.6 times faster so (16 to 32 rows); of hundreds of rows the
-two are equal. Knows nothing of models.
+A CPU multiplies a few rows faster so; of hundreds of rows the two are equal. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+# Rows from which a CPU's product has the same speed with the weight on either side.
+_MANY = 512
 
 
 @jax.tree_util.register_dataclass
@@ -37,5 +40,21 @@ class Transposed:
 
 
 def matmul(x_xI: jax.Array, W_IO: Transposed) -> jax.Array:
-    """``x @ W`` over the last axis of ``x``, accumulated and returned in float32."""
-    return jnp.einsum("...i,oi->...o", x_xI, W_IO.W_OI, preferred_element_type=jnp.float32)
+    """``x @ W`` over the last axis of ``x``, accumulated and returned in float32.
+
+    On a CPU a few rows are the right operand, ``(W_OI xᵀ)ᵀ``: up to 1.7 times as fast.
+    """
+    if math.prod(x_xI.shape[:-1]) >= _MANY:
+        return _rows_first(x_xI, W_IO.W_OI)
+    return jax.lax.platform_dependent(x_xI, W_IO.W_OI, cpu=_weight_first, default=_rows_first)
+
+
+def _rows_first(x_xI: jax.Array, W_OI: jax.Array) -> jax.Array:
+    return jnp.einsum("...i,oi->...o", x_xI, W_OI, preferred_element_type=jnp.float32)
+
+
+def _weight_first(x_xI: jax.Array, W_OI: jax.Array) -> jax.Array:
+    x_NI = x_xI.reshape(-1, x_xI.shape[-1])
+    y_ON = jnp.einsum("oi,ni->on", W_OI, x_NI, preferred_element_type=jnp.float32)
+    # Without the barrier XLA turns the operands round again.
+    return jax.lax.optimization_barrier(y_ON).T.reshape(*x_xI.shape[:-1], -1)

@@ -71,7 +71,7 @@ def read_lengths(path: Path) -> Lengths:
             f"{MOST_TOTAL} together"
         )
     else:
-        kept_N = (pairs_N2 > 0).all(axis=1)
+        kept_N = pairs_N2.min(axis=1) > 0
         wanted = "a token of prompt and of output"
     if not kept_N.any():
         raise InputError(f"{path}: none of {len(table_NX)} rows has {wanted}")

@@ -256,7 +256,7 @@ def _token_ids(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
     for token in value:
         if not isinstance(token, numbers.Integral) or isinstance(token, bool):
             raise RequestError(f"{name} holds {token!r}, expected integers")
-        if not 0 <= token < vocab_size:
+        if not 0 <= int(token) < vocab_size:
             raise RequestError(f"{name} holds {token}, the vocabulary has 0 to {vocab_size - 1}")
     return tuple(value)
 

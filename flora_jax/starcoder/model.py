@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flora_jax.adapters.product import PROJECTED, apply
+from flora_jax.adapters.product import PROJECTED, apply, product
+from flora_jax.adapters.transposed import Transposed
 from flora_jax.starcoder.attention import attend, attend_cached, causal_mask, split_qkv
 from flora_jax.starcoder.cache import Cache, LayerCache, Paging
 from flora_jax.starcoder.config import StarCoderConfig
@@ -211,7 +212,9 @@ class StarCoder(nnx.Module):
 
     def logits(self, hidden_xD: jax.Array) -> jax.Array:
         """Scores over the vocabulary ``[..., V]`` in float32."""
-        return jnp.matmul(hidden_xD, self.head(), preferred_element_type=jnp.float32)
+        if self.config.tie_word_embeddings:
+            return product(hidden_xD, Transposed(self.wte.embedding[...]))
+        return product(hidden_xD, self.lm_head[...])
 
     def __call__(
         self,
