@@ -12,8 +12,8 @@ and the medians of at least five rounds are divided. Every ratio is written so t
 ratios are kept, so the bounds of regression_bounds.json hold on machines alike. No peer is needed:
 experiments/peers has those.
 
-Receipt: RECEIPT; measured values, bounds and
-machine are in experiments/results/regression_bounds.json.
+Receipt: 14 minutes on 2 cores of an AMD EPYC (Zen 4); measured values, bounds and machine are in
+experiments/results/regression_bounds.json.
 """
 
 from __future__ import annotations
