@@ -13,11 +13,10 @@ The forms are the pair lists that serving uses (ragged; per token in the third s
 comparison, explicit weights: one product for each adapter over its own rows or tokens, the weights built
 before. Results go to experiments/results/adapters_per_example.json and .png.
 
-Receipt: 30 seconds on 2 cores of an Intel Xeon (Emerald Rapids):
-experiments/results/adapters_per_example.json. The whole pass costs the same under 1 and 16 adapters
-(FLoRA 1.10 to 1.12 of the base, LoRA 1.03 to 1.04), as does an example whose adapter changes up to 16
-times; explicit weights cost more with every adapter. The projection alone, 16 rows, FLoRA of rank 4:
-2.3 to 2.5 times the base's, LoRA 1.1 to 1.3.
+Receipt: 24 seconds on 2 cores of an AMD EPYC (Zen 4): experiments/results/adapters_per_example.json. The
+whole pass costs the same under 1 and 16 adapters (FLoRA of rank 4 1.20 to 1.24 of the base, LoRA 1.02 to
+1.06), as does an example whose adapter changes up to 16 times; explicit weights cost more with every
+adapter. The projection alone, 16 rows: FLoRA 2.4 to 2.7 times the base's, LoRA 1.0 to 1.5.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ the ranks measured; the table then says which of the two is cheaper. Every
 measurement is a line of experiments/results/eq7_crossover.jsonl at once, and is not made again; the
 picture, over those of this command, is beside it (.png).
 
-Receipt: 3 minutes on 2 cores of an Intel Xeon (Emerald Rapids); experiments/figure2.md has the table.
+Receipt: 3 minutes on 2 cores of an AMD EPYC (Zen 4); experiments/figure2.md has the table.
 """
 
 from __future__ import annotations
