@@ -19,13 +19,14 @@ from flora_jax.adapters.bank import Prepared
 from flora_jax.errors import InputError, RunError
 from flora_jax.serve.compilations import Compilations
 from flora_jax.serve.dispatch import Device, Job, Piece
-from flora_jax.serve.layout import make_pool, target_groups
+from flora_jax.serve.layout import longest_sequence, make_pool, target_groups
 from flora_jax.serve.options import WHILE_READING, EngineOptions
+from flora_jax.serve.pieces import next_pieces
 from flora_jax.serve.pool import LoadError
 from flora_jax.serve.programs import Lattice
-from flora_jax.serve.request import MAX_STOP_TOKENS, Request
+from flora_jax.serve.request import Request
 from flora_jax.serve.scheduler import Admission, Scheduler, Sequence
-from flora_jax.serve.steps import BROKEN, MAX_STOPS, RESTING
+from flora_jax.serve.steps import BROKEN, RESTING
 from flora_jax.serve.stream import Stream
 from flora_jax.serve.updates import Stats, Update
 from flora_jax.serve.versions import Source, Version, version
@@ -59,16 +60,7 @@ class Engine:
     ):
         config = model.config
         options = options or EngineOptions()
-        most = MAX_STOPS - MAX_STOP_TOKENS
-        if len(config.eos_token_ids) > most:
-            raise InputError(
-                f"the model has {len(config.eos_token_ids)} end tokens, at most {most}"
-            )
-        context = options.max_model_len or config.n_positions
-        if context > config.n_positions:
-            raise InputError(
-                f"max_model_len is {context}, the model has {config.n_positions} positions"
-            )
+        context = longest_sequence(config, options)
         self.compilations = Compilations()
         model = for_decoding(model)
         self.model, self.tokenizer, self.options, self.context = model, tokenizer, options, context
@@ -183,7 +175,7 @@ class Engine:
             if sequence.stage == "decode":
                 self.device.restore(sequence, self._copies.pop(sequence.ticket))
         self._written, self._due, self._refused = self.pool.loads, False, []
-        self.scheduler.admit(self._admission, self._at_once)
+        self.scheduler.admit(self._admission, lambda s: self.pool.is_read(s.content.version))
         self._read_ahead()
         if self.scheduler.running:
             self._run()
@@ -225,10 +217,6 @@ class Engine:
         for sequence in self.scheduler.heads():
             if sequence.content.version is not None:
                 self.pool.prefetch(sequence.content.version)
-
-    def _at_once(self, sequence: Sequence) -> bool:
-        own = sequence.content.version
-        return own is None or self.pool.is_read(own)
 
     def _admission(self, sequence: Sequence) -> Admission:
         own = sequence.content.version
@@ -281,7 +269,7 @@ class Engine:
         decoding = sum(sequence.stage == "decode" for sequence in self.scheduler.running)
         budget = self.options.max_num_batched_tokens - decoding
         dispatched = []
-        while pieces := self._next_pieces(budget):
+        while pieces := next_pieces(self.scheduler.running, self.device, budget):
             tokens_B = self.device.prefill(pieces)
             for piece in pieces:
                 piece.sequence.prefilled = piece.start + piece.length
@@ -291,29 +279,6 @@ class Engine:
             if tokens_B is not None:
                 dispatched.append((pieces, tokens_B))
         return dispatched
-
-    def _next_pieces(self, budget: int) -> list[Piece]:
-        """The oldest prompt's next long piece, or its short ones beside others of the same form."""
-        found: list[Piece] = []
-        shared: Any = None
-        for sequence in self.scheduler.running:
-            if sequence.stage != "prefill":
-                continue
-            start, form = sequence.prefilled, self.device.form_of(sequence)
-            if sequence.prompt - start >= self.lattice.long:
-                if not found:
-                    return [Piece(sequence, start, self.lattice.long)] if budget > 0 else []
-                continue
-            if shared not in (None, form):
-                continue
-            shared = form
-            while start < sequence.prompt and len(found) < max(self.lattice.pieces):
-                count = min(self.lattice.short, sequence.prompt - start)
-                if count > budget:
-                    return found
-                found.append(Piece(sequence, start, count))
-                start, budget = start + count, budget - count
-        return found
 
     def _extend(self, sequence: Sequence, tokens: list[int]) -> None:
         """Gives a sequence its new tokens; ends it where they do."""

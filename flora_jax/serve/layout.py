@@ -1,4 +1,6 @@
-"""How large an engine's adapter pool is: what its options and its first adapters make of it."""
+"""How long an engine's sequences and how large its adapter pool are: what its options, its model and its
+first adapters make of them.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,27 @@ from flora_jax.adapters.model_adapter import TARGETS, match_targets
 from flora_jax.errors import InputError
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.pool import AdapterPool
+from flora_jax.serve.request import MAX_STOP_TOKENS
+from flora_jax.serve.steps import MAX_STOPS
 from flora_jax.serve.versions import Version
 from flora_jax.starcoder.config import StarCoderConfig
+
+
+def longest_sequence(config: StarCoderConfig, options: EngineOptions) -> int:
+    """Positions of the longest sequence, prompt and output together.
+
+    Raises:
+        InputError: the model has fewer, or more end tokens than are looked for.
+    """
+    most = MAX_STOPS - MAX_STOP_TOKENS
+    if len(config.eos_token_ids) > most:
+        raise InputError(f"the model has {len(config.eos_token_ids)} end tokens, at most {most}")
+    context = options.max_model_len or config.n_positions
+    if context > config.n_positions:
+        raise InputError(
+            f"max_model_len is {context}, the model has {config.n_positions} positions"
+        )
+    return context
 
 
 def make_pool(

@@ -186,9 +186,9 @@ class AdapterPool:
     def is_resident(self, version: Version) -> bool:
         return version in self._residents
 
-    def is_read(self, version: Version) -> bool:
-        """Whether it lies on the device or is ready on the host."""
-        return version in self._residents or version in self._ready
+    def is_read(self, version: Version | None) -> bool:
+        """Whether it lies on the device or is ready on the host; of none, yes."""
+        return version is None or version in self._residents or version in self._ready
 
     def of(self, version: Version | None, target: str) -> Slots:
         """Raises ``KeyError`` for an adapter that is not resident."""

@@ -1,0 +1,36 @@
+"""Which pieces of prompts go into the next prefill dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from flora_jax.serve.dispatch import Device, Piece
+from flora_jax.serve.scheduler import Sequence
+
+
+def next_pieces(running: Iterable[Sequence], device: Device, budget: int) -> list[Piece]:
+    """The oldest prompt's next long piece, or its short ones beside others of the same form; none
+    where nobody is in its prompt, or the ``budget`` of tokens does not reach for one.
+    """
+    found: list[Piece] = []
+    lattice = device.lattice
+    shared: Any = None
+    for sequence in running:
+        if sequence.stage != "prefill":
+            continue
+        start, form = sequence.prefilled, device.form_of(sequence)
+        if sequence.prompt - start >= lattice.long:
+            if not found:
+                return [Piece(sequence, start, lattice.long)] if budget > 0 else []
+            continue
+        if shared not in (None, form):
+            continue
+        shared = form
+        while start < sequence.prompt and len(found) < max(lattice.pieces):
+            count = min(lattice.short, sequence.prompt - start)
+            if count > budget:
+                return found
+            found.append(Piece(sequence, start, count))
+            start, budget = start + count, budget - count
+    return found
