@@ -16,7 +16,8 @@ Every finished run is a line of experiments/results/fig2_throughput.jsonl at onc
 already, of the same plan and machine, is not run again.
 
 Receipt: on 2 cores of an Intel Xeon (Emerald Rapids) `164m` took 38 minutes, half of them compiling,
-`mini` 61 and `1b` 17; experiments/figure2.md has the tables and what they say of the paper's claims.
+`mini` 61 and `1b` 17; on an AMD EPYC (Zen 4) `164m` 30; experiments/figure2.md has the tables and what
+they say of the paper's claims.
 """
 
 from __future__ import annotations
