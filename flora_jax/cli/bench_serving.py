@@ -236,10 +236,12 @@ def _run(
 
 def _refuse_adapter_options(targets: str, resident: int | None, workload: dict[str, Any]) -> None:
     """What would say nothing without adapters is a mistake."""
-    found = {"targets": (targets, "c_attn"), "resident-adapters": (resident, None)}
-    found |= {"num-adapters": (workload["num_adapters"], None)}
-    found |= {"adapter-distribution": (workload["adapter_distribution"], "distinct")}
-    for name, (value, default) in found.items():
+    for name, value, default in (
+        ("targets", targets, "c_attn"),
+        ("resident-adapters", resident, None),
+        ("num-adapters", workload["num_adapters"], None),
+        ("adapter-distribution", workload["adapter_distribution"], "distinct"),
+    ):
         if value != default:
             raise InputError(f"--{name} is {value}, expected none with --kind none")
 

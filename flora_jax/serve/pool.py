@@ -204,19 +204,14 @@ class AdapterPool:
 
     def _read(self, version: Version) -> Prepared:
         """What reading gave; a failure is not kept, so a later request tries again."""
+        reading = self._loading.pop(version)
         try:
-            prepared = self._loading[version].result()
-            self._check_size(version, prepared)
+            prepared = reading.result()
+        except (InputError, OSError, ValueError) as error:
+            raise LoadError(f"adapter {version.name!r}: {error}") from error
         except Exception as error:  # Whatever a file holds, it is the request's affair alone.
-            del self._loading[version]
-            if isinstance(error, LoadError):
-                raise
-            known = isinstance(error, InputError | OSError | ValueError)
-            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"
             raise LoadError(f"adapter {version.name!r}: {reason}") from error
-        return prepared
-
-    def _check_size(self, version: Version, prepared: Prepared) -> None:
         for target, count in prepared.counts.items():
             most = self.capacity.get(target)
             if most is None or any(n > m for n, m in zip(count, most)):
@@ -225,6 +220,8 @@ class AdapterPool:
                     f"adapter {version.name!r}: {target} has {tuple(count)} components "
                     f"(multiplicative, additive, bias), at most {allowed} are served"
                 )
+        self._loading[version] = reading  # Held until it is placed.
+        return prepared
 
     def _place(self, version: Version, prepared: Prepared) -> _Resident | None:
         """Gives the adapter slots and writes it there; ``None`` where running ones leave no room.

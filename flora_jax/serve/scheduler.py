@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Literal
 
 Stage = Literal["waiting", "prefill", "decode", "aside"]
@@ -165,9 +165,7 @@ class Scheduler:
     ) -> Sequence | None:
         """The next one to run; none where the first in line lacks pages or has been passed enough."""
         heads = sorted(self.heads(), key=lambda sequence: self._share[sequence.owner])
-        behind = list(self._waiting.values())[len(heads) :]
-        further = (queue[0] for queue in behind if at_once(queue[0]))
-        for number, sequence in enumerate(itertools.chain(heads, further)):
+        for number, sequence in enumerate(itertools.chain(heads, self._behind(at_once))):
             if self._pages_for(sequence.prompt + 1) > len(self.free_pages):
                 return None
             found = admission(sequence)
@@ -180,6 +178,12 @@ class Scheduler:
             if found == "full" and sequence.overtaken >= self.rows:
                 return None
         return None
+
+    def _behind(self, at_once: Callable[[Sequence], bool]) -> Iterator[Sequence]:
+        """Who is first in line behind the heads and can run at once; looked for only when asked."""
+        for queue in list(self._waiting.values())[4 * self.rows :]:
+            if at_once(queue[0]):
+                yield queue[0]
 
     def heads(self) -> list[Sequence]:
         """The first in line of each owner, of so many owners that the next to run is most likely among
