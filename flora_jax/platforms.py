@@ -39,6 +39,7 @@ class Platform:
         few_shapes: fewer, larger shapes instead of the closest.
         steps_while_waiting: of a decode dispatch while prompts wait.
         head_numbers: logits of one chunk of the training loss at most.
+        invariant_options: of XLA, for an engine whose bits must be the same at every start.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Platform:
     few_shapes: bool
     steps_while_waiting: int
     head_numbers: int
+    invariant_options: tuple[tuple[str, Any], ...]
 
     def additive(self, activations: Any) -> Any:
         """The dtype of the bank's additive vectors for a model of such activations."""
@@ -84,6 +86,7 @@ CPU = Platform(
     few_shapes=False,
     steps_while_waiting=1,
     head_numbers=1 << 24,
+    invariant_options=(),
 )
 
 GPU = Platform(
@@ -105,6 +108,7 @@ GPU = Platform(
     few_shapes=True,  # a program takes some 15 s to compile
     steps_while_waiting=4,
     head_numbers=1 << 26,
+    invariant_options=(("xla_gpu_exclude_nondeterministic_ops", True),),
 )
 
 _TABLE = {"cpu": CPU, "gpu": GPU}
