@@ -39,6 +39,7 @@ class Platform:
         few_shapes: fewer, larger shapes instead of the closest.
         steps_while_waiting: of a decode dispatch while prompts wait.
         head_numbers: logits of one chunk of the training loss at most.
+        even_head_chunks: those chunks have equally many positions.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Platform:
     few_shapes: bool
     steps_while_waiting: int
     head_numbers: int
+    even_head_chunks: bool
 
 
 CPU = Platform(
@@ -80,6 +82,7 @@ CPU = Platform(
     few_shapes=False,
     steps_while_waiting=1,
     head_numbers=1 << 24,
+    even_head_chunks=False,
 )
 
 GPU = Platform(
@@ -101,6 +104,7 @@ GPU = Platform(
     few_shapes=True,  # a program takes some 15 s to compile
     steps_while_waiting=4,
     head_numbers=1 << 26,
+    even_head_chunks=True,  # 8 × 512: four chunks of 128 instead of 170, the last mostly padding
 )
 
 _TABLE = {"cpu": CPU, "gpu": GPU}
