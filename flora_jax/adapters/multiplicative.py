@@ -6,8 +6,12 @@ without that matrix as ``Σ_r post_r ∘ ((x ∘ pre_r) @ W)`` (the paper's Eq. 
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flora_jax.adapters.product import Weight, explicit, product
 from flora_jax.adapters.transposed import Transposed
@@ -48,14 +52,15 @@ def merge_as_held(pre_RI: jax.Array, post_RO: jax.Array, W_IO: Weight) -> jax.Ar
     """The same, by outputs where ``W`` is held so."""
     pre_RI, post_RO = pre_RI.astype(jnp.float32), post_RO.astype(jnp.float32)
     if isinstance(W_IO, Transposed):
-        factor_OI = _factor(post_RO, pre_RI)
+        factor_OI = _factor(post_RO, pre_RI, W_IO.dtype)
         return Transposed((W_IO.W_OI.astype(jnp.float32) * factor_OI).astype(W_IO.dtype))
-    return (explicit(W_IO, jnp.float32) * _factor(pre_RI, post_RO)).astype(W_IO.dtype)
+    factor_IO = _factor(pre_RI, post_RO, W_IO.dtype)
+    return (explicit(W_IO, jnp.float32) * factor_IO).astype(W_IO.dtype)
 
 
-@jax.custom_vjp
-def _factor(left_RX: jax.Array, right_RY: jax.Array) -> jax.Array:
-    """``Σ_r left_r right_rᵀ``, float32 ``[X, Y]``.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _factor(left_RX: jax.Array, right_RY: jax.Array, dtype: np.dtype) -> jax.Array:
+    """``Σ_r left_r right_rᵀ``, float32 ``[X, Y]``, of a weight of ``dtype``.
 
     A CPU multiplies. On a GPU the sum of a few outer products becomes part of the pass that reads
     ``W``, so that the factor itself never lies in memory; counted for 4 rows of 6,144 × 6,400 in
@@ -76,16 +81,41 @@ def _summed(left_RX: jax.Array, right_RY: jax.Array) -> jax.Array:
 
 
 def _factor_forward(
-    left_RX: jax.Array, right_RY: jax.Array
+    left_RX: jax.Array, right_RY: jax.Array, dtype: np.dtype
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _factor(left_RX, right_RY), (left_RX, right_RY)
+    return _factor(left_RX, right_RY, dtype), (left_RX, right_RY)
 
 
 def _factor_backward(
-    held: tuple[jax.Array, jax.Array], slope_XY: jax.Array
+    dtype: np.dtype, held: tuple[jax.Array, jax.Array], slope_XY: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """By products everywhere: of a sum it would be a reduction for each component."""
-    return jax.vjp(_multiplied, *held)[1](slope_XY)
+    """By products everywhere: of a sum it would be a reduction for each component.
+
+    On a GPU of arrays of the weight's dtype: the slope, as large as the weight, is written and read in
+    half of the bytes.
+    """
+
+    def wide(left_RX: jax.Array, right_RY: jax.Array, slope_XY: jax.Array) -> Any:
+        return jax.vjp(_multiplied, left_RX, right_RY)[1](slope_XY)
+
+    return jax.lax.platform_dependent(
+        *held, slope_XY, cpu=wide, default=functools.partial(rounded_slopes, dtype=dtype)
+    )
+
+
+def rounded_slopes(
+    left_RX: jax.Array, right_RY: jax.Array, slope_XY: jax.Array, *, dtype: np.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of a sum of outer products, float32, by products of arrays of ``dtype``."""
+    slope_XY = slope_XY.astype(dtype)
+    return (
+        jnp.einsum(
+            "xy,ry->rx", slope_XY, right_RY.astype(dtype), preferred_element_type=jnp.float32
+        ),
+        jnp.einsum(
+            "xy,rx->ry", slope_XY, left_RX.astype(dtype), preferred_element_type=jnp.float32
+        ),
+    )
 
 
 _factor.defvjp(_factor_forward, _factor_backward)

@@ -78,6 +78,13 @@ def slopes_of_halves(
 _of_halves.defvjp(_halves_forward, _halves_backward)
 
 
+def rounded(x_xI: jax.Array, W_IO: Weight) -> jax.Array:
+    """:func:`product` rounded to the dtype of ``x``, of a plain array by the product itself."""
+    if isinstance(W_IO, Quantized | Transposed):
+        return product(x_xI, W_IO).astype(x_xI.dtype)
+    return jnp.matmul(x_xI, W_IO)
+
+
 def explicit(W_IO: Weight, dtype: Any = None) -> jax.Array:
     """The weight as an array ``[I, O]`` in ``dtype`` (by default its own), however it is held."""
     if isinstance(W_IO, Transposed):
@@ -132,4 +139,4 @@ def _rounded(
 ) -> jax.Array:
     if isinstance(W_IO, Quantized | Transposed):
         return _base(None, x_BTI, W_IO, bias_O)
-    return finish(jnp.matmul(x_BTI, W_IO), bias_O, x_BTI.dtype)
+    return finish(rounded(x_BTI, W_IO), bias_O, x_BTI.dtype)

@@ -179,9 +179,7 @@ def total(terms: Terms) -> float:
     return sum(terms.values())
 
 
-def launches(
-    setting: Setting, span: int, work: Work, ways: Ways = Ways()
-) -> tuple[float, float]:
+def launches(setting: Setting, span: int, work: Work, ways: Ways = Ways()) -> tuple[float, float]:
     """Kernels of a decode step, and the CUDA graphs that the host launches for them."""
     layers = setting.config.n_layer
     kernels, graphs = _kernels_a_layer(setting, work, ways), 0.0
@@ -189,7 +187,9 @@ def launches(
         trips = -(-span // KEY_BLOCK)
         kernels += trips * KERNELS_A_TRIP
         graphs += 1 + trips if trips > 1 else 0
-    groups = sum(_loops(setting, target) for target in setting.adapted if any(work.further.values()))
+    groups = sum(
+        _loops(setting, target) for target in setting.adapted if any(work.further.values())
+    )
     graphs += groups
     return layers * kernels + OTHER_KERNELS, layers * graphs or 1.0
 
@@ -228,9 +228,7 @@ def _product_rate(setting: Setting) -> float:
     return setting.card.products / (2 if setting.itemsize == 4 else 1)
 
 
-def _component_bytes(
-    setting: Setting, target: str, rows: int, work: Work, lora: Lora
-) -> float:
+def _component_bytes(setting: Setting, target: str, rows: int, work: Work, lora: Lora) -> float:
     """Of one layer's adapted projection in decoding, beside its weight."""
     inputs, outputs = setting.config.projections()[target]
     further, additive = work.further.get(target, 0), work.additive.get(target, 0)

@@ -61,7 +61,7 @@ class StepOptions:
         remat: what of a block is computed anew in the backward pass.
         dropout: of LoRA's inputs.
         attention: a name of :data:`flora_jax.starcoder.attention.IMPLEMENTATIONS`.
-        rounded: projections without adapters give the activations' dtype at once.
+        rounded: projections give the activations' dtype at once, where their kind allows it.
         head: the chunks of the loss.
     """
 
@@ -115,7 +115,7 @@ def make_adapter_step(
         layers: Any, base: Any, part: GroupedBatch, keys_N: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graph, base)
-        hooks = grouped_hooks(layers, keys_N, options.dropout)
+        hooks = grouped_hooks(layers, keys_N, options.dropout, rounded=options.rounded)
         hidden_BTD, targets_BT = _hidden(model, part, hooks, options)
         nll_BT = frozen_head_nll(hidden_BTD, model.head(), targets_BT, options.head)
         nll_N = _per_adapter(nll_BT, part.mask)
@@ -210,7 +210,7 @@ def make_scorer(
 
     def score(layers: Sequence[Mapping[str, Any]] | None, base: Any, batch: GroupedBatch) -> Scores:
         model = nnx.merge(graph, base)
-        hooks = None if layers is None else grouped_hooks(layers)
+        hooks = None if layers is None else grouped_hooks(layers, rounded=options.rounded)
         hidden_BTD, targets_BT = _hidden(model, batch, hooks, options)
         nll_BT, hit_BT = token_scores(hidden_BTD, model.head(), targets_BT, options.head)
         return Scores(
