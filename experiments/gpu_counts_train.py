@@ -94,7 +94,7 @@ def compile_step(
     with jax.numpy_dtype_promotion("standard"):
         stacked = jax.eval_shape(start, jax.random.key(0))
         state = jax.eval_shape(lambda layers: init_adapter_state(layers, optimizer), stacked)
-    step = make_adapter_step(model.graph, optimizer, optax.constant_schedule(1e-3), options)
+    step: Any = make_adapter_step(model.graph, optimizer, optax.constant_schedule(1e-3), options)
     rows = ROWS // adapters
 
     def array(length: int, dtype: Any) -> jax.ShapeDtypeStruct:
