@@ -126,17 +126,23 @@ def _base(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rounded:
-    """The hook of a projection without adapters whose result has the activations' dtype at once.
+    """In the place of ``None``: the base projection with its result rounded as it is made.
 
-    Added up in float32 inside the product and rounded before the bias is added, so that a GPU's product
-    adds the bias itself. Of a weight that is no plain array it is the base projection.
+    A GPU's library then adds the bias, and applies GELU, as part of the product. Sums are accumulated in
+    float32 all the same; the bias is added in the activations' dtype.
     """
+
+
+ROUNDED = Rounded()
 
 
 @apply.register
 def _rounded(
     adapter: Rounded, x_BTI: jax.Array, W_IO: Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
-    if isinstance(W_IO, Quantized | Transposed):
+    if isinstance(W_IO, (Quantized, Transposed)):
         return _base(None, x_BTI, W_IO, bias_O)
-    return finish(rounded(x_BTI, W_IO), bias_O, x_BTI.dtype)
+    y_BTO = jnp.matmul(x_BTI, W_IO)
+    if bias_O is not None:
+        y_BTO = y_BTO + bias_O.astype(y_BTO.dtype)[None, None]
+    return checkpoint_name(y_BTO, PROJECTED)
