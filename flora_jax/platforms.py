@@ -40,6 +40,7 @@ class Platform:
         steps_while_waiting: of a decode dispatch while prompts wait.
         head_numbers: logits of one chunk of the training loss at most.
         invariant_options: of XLA, for an engine whose bits must be the same at every start.
+        even_head_chunks: those chunks have equally many positions.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Platform:
     steps_while_waiting: int
     head_numbers: int
     invariant_options: tuple[tuple[str, Any], ...]
+    even_head_chunks: bool
 
     def additive(self, activations: Any) -> Any:
         """The dtype of the bank's additive vectors for a model of such activations."""
@@ -87,6 +89,7 @@ CPU = Platform(
     steps_while_waiting=1,
     head_numbers=1 << 24,
     invariant_options=(),
+    even_head_chunks=False,
 )
 
 GPU = Platform(
@@ -109,6 +112,7 @@ GPU = Platform(
     steps_while_waiting=4,
     head_numbers=1 << 26,
     invariant_options=(("xla_gpu_exclude_nondeterministic_ops", True),),
+    even_head_chunks=True,  # 8 × 512: four chunks of 128 instead of 170, the last mostly padding
 )
 
 _TABLE = {"cpu": CPU, "gpu": GPU}

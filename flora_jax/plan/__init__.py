@@ -1,0 +1,1 @@
+"""What a model needs on a GPU: memory, modelled times, programs compiled ahead of time, simulated serving."""
