@@ -131,14 +131,17 @@ def one_device(card: Card) -> Any:
     """
     check_compiler()
     find_toolkit()
-    # Else JAX looks for a driver first, and complains where there is none.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
 
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology="1x1x1", target_config=target_config(card)
-    )
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology="1x1x1", target_config=target_config(card)
+        )
+    except NotImplementedError as error:  # JAX looked for a driver, and did not take the plugin.
+        raise InputError(
+            f"no compiler for {card.title} ({error}), start with JAX_PLATFORMS=cpu"
+        ) from None
     return NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
 
 

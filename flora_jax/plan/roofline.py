@@ -19,8 +19,8 @@
 Kernels a layer were counted on programs compiled for an H100: 20 with "gather", the four products with
 weights among them, 18 with "fused"; with "loop" 20 and 9 for every 128 positions, each trip a graph of
 its own. A projection without room for adapters has 1.25 kernels fewer where its results are rounded in
-the product (bias and GELU as epilogues). FLoRA beyond rank 1 adds half a kernel, LoRA one, batched products
-five. 16 more kernels make the rest of a step.
+the product (bias and GELU as epilogues). FLoRA beyond rank 1 adds half a kernel, and beyond 16 a loop
+of two for every 8 components; LoRA one, batched products five. 16 more kernels make the rest of a step.
 
 **A prefill dispatch** of ``T`` tokens is the sum of ``products`` (each projection's operations, or its
 bytes where those take longer), ``attention`` (scores as above; cuDNN's keeps none, at three quarters of
@@ -53,8 +53,9 @@ WEIGHT_PRODUCTS = 4
 _LOOP_PASSES = 9
 # Of the product rate, with a mask from memory.
 _FLASH_SHARE = 0.75
-# Further components that a row's sum adds in one pass; beyond, a loop of three kernels.
+# Further components that a row's sum adds in one pass; beyond two passes, a loop of two kernels.
 _GROUP = 8
+_SUM_KERNELS = 2
 _INT4_SLICE = 32 << 20
 
 
@@ -199,7 +200,9 @@ def _kernels_a_layer(setting: Setting, work: Work, ways: Ways) -> float:
     for target, (inputs, outputs) in setting.config.projections().items():
         kernels -= ROUNDED_SAVES * _rounded(setting, target, ways)
         if work.further.get(target):
-            kernels += 0.5 + 3 * _loops(setting, target)
+            kernels += 0.5
+            if trips := _loops(setting, target):
+                kernels += _SUM_KERNELS * trips + 2.5
         if work.additive.get(target):
             kernels += 5 if ways.lora == "bmm" else 1
         if setting.quantize == "int4":
