@@ -3,12 +3,13 @@
     python experiments/fig2_model.py --lengths LENGTHS.csv
 
 Nothing here is measured. `flora_jax.plan.simulate` serves the requests of fig2_throughput.py and
-fig2_latency.py (1,000, float16, 64 rows, every request with its own adapter on c_attn) with the engine's
-scheduler, shapes and choice of pieces, and every dispatch takes what `flora_jax.plan.roofline` says of the
-card: how a step is modelled is written there. All adapters lie on the device, sampling and the host are left
-out (`--host-ms` puts the host back in), and a kernel is as good as its bytes and operations. LoRA is ours,
-added in one pass ("lora"), and the paper's, two batched products after a gather ("lora, bmm"). Throughput
-with all requests there at once; time per token after the first at 8 requests a second, the paper's rate.
+fig2_latency.py (1,000, float16, 64 rows, every request with its own adapter on c_attn) with the
+engine's scheduler, shapes and choice of pieces, and every dispatch takes what
+`flora_jax.plan.roofline` says of the card: how a step is modelled is written there. All adapters lie
+on the device, sampling and the host are left out (`--host-ms` puts the host back in), and a kernel is
+as good as its bytes and operations. LoRA is ours, added in one pass ("lora"), and the paper's, two
+batched products after a gather ("lora, bmm"). Throughput with all requests there at once; time per
+token after the first at 8 requests a second, the paper's rate.
 
 experiments/results/fig2_model.json has the points; fig2_model_throughput.png, fig2_model_latency.png and
 fig2_model_ratio.png show them. The last is FLoRA's throughput as a part of that of LoRA in two batched
@@ -58,9 +59,7 @@ def workloads(lengths: Path | None, count: int, seed: int) -> dict[str, list[Arr
     times_s = draw_arrivals(dataclasses.replace(options, request_rate=RATE))
     return {
         "throughput": [Arrival(0.0, prompt, output) for prompt, output in pairs],
-        "latency": [
-            Arrival(float(at_s), *pair) for at_s, pair in zip(times_s, pairs, strict=True)
-        ],
+        "latency": [Arrival(float(at_s), *pair) for at_s, pair in zip(times_s, pairs, strict=True)],
     }
 
 

@@ -56,7 +56,9 @@ def test_weights_are_what_the_model_adds_up_to(config, dtype, quantize):
     assert found == bytes_of(model.params)
 
 
-@pytest.mark.parametrize("config", [PRESETS["15b"], PRESETS["mini"], TINY], ids=["15b", "mini", "t"])
+@pytest.mark.parametrize(
+    "config", [PRESETS["15b"], PRESETS["mini"], TINY], ids=["15b", "mini", "t"]
+)
 @pytest.mark.parametrize("rows, context", [(1, 17), (5, 40), (32, 16)])
 def test_the_cache_is_what_the_state_adds_up_to(config, rows, context):
     own = plan_of(config, max_num_seqs=rows, max_model_len=context)

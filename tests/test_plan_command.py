@@ -36,8 +36,8 @@ def program(monkeypatch, capsys):
 
 
 def test_json_is_one_object_and_nothing_else():
-    command = [sys.executable, "-m", "flora_jax.cli", "plan", "15b", "--gpu", "h100", "--json",
-               "--kind", "flora", "--rank", "8", "--max-num-seqs", "32", "--max-model-len", "2048"]  # fmt: skip
+    arguments = "15b --gpu h100 --json --kind flora --rank 8 --max-num-seqs 32 --max-model-len 2048"
+    command = [sys.executable, "-m", "flora_jax.cli", "plan", *arguments.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1

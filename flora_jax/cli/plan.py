@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -64,7 +65,7 @@ def plan(
     if model in PRESETS:
         name, config = model, PRESETS[model]
     else:
-        if "/" not in model and not os.path.exists(model):
+        if "/" not in model and not Path(model).exists():
             raise InputError(
                 f"MODEL|PRESET is {model!r}, expected one of {', '.join(PRESETS)}, a checkpoint's "
                 "directory or a hub id (owner/name)"

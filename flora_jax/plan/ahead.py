@@ -1,7 +1,8 @@
 """Programs compiled ahead of time for a card that is not there, by XLA's own compiler for it.
 
-The compiler comes with ``jax-cuda13-pjrt`` of jaxlib's version and needs ``ptxas`` and libdevice of a CUDA
-13 toolkit, both in the extra ``plan``; nothing runs, so nothing is autotuned: products are cuBLASLt's.
+The compiler comes with ``jax-cuda13-pjrt`` of jaxlib's version and needs ``ptxas`` and libdevice of a
+CUDA 13 toolkit, both in the extra ``plan``; nothing runs, so nothing is autotuned: products are
+cuBLASLt's.
 Knows nothing of what a program is for.
 """
 

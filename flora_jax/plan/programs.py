@@ -103,7 +103,7 @@ def weight_shapes(setting: Setting) -> set[tuple[str, tuple[int, ...]]]:
     dtype, and of the embedding.
     """
     config, own = setting.config, _HLO_DTYPES[setting.dtype]
-    found = {(own, (config.vocab_size, config.n_embd))}
+    found: set[tuple[str, tuple[int, ...]]] = {(own, (config.vocab_size, config.n_embd))}
     for leaf in jax.tree.leaves(model_of(setting).params):
         if len(leaf.shape) == 2 and min(leaf.shape) > setting.max_num_seqs:
             found.add((_HLO_DTYPES[np.dtype(leaf.dtype).name], tuple(leaf.shape)))

@@ -6,9 +6,10 @@
 - ``products``: what the projections' and the head's operations take beyond that reading, each
   ``2·P·I·O`` over the product rate, for the ``P`` rows that it multiplies (``B``, and one more for every
   further multiplicative component of FLoRA and HiRA);
-- ``attention``: "gather" copies the span's keys and values (read and written), reads them again in two
-  products, writes float32 scores, reads them, and writes and reads their softmax in 16 bits; "fused" reads
-  keys and values once; "loop" does less than its launches take, and counts by those alone;
+- ``attention``: "gather" copies the span's keys and values (read and written), reads them again in
+  two products, writes float32 scores, reads them, and writes and reads their softmax in 16 bits;
+  "fused" reads keys and values once; "loop" does less than its launches take, and counts by those
+  alone;
 - ``adapters``: the bank's components that the rows use, once; of every row that they add the scaled
   input (written, read) and the float32 result (written, read). LoRA "fused" reads its vectors once; LoRA
   "bmm", as two batched products, gathers them first (read and written), then reads them;
@@ -151,7 +152,7 @@ def prefill(
     tokens = rows * length
     products = adapters = 0.0
     passes = 6.0 * config.n_embd * size  # Two norms with the additions before them.
-    for target, (inputs, outputs) in config.projections().items():
+    for target, (_, outputs) in config.projections().items():
         own = target in setting.adapted and adapted
         seconds = _product_seconds(setting, target, tokens, 1)
         products += seconds
@@ -180,9 +181,7 @@ def total(terms: Terms) -> float:
     return sum(terms.values())
 
 
-def launches(
-    setting: Setting, span: int, work: Work, ways: Ways = Ways()
-) -> tuple[float, float]:
+def launches(setting: Setting, span: int, work: Work, ways: Ways = Ways()) -> tuple[float, float]:
     """Kernels of a decode step, and the CUDA graphs that the host launches for them."""
     layers = setting.config.n_layer
     kernels, graphs = _kernels_a_layer(setting, work, ways), 0.0
@@ -190,7 +189,9 @@ def launches(
         trips = -(-span // KEY_BLOCK)
         kernels += trips * KERNELS_A_TRIP
         graphs += 1 + trips if trips > 1 else 0
-    groups = sum(_loops(setting, target) for target in setting.adapted if any(work.further.values()))
+    groups = sum(
+        _loops(setting, target) for target in setting.adapted if any(work.further.values())
+    )
     graphs += groups
     return layers * kernels + OTHER_KERNELS, layers * graphs or 1.0
 
@@ -231,9 +232,7 @@ def _product_rate(setting: Setting) -> float:
     return setting.card.products / (2 if setting.itemsize == 4 else 1)
 
 
-def _component_bytes(
-    setting: Setting, target: str, rows: int, work: Work, lora: Lora
-) -> float:
+def _component_bytes(setting: Setting, target: str, rows: int, work: Work, lora: Lora) -> float:
     """Of one layer's adapted projection in decoding, beside its weight."""
     inputs, outputs = setting.config.projections()[target]
     further, additive = work.further.get(target, 0), work.additive.get(target, 0)

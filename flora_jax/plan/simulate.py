@@ -1,10 +1,10 @@
 """Serving on a simulated clock: the engine's own scheduler, lattice and choice of pieces, and for every
 dispatch the time that the roofline gives it.
 
-What it says is a model's, not a measurement. It follows the engine's iteration: sequences enter, prompts are
-prefilled within the budget of tokens, the others draw. Adapters are always on the device; swapping pages
-of the cache takes no time; the host's work is hidden behind the device's unless ``host_ms`` says what a
-dispatch takes there. Knows nothing of tokens' values or of arrays.
+What it says is a model's, not a measurement. It follows the engine's iteration: sequences enter,
+prompts are prefilled within the budget of tokens, the others draw. Adapters are always on the device;
+swapping pages of the cache takes no time; the host's work is hidden behind the device's unless
+``host_ms`` says what a dispatch takes there. Knows nothing of tokens' values or of arrays.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Simulation:
 
     Args:
         setting: model, card, adapters, sizes.
-        ways: implementations that its times are for.
+        ways: implementations that its times are for; the platform table's where it is ``None``.
         max_num_batched_tokens: of one iteration.
         cache_tokens: positions of the cache; room for all rows' whole contexts where it is ``None``.
         host_ms: what a dispatch takes on the host, while the device runs the one before.
@@ -91,13 +91,14 @@ class Simulation:
     def __init__(
         self,
         setting: Setting,
-        ways: roofline.Ways = roofline.Ways(),
+        ways: roofline.Ways | None = None,
         *,
         max_num_batched_tokens: int = 8192,
         cache_tokens: int | None = None,
         host_ms: float = 0.0,
     ):
-        self.setting, self.ways, self.host_ms = setting, ways, host_ms
+        self.setting, self.host_ms = setting, host_ms
+        self.ways = ways or roofline.Ways()
         self.options = EngineOptions(
             max_num_seqs=setting.max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,

@@ -9,7 +9,9 @@ from flora_jax.errors import InputError
 from flora_jax.plan import ahead, memory, roofline
 from flora_jax.plan.setting import Setting
 
-_OTHERS = [("none", 0)] + [(kind, rank) for rank in (1, 4, 8, 16, 32, 64) for kind in ("flora", "lora")]
+_OTHERS = [("none", 0)] + [
+    (kind, rank) for rank in (1, 4, 8, 16, 32, 64) for kind in ("flora", "lora")
+]
 _GIB = 1 << 30
 
 
