@@ -10,7 +10,7 @@ import pytest
 from flora_jax.adapters import model_adapter
 from flora_jax.adapters.model_adapter import init_adapter
 from flora_jax.errors import InputError
-from flora_jax.plan import memory, roofline, setting
+from flora_jax.plan import memory, prompts, roofline, setting
 from flora_jax.plan.cards import CARDS, MATRIX_UNITS, card
 from flora_jax.plan.setting import Setting
 from flora_jax.serve.layout import make_pool
@@ -150,16 +150,16 @@ def test_what_does_not_fit_says_so():
 @pytest.mark.parametrize("kind", ["flora", "lora", "hira"])
 def test_more_of_anything_needs_no_less(name, values, kind):
     base = plan_of(kind=kind, rank=4)
-    peaks, steps, prompts = [], [], []
+    peaks, steps, prefills = [], [], []
     for value in values:
         own = dataclasses.replace(base, **{name: value})
         peaks.append(memory.needed(own).peak)
         steps.append(roofline.total(roofline.decode(own, own.max_num_seqs, own.context)))
-        prompts.append(roofline.total(roofline.prefill(own, 4, 128, own.context)))
+        prefills.append(roofline.total(prompts.prefill(own, 4, 128, own.context)))
     assert peaks == sorted(peaks)
     assert len(set(peaks)) == len(values)
     assert steps == sorted(steps)
-    assert prompts == sorted(prompts)
+    assert prefills == sorted(prefills)
 
 
 def test_faster_cards_are_not_slower():
@@ -232,7 +232,7 @@ def test_what_adapters_add_to_a_step_is_what_was_worked_out(kind, rank, more):
 )  # fmt: skip
 def test_a_modelled_prefill_is_what_was_worked_out(tokens, span, attention, expected):
     ways = roofline.Ways(prompt_attention=attention, rounded_results=False)
-    found = roofline.total(roofline.prefill(plan_of(), 1, tokens, span, ways))
+    found = roofline.total(prompts.prefill(plan_of(), 1, tokens, span, ways))
     assert found == pytest.approx(expected, rel=0.15)
 
 

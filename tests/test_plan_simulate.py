@@ -5,7 +5,7 @@ import random
 import pytest
 
 from flora_jax.errors import InputError
-from flora_jax.plan import roofline
+from flora_jax.plan import prompts, roofline
 from flora_jax.plan.cards import CARDS
 from flora_jax.plan.setting import Setting
 from flora_jax.plan.simulate import Arrival, Simulation
@@ -58,7 +58,7 @@ def test_one_request_takes_what_the_roofline_says():
     own = simulation(rows=1, context=256)
     found = own.run([Arrival(0.0, 5, 40)])
     step_ms = roofline.total(roofline.decode(own.setting, 1, 256))
-    prompt_ms = roofline.total(roofline.prefill(own.setting, 1, 256, 256))
+    prompt_ms = roofline.total(prompts.prefill(own.setting, 1, 256, 256))
     assert found.ttft_ms == pytest.approx(prompt_ms)
     assert found.tpot_ms == pytest.approx(step_ms)
     assert found.steps == 39

@@ -18,7 +18,7 @@ from flora_jax.adapters.bank import Slots
 from flora_jax.adapters.pairs import BASE_FORM, Form, padded_additive, padded_multiplicative
 from flora_jax.adapters.ragged import GROUP
 from flora_jax.errors import InputError
-from flora_jax.plan import memory, roofline
+from flora_jax.plan import memory, prompts, roofline
 from flora_jax.plan.setting import Setting
 from flora_jax.platforms import GPU
 from flora_jax.serve.dispatch import Piece
@@ -229,7 +229,7 @@ class Simulation:
         span = lattice.span(max(piece.start + length for piece in pieces))
         key = (rows, length, span)
         if key not in self._cached_ms:
-            terms = roofline.prefill(self.setting, rows, length, span, self.ways)
+            terms = prompts.prefill(self.setting, rows, length, span, self.ways)
             self._cached_ms[key] = roofline.total(terms)
         return self._cached_ms[key]
 

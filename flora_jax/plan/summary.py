@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 from flora_jax.errors import InputError
-from flora_jax.plan import ahead, memory, roofline
+from flora_jax.plan import ahead, memory, prompts, roofline
 from flora_jax.plan.setting import Setting
 
 _OTHERS = [("none", 0)] + [
@@ -66,7 +66,7 @@ def _times(setting: Setting) -> tuple[roofline.Terms, roofline.Terms]:
     length = memory.prefill_tokens(setting) // rows
     return (
         roofline.decode(setting, setting.max_num_seqs, setting.context),
-        roofline.prefill(setting, rows, length, setting.context),
+        prompts.prefill(setting, rows, length, setting.context),
     )
 
 
