@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,12 @@ from flora_jax.errors import InputError
 from flora_jax.plan import memory, prompts, roofline, setting
 from flora_jax.plan.cards import CARDS, MATRIX_UNITS, card
 from flora_jax.plan.setting import Setting
+from flora_jax.platforms import GPU
 from flora_jax.serve.layout import make_pool
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.steps import init_state
+from flora_jax.serve.state import init_state
 from flora_jax.serve.versions import version
+from flora_jax.starcoder.attention import cudnn_takes
 from flora_jax.starcoder.config import PRESETS, StarCoderConfig
 from flora_jax.starcoder.model import abstract_model
 from flora_jax.starcoder.quantize import quantize_abstract
@@ -72,8 +75,9 @@ def test_the_cache_is_what_the_state_adds_up_to(config, rows, context):
 
 @pytest.mark.parametrize("kind, rank", [("flora", 3), ("lora", 4), ("hira", 2), ("ia3", 1)])
 @pytest.mark.parametrize("targets", [("attn.c_attn",), ALL])
-def test_the_bank_is_what_the_pool_makes_of_such_adapters(kind, rank, targets):
-    own = plan_of(TINY, dtype="float32", kind=kind, rank=rank, targets=targets, max_num_seqs=4,
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_bank_is_what_the_pool_makes_of_such_adapters(kind, rank, targets, dtype):
+    own = plan_of(TINY, dtype=dtype, kind=kind, rank=rank, targets=targets, max_num_seqs=4,
                   resident_adapters=3)  # fmt: skip
     adapter = init_adapter(
         jax.random.key(0), kind, TINY.projections(), TINY.n_layer, rank=rank, targets=targets
@@ -82,7 +86,7 @@ def test_the_bank_is_what_the_pool_makes_of_such_adapters(kind, rank, targets):
     prepared = known.read(TINY)
     assert {target: own.count(target) for target in targets} == prepared.counts
     options = EngineOptions(max_num_seqs=4, max_model_len=16, resident_adapters=3)
-    pool = make_pool({known: prepared}, TINY, options)
+    pool = make_pool({known: prepared}, TINY, options, GPU.additive(dtype))
     assert memory.bank_bytes(own) == bytes_of(pool.layers)
     pool.close()
 
@@ -91,8 +95,12 @@ def test_a_base_alone_has_no_bank():
     assert memory.bank_bytes(plan_of()) == 0
 
 
-def test_targets_are_the_adapters():
+def test_the_engines_words_are_the_plans():
     assert setting.TARGETS == model_adapter.TARGETS
+    for size, dtype in itertools.product((36, 64, 128, 136, 256), setting.ITEMSIZE):
+        config = dataclasses.replace(TINY, n_embd=4 * size)
+        taken = cudnn_takes(config, dtype)
+        assert (plan_of(config, dtype=dtype).prompt_attention == "cudnn") is taken
 
 
 def test_devices_share_weights_and_heads_evenly():

@@ -1,34 +1,32 @@
-"""The engine's decode program with abstract arguments, ready to be compiled for a card.
+"""The engine's own programs and shapes for a plan's setting, with shapes in place of arrays.
 
-The one place of this room that knows how a step is called. Knows nothing of compilers.
+The one place of this room that knows how an engine is made. Knows nothing of compilers.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters.bank import Count, Slots, empty_layers
-from flora_jax.adapters.pairs import group_lattice, list_pairs, pair_lattice
-from flora_jax.plan import memory
+from flora_jax.adapters.bank import Count, Slots
+from flora_jax.adapters.quantized import Method
 from flora_jax.plan.setting import Setting
 from flora_jax.platforms import GPU
-from flora_jax.serve import steps
-from flora_jax.starcoder.cache import Paging
+from flora_jax.serve.ahead import abstract_device, lower_for
+from flora_jax.serve.dispatch import Device
+from flora_jax.serve.options import EngineOptions
 from flora_jax.starcoder.model import Model, abstract_model
 from flora_jax.starcoder.quantize import quantize_abstract
 
 _HLO_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "s8", "uint8": "u8"}
-_STEPS = 16
 
 
 class Residents:
-    """Adapters that are all alike, one after another in the bank, named by number."""
+    """Adapters that are all alike, each resident; a row is under one of them by any name."""
 
     def __init__(self, setting: Setting):
         self.targets = tuple(setting.room())
@@ -41,10 +39,14 @@ class Residents:
     def of(self, name: Any, target: str) -> Slots:
         """See :class:`flora_jax.adapters.bank.Residents`."""
         multiplicative, additive = self._counts[target]
-        first, more = 2 + name * multiplicative, 1 + name * additive
-        return Slots(
-            tuple(range(first, first + multiplicative)), tuple(range(more, more + additive))
-        )
+        return Slots(tuple(range(2, 2 + multiplicative)), tuple(range(1, 1 + additive)))
+
+
+def options_of(setting: Setting, **more: Any) -> EngineOptions:
+    """The engine's options."""
+    return EngineOptions(
+        max_num_seqs=setting.max_num_seqs, max_model_len=setting.context, page=setting.page, **more
+    )
 
 
 def model_of(setting: Setting) -> Model:
@@ -52,56 +54,26 @@ def model_of(setting: Setting) -> Model:
     model = abstract_model(setting.config, jnp.dtype(setting.dtype))
     if setting.quantize == "none":
         return model
-    return quantize_abstract(model, setting.quantize)  # type: ignore[arg-type]
+    return quantize_abstract(model, cast(Method, setting.quantize))
 
 
-def state_of(setting: Setting) -> Any:
-    """The state's shapes and dtypes."""
-    dtype = jnp.dtype(setting.dtype)
-    return jax.eval_shape(
-        functools.partial(
-            steps.init_state, setting.config, setting.max_num_seqs, memory.pages(setting),
-            setting.page, dtype,
-        )
-    )  # fmt: skip
+def device_of(setting: Setting) -> Device:
+    """The engine's device with a GPU's choices, shapes in place of arrays."""
+    most = {target: Count(*setting.count(target)) for target in setting.room()}
+    return abstract_device(model_of(setting), options_of(setting), GPU, most, setting.residents)
 
 
-def bank_of(setting: Setting) -> Any:
-    """The bank's shapes and dtypes."""
-    room = {target: Count(*count) for target, count in setting.room().items()}
-    config = setting.config
-    return jax.eval_shape(lambda: empty_layers(room, config.projections(), config.n_layer))
-
-
-def decode(setting: Setting, place: Callable[[Any], Any]) -> Callable[[], Any]:
-    """What lowers the decode program in which every row has an adapter and the largest span.
-
-    ``place`` puts shapes and dtypes where the program is to run.
+def decode(setting: Setting, sharding: Any) -> Callable[[], Any]:
+    """What lowers a decode step, sampling apart, in which every row has an adapter and looks at the
+    whole context.
     """
-    rows, residents = setting.max_num_seqs, Residents(setting)
-    sizes = {}
-    for target in residents.targets:
-        multiplicative, additive = residents.most(target)
-        pairs, groups = pair_lattice(rows, multiplicative - 1), group_lattice(rows, additive)
-        sizes[target] = pairs[-1], groups[-1]
-    names = [row % max(1, setting.residents) for row in range(rows)]
-    width = -(-setting.context // setting.page)
-    model = model_of(setting)
-    arguments = place(
-        (
-            model.params, bank_of(setting), list_pairs(residents, names, sizes), state_of(setting),
-            np.zeros(rows, np.int32),
-            Paging(np.zeros((rows, width), np.int32), attention=GPU.decode_attention),
-            np.int32(_STEPS), np.bool_(False),
-        )
-    )  # fmt: skip
-    return lambda: steps.decode.lower(model.graph, *arguments, most=_STEPS)
+    programs = lower_for(device_of(setting), sharding)
+    # Listed from the fewest adapters and the shortest span to the most.
+    return [lower for name, lower in programs.items() if name.startswith("forward ")][-1]
 
 
 def weight_shapes(setting: Setting) -> set[tuple[str, tuple[int, ...]]]:
-    """HLO's dtype and the dimensions of every projection's kernel, as held and in the activations'
-    dtype, and of the embedding.
-    """
+    """HLO's dtype and the dimensions of every projection's kernel as it is held, and of the embedding."""
     config, own = setting.config, _HLO_DTYPES[setting.dtype]
     found: set[tuple[str, tuple[int, ...]]] = {(own, (config.vocab_size, config.n_embd))}
     for leaf in jax.tree.leaves(model_of(setting).params):

@@ -1,10 +1,11 @@
 """Serving on a simulated clock: the engine's own scheduler, lattice and choice of pieces, and for every
 dispatch the time that the roofline gives it.
 
-What it says is a model's, not a measurement. It follows the engine's iteration: sequences enter,
-prompts are prefilled within the budget of tokens, the others draw. Adapters are always on the device;
-swapping pages of the cache takes no time; the host's work is hidden behind the device's unless
-``host_ms`` says what a dispatch takes there. Knows nothing of tokens' values or of arrays.
+What it says is a model's, not a measurement. It follows the engine's iteration with a GPU's choices:
+sequences enter, prompts are prefilled within the budget of tokens, the others draw a number of tokens,
+and what was dispatched before is read while the device works on. Adapters are always on the device;
+swapping pages of the cache and sampling take no time, and the host none but what ``host_ms`` says.
+Knows nothing of tokens' values or of arrays.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import itertools
 from collections.abc import Sequence as Many
 from typing import Any, NamedTuple
 
-from flora_jax.adapters.bank import Slots
-from flora_jax.adapters.pairs import BASE_FORM, Form, padded_additive, padded_multiplicative
+from flora_jax.adapters.pairs import Form, padded_additive, padded_multiplicative
 from flora_jax.adapters.ragged import GROUP
 from flora_jax.errors import InputError
-from flora_jax.plan import memory, prompts, roofline
+from flora_jax.plan import prompts, roofline
+from flora_jax.plan.programs import Residents, options_of
 from flora_jax.plan.setting import Setting
 from flora_jax.platforms import GPU
 from flora_jax.serve.dispatch import Piece
-from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.pieces import next_pieces
+from flora_jax.serve.flight import Flight
+from flora_jax.serve.pieces import dispatch_prompts
 from flora_jax.serve.programs import DecodeShape, Lattice
 from flora_jax.serve.scheduler import Scheduler, Sequence
 
@@ -62,19 +63,14 @@ class Outcome(NamedTuple):
     preemptions: int
 
 
-class _Bank:
-    """Adapters that are all alike, each resident; a row is one of them by any name."""
+class _Flown(NamedTuple):
+    """What was dispatched in an iteration: the engine's own record, the tokens that its rows draw in it,
+    and when the device is through.
+    """
 
-    def __init__(self, setting: Setting):
-        self.targets = setting.adapted
-        self._counts = {target: setting.count(target)[:2] for target in self.targets}
-
-    def most(self, target: str) -> tuple[int, int]:
-        return self._counts[target]
-
-    def of(self, name: Any, target: str) -> Slots:
-        multiplicative, additive = self._counts[target]
-        return Slots(tuple(range(2, 2 + multiplicative)), tuple(range(1, 1 + additive)))
+    flight: Flight
+    took: list[int]
+    end_s: float
 
 
 class Simulation:
@@ -85,7 +81,7 @@ class Simulation:
         ways: implementations that its times are for; the platform table's where it is ``None``.
         max_num_batched_tokens: of one iteration.
         cache_tokens: positions of the cache; room for all rows' whole contexts where it is ``None``.
-        host_ms: what a dispatch takes on the host, while the device runs the one before.
+        host_ms: what a decode step, or a prefill dispatch, takes on the host.
     """
 
     def __init__(
@@ -93,44 +89,52 @@ class Simulation:
         setting: Setting,
         ways: roofline.Ways | None = None,
         *,
-        max_num_batched_tokens: int = 8192,
+        max_num_batched_tokens: int | None = None,
         cache_tokens: int | None = None,
         host_ms: float = 0.0,
     ):
         self.setting, self.host_ms = setting, host_ms
-        self.ways = ways or roofline.Ways()
-        self.options = EngineOptions(
-            max_num_seqs=setting.max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_model_len=setting.context,
-            cache_tokens=cache_tokens,
-            page=setting.page,
-            chunk=GPU.chunk,
-            pieces=GPU.pieces,
-            row_buckets=(setting.max_num_seqs,),
+        self.ways = ways or roofline.DEFAULT
+        self.options = options_of(
+            setting, max_num_batched_tokens=max_num_batched_tokens, cache_tokens=cache_tokens
         )
-        self.lattice = Lattice(_Bank(setting), self.options, setting.context, dynamic=False)
-        pages = memory.pages(setting)
-        if cache_tokens is not None:
-            pages = -(-cache_tokens // setting.page)
+        self.lattice = Lattice(Residents(setting), self.options, setting.context, GPU)
+        pages = self.options.cache_pages(setting.context)
         self.scheduler = Scheduler(setting.max_num_seqs, pages, setting.page)
-        self.clock_s = 0.0
         self.dispatches = self.steps = 0
+        self._host_s = self._device_s = 0.0
+        self._flown: _Flown | None = None
         self._first_s: dict[int, float] = {}
         self._served: list[Served] = []
+        self._gone: set[int] = set()
         self._cached_ms: dict[Any, float] = {}
+        counts = [setting.count(target) for target in setting.adapted]
+        own = None
+        if counts:
+            own = Form(
+                padded_multiplicative(max(count[0] for count in counts)),
+                padded_additive(max(count[1] for count in counts)),
+                setting.adapted,
+            )
+        self._form = self.lattice.form(own)
 
     def form_of(self, sequence: Sequence) -> Form:
         """In which form a prompt is prefilled; all adapters have one."""
-        if not self.setting.adapted:
-            return BASE_FORM
-        counts = [self.setting.count(target) for target in self.setting.adapted]
-        return Form(
-            padded_multiplicative(max(count[0] for count in counts)),
-            padded_additive(max(count[1] for count in counts)),
-            self.setting.adapted,
-            self.options.merge_prompts,
-        )
+        return self._form
+
+    def prefill(self, pieces: Many[Piece]) -> Any:
+        """What the engine's device does with pieces, on the clock."""
+        lattice = self.lattice
+        rows, length = 1, lattice.long
+        if max(piece.length for piece in pieces) <= lattice.short:
+            rows, length = lattice.piece_rows(len(pieces)), lattice.short
+        span = lattice.prompt_span(max(piece.start + length for piece in pieces))
+        key = (rows, length, span)
+        if key not in self._cached_ms:
+            terms = prompts.prefill(self.setting, rows, length, span, self.ways)
+            self._cached_ms[key] = roofline.total(terms)
+        self._pass(self._cached_ms[key], 1)
+        return pieces if any(piece.last for piece in pieces) else None
 
     def run(self, arrivals: Many[Arrival]) -> Outcome:
         """Serves all requests; each draws exactly its tokens.
@@ -149,63 +153,82 @@ class Simulation:
             raise InputError("the workload has no requests, expected some")
         ordered = collections.deque(sorted(arrivals))
         tickets = itertools.count()
-        while ordered or self.scheduler.has_work:
-            if not self.scheduler.has_work:
-                self.clock_s = max(self.clock_s, ordered[0].at_s)
-            while ordered and ordered[0].at_s <= self.clock_s:
+        while ordered or self._flown or self.scheduler.has_work:
+            if not self._flown and not self.scheduler.has_work:
+                self._host_s = max(self._host_s, ordered[0].at_s)
+            while ordered and ordered[0].at_s <= self._host_s:
                 ticket, own = next(tickets), ordered.popleft()
                 self.scheduler.add(Sequence(ticket, ticket, own.prompt, own.output, own))
             self._iterate()
         return self._outcome()
 
     def _iterate(self) -> None:
+        if self.scheduler.aside:
+            self._land()
         self.scheduler.resume()
         self.scheduler.admit(lambda _: "ready")
-        prefilled = self._prefill()
+        if not self.scheduler.running:
+            self._land()
+            return
+        device: Any = (
+            self  # What asks it wants its lattice, a sequence's form, and the time to pass.
+        )
+        prefilled = dispatch_prompts(self.scheduler.running, device)
         hurry = prefilled or any(s.stage == "prefill" for s in self.scheduler.running)
-        wanted = GPU.steps_while_waiting if hurry else self.options.decode_steps
-        rows, steps, _ = self.scheduler.grow(min(wanted, self.options.decode_steps))
+        if not self.scheduler.can_grow():
+            self._land()
+        most = GPU.steps_while_waiting if hurry else self.options.decode_steps
+        rows, steps, _ = self.scheduler.grow(min(most, self.options.decode_steps))
         if rows:
-            self._decode(rows, steps)
+            longest = max(sequence.reach for sequence in rows) + steps
+            shape = self.lattice.decode([sequence.ticket for sequence in rows], longest)
+            self._pass(steps * self._step_ms(shape), steps)
+            self.steps += steps
+        took = [min(steps, sequence.left) for sequence in rows]
+        before, self._flown = self._flown, None
+        if rows or prefilled:
+            flight = Flight.of(prefilled, rows, None, steps)
+            self._flown = _Flown(flight, took, self._device_s)
+        if GPU.pipelined:
+            self._read(before)
+        else:
+            self._land()
 
-    def _prefill(self) -> bool:
-        decoding = sum(sequence.stage == "decode" for sequence in self.scheduler.running)
-        budget = self.options.max_num_batched_tokens - decoding
-        any_ended = False
-        device: Any = self  # What next_pieces asks of one: its lattice, and a sequence's form.
-        while pieces := next_pieces(self.scheduler.running, device, budget):
-            self._pass(self._prefill_ms(pieces))
-            for piece in pieces:
-                piece.sequence.prefilled = piece.start + piece.length
-                if piece.last:
-                    any_ended = True
-                    piece.sequence.stage, piece.sequence.drawn = "decode", 1
-                    self._first_s.setdefault(piece.sequence.ticket, self.clock_s)
-                    self._end_if_done(piece.sequence)
-            budget -= sum(piece.length for piece in pieces)
-        return any_ended
-
-    def _decode(self, rows: list[Sequence], steps: int) -> None:
-        least, most = min(s.left for s in rows), max(s.left for s in rows)
-        # Who waits for a row gets it as soon as one ends.
-        steps = min(steps, least if self.scheduler.waiting else most)
-        longest = max(sequence.cached for sequence in rows) + steps
-        shape = self.lattice.decode([sequence.ticket for sequence in rows], longest)
-        self._pass(steps * self._step_ms(shape))
-        self.steps += steps
-        for sequence in rows:
-            sequence.drawn += min(steps, sequence.left)
-            self._end_if_done(sequence)
-
-    def _pass(self, device_ms: float) -> None:
+    def _pass(self, device_ms: float, programs: int) -> None:
+        """A dispatch of so many programs: the host's time, and the device's after what it has begun."""
         self.dispatches += 1
-        self.clock_s += 1e-3 * max(device_ms, self.host_ms)
+        self._host_s += 1e-3 * self.host_ms * programs
+        # The device goes on as soon as the first of them is there.
+        start_s = max(self._device_s, self._host_s - 1e-3 * self.host_ms * (programs - 1))
+        self._device_s = max(start_s + 1e-3 * device_ms, self._host_s)
+
+    def _land(self) -> None:
+        flown, self._flown = self._flown, None
+        self._read(flown)
+
+    def _read(self, flown: _Flown | None) -> None:
+        """The host waits for what was dispatched; sequences that are through leave."""
+        if flown is None:
+            return
+        self._host_s = max(self._host_s, flown.end_s)
+        flight = flown.flight
+        for pieces, _ in flight.prefilled:
+            for piece in pieces:
+                if piece.last:
+                    self._first_s.setdefault(piece.sequence.ticket, self._host_s)
+                    self._end_if_done(piece.sequence)
+        for sequence, number, took in zip(flight.rows, flight.flying, flown.took, strict=True):
+            sequence.flying -= number
+            if sequence.ticket not in self._gone:
+                sequence.drawn += took
+                self._end_if_done(sequence)
 
     def _end_if_done(self, sequence: Sequence) -> None:
-        if sequence.left == 0:
+        if sequence.drawn == sequence.room:
             self.scheduler.remove(sequence)
+            self._gone.add(sequence.ticket)
             first_s = self._first_s.pop(sequence.ticket)
-            self._served.append(Served(sequence.content, first_s, self.clock_s, sequence.drawn))
+            self._served.append(Served(sequence.content, first_s, self._host_s, sequence.drawn))
 
     def _step_ms(self, shape: DecodeShape) -> float:
         if shape not in self._cached_ms:
@@ -221,18 +244,6 @@ class Simulation:
             self._cached_ms[shape] = roofline.total(terms)
         return self._cached_ms[shape]
 
-    def _prefill_ms(self, pieces: list[Piece]) -> float:
-        lattice = self.lattice
-        rows, length = 1, lattice.long
-        if max(piece.length for piece in pieces) <= lattice.short:
-            rows, length = lattice.piece_rows(len(pieces)), lattice.short
-        span = lattice.span(max(piece.start + length for piece in pieces))
-        key = (rows, length, span)
-        if key not in self._cached_ms:
-            terms = prompts.prefill(self.setting, rows, length, span, self.ways)
-            self._cached_ms[key] = roofline.total(terms)
-        return self._cached_ms[key]
-
     def _outcome(self) -> Outcome:
         served = sorted(self._served, key=lambda one: one.arrival)
         drawn = sum(one.drawn for one in served)
@@ -241,8 +252,8 @@ class Simulation:
         waits = [one.first_s - one.arrival.at_s for one in served]
         return Outcome(
             served=served,
-            duration_s=self.clock_s,
-            output_throughput=drawn / self.clock_s,
+            duration_s=self._host_s,
+            output_throughput=drawn / self._host_s,
             tpot_ms=1e3 * sum(per_token) / len(per_token) if per_token else 0.0,
             ttft_ms=1e3 * sum(waits) / len(waits),
             dispatches=self.dispatches,

@@ -100,7 +100,7 @@ def check_compiling(setting: Setting) -> None:
 
 
 def compile_decode(setting: Setting) -> dict[str, Any]:
-    """What the real decode program is, compiled for the card: ``launches`` of a step,
+    """What the real decode step is, sampling apart, compiled for the card: ``launches``,
     ``copies_of_weights`` (how many), ``temporaries``, ``arguments`` and ``donated`` in bytes.
 
     Raises:
@@ -110,10 +110,8 @@ def compile_decode(setting: Setting) -> dict[str, Any]:
     from flora_jax.plan import programs
     from flora_jax.plan.launches import Program
 
-    def place(tree: Any) -> Any:
-        return ahead.placed(setting.card, tree)
-
-    compiled = ahead.compile_lowered(programs.decode(setting, place))
+    lower = programs.decode(setting, ahead.one_device(setting.card))
+    compiled = ahead.compile_lowered(lower)
     program = Program(compiled.text)
     found = program.launches()
     return {
