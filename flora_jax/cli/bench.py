@@ -29,7 +29,9 @@ def layer(
     kinds: Annotated[
         str, typer.Option(help="Comma-separated; Eq. 7 needs flora and lora.")
     ] = "base,lora,flora,ia3,hira",
-    forms: Annotated[str, typer.Option(help="Comma-separated.")] = "einsum,vmap,ragged,merged",
+    forms: Annotated[
+        str, typer.Option(help="Comma-separated.")
+    ] = "einsum,vmap,batched,ragged,merged",
     ranks: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2,4,8,16,32,64",
     batch: Annotated[int, typer.Option(help="Rows, each with an adapter of its own.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens of a row; 1 as in decoding.")] = 1,
