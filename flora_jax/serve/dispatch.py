@@ -33,8 +33,8 @@ from flora_jax.serve.steps import (
     take_pages,
 )
 from flora_jax.serve.stream import Stream
-from flora_jax.starcoder.attention import key_blocks
 from flora_jax.starcoder.cache import Paging
+from flora_jax.starcoder.cached_attention import key_blocks
 from flora_jax.starcoder.model import Model
 
 

@@ -27,11 +27,13 @@ class Paging:
 
     ``table [B, M]``, int32: the page of positions ``m·S`` to ``m·S + S - 1``; a number outside the
     pool where there is none. ``blocks``: how many key blocks of the table attention looks at, an int32
-    scalar; ``None`` is all of them, with a trip count that is known when compiling.
+    scalar; ``None`` is all of them, with a trip count that is known when compiling. ``attention``: a name
+    of :data:`flora_jax.starcoder.cached_attention.IMPLEMENTATIONS`, static.
     """
 
     table_BM: Any
     blocks: Any = None
+    attention: str = dataclasses.field(default="loop", metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass

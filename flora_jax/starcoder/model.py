@@ -16,8 +16,9 @@ from flax import nnx
 
 from flora_jax.adapters.product import PROJECTED, apply, product
 from flora_jax.adapters.transposed import Transposed
-from flora_jax.starcoder.attention import attend, attend_cached, causal_mask, split_qkv
+from flora_jax.starcoder.attention import attend, causal_mask, split_qkv
 from flora_jax.starcoder.cache import Cache, LayerCache, Paging
+from flora_jax.starcoder.cached_attention import attend_cached
 from flora_jax.starcoder.config import StarCoderConfig
 
 LayerAdapters = Mapping[str, Any]

@@ -1,0 +1,123 @@
+"""What each platform wants: the one table of choices by platform, with the reason beside each.
+
+A CPU is bound by its products and takes trip counts that are values; a GPU pays for every kernel launch,
+for every read of the weights and for a host that answers between two steps. Figures for a GPU come from
+programs compiled for an H100 ahead of time, unless a line says that they were measured. Knows names
+only: what they stand for is where it is implemented.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    """The choices; every field is static, and decided once, when an engine or a run starts.
+
+    Args:
+        name: as ``jax.default_backend()`` has it.
+        decode_attention: of :data:`flora_jax.starcoder.cached_attention.IMPLEMENTATIONS`.
+        prompt_attention: the same for pieces of prompts; "cudnn" falls back to "gather" where cuDNN
+            does not take the dtype or the heads.
+        training_attention: of :data:`flora_jax.starcoder.attention.IMPLEMENTATIONS`; "cudnn" falls back
+            to "einsum" likewise.
+        weights_by_outputs: hold kernels ``[O, I]`` for decoding.
+        rounded_results: projections without room for adapters give the activations' dtype at once.
+        additive_dtype: of the bank's additive vectors: float32, or the activations'.
+        steps_on_device: a decode dispatch loops over its steps on the device, sampling inside; else the
+            host dispatches each step's forward pass and its sampling as programs of their own.
+        pipelined: the next decode is dispatched before the last one's tokens are read.
+        sampling: how the least logit to keep is found: "window" (a top-k of 256, bisection where that
+            does not tell) or "digits" (four bits at a time, no sort).
+        values_as_trip_counts: attention's trip count is a value, so one span does for all lengths.
+        padded_rows: decode dispatches of up to so many rows have one shape.
+        chunk: tokens of a short piece of a prompt.
+        pieces: short pieces of one prefill dispatch at most.
+        long_pieces: whether ``chunk · pieces`` tokens of one prompt make a shape of their own.
+        few_shapes: fewer, larger shapes instead of the closest.
+        steps_while_waiting: of a decode dispatch while prompts wait.
+        head_numbers: logits of one chunk of the training loss at most.
+    """
+
+    name: str
+    decode_attention: str
+    prompt_attention: str
+    training_attention: str
+    weights_by_outputs: bool
+    rounded_results: bool
+    additive_dtype: Literal["float32", "activations"]
+    steps_on_device: bool
+    pipelined: bool
+    sampling: Literal["window", "digits"]
+    values_as_trip_counts: bool
+    padded_rows: int
+    chunk: int
+    pieces: int
+    long_pieces: bool
+    few_shapes: bool
+    steps_while_waiting: int
+    head_numbers: int
+
+
+CPU = Platform(
+    name="cpu",
+    decode_attention="loop",  # memory does not grow with the length; no launches to pay for
+    prompt_attention="loop",
+    training_attention="einsum",
+    weights_by_outputs=True,  # few rows up to 1.8 times as fast, measured on a Zen 4
+    rounded_results=False,  # no 16-bit products to speak of
+    additive_dtype="float32",
+    steps_on_device=True,
+    pipelined=False,  # the host's work and the steps share the same cores
+    sampling="window",  # 7 ms against 60 for 16 rows, measured on a Zen 1
+    values_as_trip_counts=True,
+    padded_rows=1,
+    chunk=64,
+    pieces=4,
+    long_pieces=True,
+    few_shapes=False,
+    steps_while_waiting=1,
+    head_numbers=1 << 24,
+)
+
+GPU = Platform(
+    name="gpu",
+    decode_attention="gather",  # 15B, 2,048 positions: 6,575 launches a step with the loop
+    prompt_attention="cudnn",  # 15B, 2,048 tokens: 7.9 GiB a layer with the loop, 0.9 with cuDNN
+    training_attention="cudnn",  # 1B, 8 × 512: scores are a third of all bytes
+    weights_by_outputs=False,
+    rounded_results=True,  # cuBLASLt adds the bias and applies GELU: 5 kernels a layer fewer
+    additive_dtype="activations",  # LoRA of rank 64: 5 % of a step
+    steps_on_device=False,  # the sampler would be 4 to 9 s of compiling in every decode program
+    pipelined=True,
+    sampling="digits",  # a top-k of 256 is a full sort there: 15 kernels, 0.15 ms a step
+    values_as_trip_counts=False,  # the host would be asked before every trip
+    padded_rows=128,  # below some 128 rows a step waits for the weights alone
+    chunk=512,  # a piece of 256 tokens reads 31 GB of weights at 15B for 12 ms of arithmetic
+    pieces=4,
+    long_pieces=False,
+    few_shapes=True,  # a program takes some 15 s to compile
+    steps_while_waiting=4,
+    head_numbers=1 << 26,
+)
+
+_TABLE = {"cpu": CPU, "gpu": GPU}
+
+
+def platform(name: str | None = None) -> Platform:
+    """The choices for a platform by its name, by default the one that JAX runs on.
+
+    A platform that the table does not have gets a GPU's choices without cuDNN.
+    """
+    if name is None:
+        import jax
+
+        name = jax.default_backend()
+    known = _TABLE.get(name)
+    if known is not None:
+        return known
+    return dataclasses.replace(
+        GPU, name=name, prompt_attention="gather", training_attention="einsum"
+    )
