@@ -39,6 +39,9 @@ class Platform:
         few_shapes: fewer, larger shapes instead of the closest.
         steps_while_waiting: of a decode dispatch while prompts wait.
         head_numbers: logits of one chunk of the training loss at most.
+        timed_bytes: what is timed takes turns over arrays that exceed so many bytes together.
+        timed_seconds: how long one run of what is timed should be, so that waiting for it does not
+            count; 0: a call.
     """
 
     name: str
@@ -59,6 +62,8 @@ class Platform:
     few_shapes: bool
     steps_while_waiting: int
     head_numbers: int
+    timed_bytes: int
+    timed_seconds: float
 
 
 CPU = Platform(
@@ -80,6 +85,8 @@ CPU = Platform(
     few_shapes=False,
     steps_while_waiting=1,
     head_numbers=1 << 24,
+    timed_bytes=0,  # a call takes far longer than waiting for it
+    timed_seconds=0.0,
 )
 
 GPU = Platform(
@@ -101,6 +108,8 @@ GPU = Platform(
     few_shapes=True,  # a program takes some 15 s to compile
     steps_while_waiting=4,
     head_numbers=1 << 26,
+    timed_bytes=180_000_000,  # three times the cache of an H100 or H200
+    timed_seconds=0.01,  # starting a program and waiting for it costs some 30 to 50 µs
 )
 
 _TABLE = {"cpu": CPU, "gpu": GPU}

@@ -17,42 +17,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from flora_jax.platforms import Platform
+
 # How much of the output before is in a call's input: little, so that the numbers stay where they are.
 SHARE = 1 / 16
 
 
-class Pace(NamedTuple):
-    """How calls are timed on a platform.
-
-    The arguments of all calls in turn exceed ``cache_bytes``, and a run takes about ``run_seconds`` by
-    the rough rates given: of such a run the host's part is small.
-    """
-
-    cache_bytes: int
-    run_seconds: float
-    bytes_per_second: float
-    operations_per_second: float
+# What a call's length is guessed by, so that a run has about the length that the platform asks for.
+_BYTES_PER_SECOND, _OPERATIONS_PER_SECOND = 3e12, 6e14
 
 
-# By JAX's name of the platform; any other is taken for a GPU. H100 and H200 have 50 and 60 MB of cache.
-_PACES = {"cpu": Pace(0, 0.0, 1e10, 1e11)}
-_GPU = Pace(180_000_000, 0.01, 3e12, 6e14)
-
-
-def pace() -> Pace:
-    """Of the platform that programs run on now."""
-    return _PACES.get(jax.default_backend(), _GPU)
-
-
-def sets_of(own: Pace, held_bytes: float) -> int:
+def sets_of(own: Platform, held_bytes: float) -> int:
     """How many sets of arguments, of so many bytes each, take turns."""
-    return max(1, math.ceil(own.cache_bytes / held_bytes))
+    return max(1, math.ceil(own.timed_bytes / held_bytes))
 
 
-def rounds_of(own: Pace, sets: int, moved: float, operations: float) -> int:
+def rounds_of(own: Platform, sets: int, moved: float, operations: float) -> int:
     """How often all sets are gone through, for calls that move so many bytes and do such operations."""
-    one = max(moved / own.bytes_per_second, operations / own.operations_per_second)
-    return max(1, math.ceil(own.run_seconds / (sets * one)))
+    one = max(moved / _BYTES_PER_SECOND, operations / _OPERATIONS_PER_SECOND)
+    return max(1, math.ceil(own.timed_seconds / (sets * one)))
 
 
 def several(tree: Any, sets: int) -> list[Any]:

@@ -29,6 +29,7 @@ from flora_jax.bench.device_loop import Calls
 from flora_jax.bench.layer_options import BASE, PLAIN, Case, LayerOptions
 from flora_jax.bench.random_arrays import draw
 from flora_jax.errors import InputError
+from flora_jax.platforms import platform
 
 # Adapters want a projection's name; which one it is makes no difference here.
 TARGET = "attn.c_attn"
@@ -62,7 +63,7 @@ def weights(options: LayerOptions) -> tuple[jax.Array, Any, jax.Array]:
     bias_O = draw((options.outputs,), dtype, seed + 2)
     if options.quantize == "none":
         by_outputs = options.layout == "outputs" or (
-            options.layout == "auto" and jax.default_backend() == "cpu"
+            options.layout == "auto" and platform().weights_by_outputs
         )
         return x_BTI, Transposed(W_IO.T) if by_outputs else W_IO, bias_O
     try:
@@ -120,7 +121,7 @@ class Programs:
                 f"the limit is {self.limit / _GIB:.3g}"
             )
         self.base = weights(options)
-        self.pace = device_loop.pace()
+        self.pace = platform()
         self.sets = device_loop.sets_of(self.pace, _bytes(self.base[1]))
         self._bases = device_loop.several(self.base[1:], self.sets)
         self.held = _bytes((self.base[0], self._bases))

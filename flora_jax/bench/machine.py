@@ -66,10 +66,9 @@ def memory_bytes() -> int | None:
     """Memory that a measurement may count on: the device's, on a CPU what is free now."""
     import jax
 
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return _meminfo("MemAvailable")
-    return (device.memory_stats() or {}).get("bytes_limit")
+    # A CPU's devices have no memory of their own.
+    own = jax.devices()[0].memory_stats()
+    return _meminfo("MemAvailable") if own is None else own.get("bytes_limit")
 
 
 def memory_bandwidth(megabytes: int | None = None, repeats: int = 7) -> float:
@@ -86,10 +85,11 @@ def memory_bandwidth(megabytes: int | None = None, repeats: int = 7) -> float:
     from flora_jax.bench import device_loop
     from flora_jax.bench.random_arrays import draw
     from flora_jax.bench.timing import interleaved
+    from flora_jax.platforms import platform
 
-    pace = device_loop.pace()
+    pace = platform()
     if megabytes is None:
-        megabytes = 256 if pace.run_seconds == 0 else 2048
+        megabytes = 256 if pace.timed_seconds == 0 else 2048
     x_XI = draw((megabytes * 256, 1024), "float32", 0)
     rounds = device_loop.rounds_of(pace, 1, x_XI.nbytes, 0)
     # The carry is a part of what is read, or all of it, so that no call can be left out.
@@ -129,10 +129,10 @@ def product_rate(
     A product of ``n × n`` random matrices counts ``2·n³``. ``sizes`` defaults to 1,024 and 2,048 on a
     CPU, and to 4,096 and 8,192 elsewhere; the fastest of all runs counts.
     """
-    from flora_jax.bench import device_loop
+    from flora_jax.platforms import platform
 
     if sizes is None:
-        sizes = (1024, 2048) if device_loop.pace().run_seconds == 0 else (4096, 8192)
+        sizes = (1024, 2048) if platform().timed_seconds == 0 else (4096, 8192)
     return max(2 * n**3 / product_seconds(n, n, n, dtype, repeats)[0] for n in sizes)
 
 
@@ -150,8 +150,9 @@ def product_seconds(
     from flora_jax.bench import device_loop
     from flora_jax.bench.random_arrays import draw
     from flora_jax.bench.timing import interleaved
+    from flora_jax.platforms import platform
 
-    pace, size = device_loop.pace(), jnp.dtype(dtype).itemsize
+    pace, size = platform(), jnp.dtype(dtype).itemsize
     moved = float(size * (inputs * outputs + rows * (inputs + outputs)))
     sets = device_loop.sets_of(pace, size * inputs * outputs)
     rounds = device_loop.rounds_of(pace, sets, moved, 2.0 * rows * inputs * outputs)
