@@ -1,4 +1,4 @@
-"""Timing on a device: a run really makes all its calls, each from the one before, over different arrays."""
+"""Timing on a device: a run makes all its calls, each from the one before, over different arrays."""
 
 import dataclasses
 

@@ -2,14 +2,15 @@
 
     engine PRESET LAYERS KIND,… ROWS PROMPT NEW
 
-Only what these requests need is compiled, by a first run that is not timed; ``compilations`` of the second
-is 0 where nothing was left to compile.
+Only what these requests need is compiled, by a first run that is not timed; ``compilations`` of the
+second is 0 where nothing was left to compile.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from experiments.gpu.items import Stage, main
@@ -60,15 +61,15 @@ def stage(own: Stage, words: list[str]) -> None:
         finally:
             engine.close()
         wanted = (
-            "output_throughput", "total_token_throughput", "duration", "iterations", "failed",
-            "compilations",
+            "output_throughput", "total_token_throughput", "duration", "iterations", "compilations",
         )  # fmt: skip
-        return {"ready_s": ready, **{name: found[name] for name in wanted if name in found}}
+        more = {name: found[name] for name in wanted if name in found}
+        return {"ready_s": ready, "requests_failed": found["failed"], **more}
 
     for text in kinds.split(","):
         kind, rank = engines.kind_and_rank(text)
         own.attempt(
-            "engine", lambda kind=kind, rank=rank: measure(kind, rank), kind=kind, rank=rank,
+            "engine", partial(measure, kind, rank), kind=kind, rank=rank,
             need_s=0 if own.rehearse else 15, **about,
         )  # fmt: skip
 

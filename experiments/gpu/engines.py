@@ -37,8 +37,9 @@ AUTO = "auto"
 def load(preset: str, layers: int, positions: int, dtype: str) -> Model:
     """A random model of a preset's shape with so many layers (0: its own) and positions."""
     config = PRESETS[preset]
-    more = {"n_layer": layers or config.n_layer, "n_positions": max(positions, 512)}
-    config = dataclasses.replace(config, **more)
+    config = dataclasses.replace(
+        config, n_layer=layers or config.n_layer, n_positions=max(positions, 512)
+    )
     model = for_decoding(random_model(config, dtype), consume=True)
     jax.block_until_ready(model.params)
     return model
@@ -89,7 +90,7 @@ def _reserved(layers: Any, empty: Any) -> Any:
 
 
 class Rig(Device):
-    """The engine's device side with random contents; ``attention`` is in place of the package's choice."""
+    """The engine's device side with random contents; ``attention`` replaces the package's choice."""
 
     def __init__(self, model: Model, pool: AdapterPool, options: EngineOptions, attention: str):
         context = options.max_model_len

@@ -1,8 +1,8 @@
 """One projection by kind, form and rank, and Eq. 7: the same program as ``flora-jax bench layer``.
 
 LoRA's form "batched" is the paper's own, two batched products in half precision; "ragged" is what the
-engine's decode steps run, "merged" what its prompts run from rank 2 on. Shapes are c_attn of 15B, 1B and 3B
-for 32 rows of one token, c_fc of 15B, and a prompt's pass of 4 x 512 tokens.
+engine's decode steps run, "merged" what its prompts run from rank 2 on. Shapes are c_attn of 15B, 1B
+and 3B for 32 rows of one token, c_fc of 15B, and a prompt's pass of 4 x 512 tokens.
 """
 
 from __future__ import annotations

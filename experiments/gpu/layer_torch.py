@@ -7,6 +7,7 @@ turn have weights and factors that exceed the card's cache together.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from experiments.gpu.items import Stage, main, require
@@ -72,9 +73,7 @@ def measure(
         return x_BTI @ W_N[number]
 
     for how in HOW[:2]:
-        own.attempt(
-            "case", lambda how=how: timed(base, how), kind="base", rank=None, how=how, **about
-        )
+        own.attempt("case", partial(timed, base, how), kind="base", rank=None, how=how, **about)
     for rank in ranks:
         down = [normal(rows, inputs, rank, scale=inputs**-0.5) for _ in range(sets)]
         up = [normal(rows, rank, outputs, scale=0.1) for _ in range(sets)]
@@ -94,7 +93,7 @@ def measure(
                 if how == "compiled graph" and (rank not in (1, 8) or own.left < 15):
                     continue
                 own.attempt(
-                    "case", lambda one=one, how=how: timed(one, how), kind=kind, rank=rank, how=how,
+                    "case", partial(timed, one, how), kind=kind, rank=rank, how=how,
                     **about,
                 )  # fmt: skip
 

@@ -18,6 +18,11 @@ HALF = torch.float16 if CUDA else torch.float32
 CACHE_BYTES = 180e6
 
 
+def normal(*shape: int) -> torch.Tensor:
+    """Standard normal numbers in half precision, made on the device."""
+    return torch.randn(*shape, device=DEVICE, dtype=HALF)
+
+
 def wait() -> None:
     """Until the device has done all that was asked of it."""
     if CUDA:

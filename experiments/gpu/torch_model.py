@@ -1,5 +1,7 @@
-"""The peers on the same shapes: transformers' GPTBigCode alone, with a LoRA of its own for every row as two
-``torch.bmm``, and with PEFT's mixed batch (``adapter_names``).
+"""The peers on the same shapes: transformers' GPTBigCode, an adapter for every row.
+
+Alone, with a LoRA of every row's own as two ``torch.bmm``, and with PEFT's mixed batch
+(``adapter_names``).
 
     torch_model PRESET LAYERS ROWS RANK
 
@@ -94,9 +96,8 @@ class Peers:
                 super().__init__()
                 self.plain = plain
                 outputs, inputs = plain.weight.shape
-                make = {"device": on_torch.DEVICE, "dtype": on_torch.HALF}
-                self.down = inputs**-0.5 * torch.randn(rows, inputs, rank, **make)
-                self.up = 0.01 * torch.randn(rows, rank, outputs, **make)
+                self.down = inputs**-0.5 * on_torch.normal(rows, inputs, rank)
+                self.up = 0.01 * on_torch.normal(rows, rank, outputs)
 
             def forward(self, x: Any) -> Any:
                 return self.plain(x) + torch.bmm(torch.bmm(x, self.down), self.up)

@@ -9,6 +9,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from experiments.gpu.items import Stage, main
@@ -33,18 +34,19 @@ def stage(own: Stage, words: list[str]) -> None:
     for text in kinds.split(","):
         kind, rank = engines.kind_and_rank(text)
         for count in (rows,) if own.rehearse else (1, rows):
+            run = partial(
+                measure, model, kind, rank, count, (rows, length), 1 if own.rehearse else 6
+            )
             own.attempt(
-                "train", lambda kind=kind, rank=rank, count=count: measure(
-                    model, kind, rank, count, rows, length, 1 if own.rehearse else 6
-                ),
-                kind=kind, rank=rank, adapters=count, need_s=0 if own.rehearse else 10, **about,
+                "train", run, kind=kind, rank=rank, adapters=count,
+                need_s=0 if own.rehearse else 10, **about,
             )  # fmt: skip
 
 
 def measure(
-    model: Any, kind: str, rank: int, count: int, rows: int, length: int, repeats: int
+    model: Any, kind: str, rank: int, count: int, size: tuple[int, int], repeats: int
 ) -> Mapping[str, Any]:
-    """Steps of ``count`` adapters on ``rows`` together, read one by one as a training run does."""
+    """Steps of ``count`` adapters on rows and tokens together, read one by one as a run does."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -58,7 +60,7 @@ def measure(
         make_optimizer,
     )
 
-    config = model.config
+    config, (rows, length) = model.config, size
 
     def layers() -> Any:
         made = init_adapter(
