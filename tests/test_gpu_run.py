@@ -1,4 +1,4 @@
-"""The measurements on a GPU: the whole rehearsal, the runner's limits, and the report of what it wrote."""
+"""The measurements on a GPU: the whole rehearsal, the runner's limits, the report of what it wrote."""
 
 import json
 import os
@@ -86,8 +86,9 @@ def test_a_stage_that_runs_past_its_limit_is_ended_with_all_that_it_started(runn
     assert line["timed_out"] is True
     assert line["rc"] == -signal.SIGKILL
     child = int(runner.log.read_text().split()[-1])
+    status = Path(f"/proc/{child}/status")
     for _ in range(50):  # Its end is seen once the system has cleared it away.
-        if not Path(f"/proc/{child}").exists() or "State:\tZ" in Path(f"/proc/{child}/status").read_text():
+        if not status.exists() or "State:\tZ" in status.read_text():
             break
         time.sleep(0.1)
     else:
@@ -231,7 +232,7 @@ def written(place, *lines, about=ABOUT, end=""):
 def test_a_later_figure_replaces_an_earlier_one_but_a_failure_does_not(tmp_path):
     place = written(
         tmp_path / "a", decode("none", 0, 12.0), decode("none", 0, 11.0),
-        {**decode("none", 0, 0.0), "failed": "it broke", "ms_step": None}, decode("flora", 8, 13.0),
+        {**decode("none", 0, 1.0), "failed": "it broke", "ms_step": None}, decode("flora", 8, 13.0),
     )  # fmt: skip
     found = report.read([place]).items
     assert [line["ms_step"] for line in found] == [11.0, 13.0]
@@ -250,7 +251,12 @@ def test_cut_results_give_all_that_is_whole(tmp_path):
     results = report.read([place])
     assert (len(results.items), results.broken) == (2, 1)
     shown = report.text(results)
-    for words in ("1 lines are not whole", "late: ran past its limit", "last: 3 s left", "no memory"):
+    for words in (
+        "1 lines are not whole",
+        "late: ran past its limit",
+        "last: 3 s left",
+        "no memory",
+    ):
         assert words in shown
     assert "NVIDIA H100" in shown
     assert "| 15b | 40 | 32 | 512 | auto | none | 0 | 12 |" in shown
@@ -259,7 +265,7 @@ def test_cut_results_give_all_that_is_whole(tmp_path):
 def test_two_cards_never_stand_in_one_table(tmp_path):
     first = written(tmp_path / "a", decode("none", 0, 12.0))
     other = written(tmp_path / "b", decode("none", 0, 9.0), about=ABOUT | {"card": "NVIDIA H200"})
-    with pytest.raises(InputError, match="NVIDIA H200.*NVIDIA H100.*two cards"):
+    with pytest.raises(InputError, match=r"NVIDIA H200.*NVIDIA H100.*two cards"):
         report.read([first, other])
     rehearsed = written(tmp_path / "c", about=ABOUT | {"rehearse": True})
     with pytest.raises(InputError, match="two cards"):

@@ -7,9 +7,10 @@ DIR or the one given. A later figure of the same item replaces an earlier one; w
 is listed. A line that a killed process left half written is skipped, and counted. Figures of two cards,
 or of a rehearsal and a card, never stand in one table: that is an error.
 
-Figure 2 has throughput and time per token against rank, a panel for each model. ``paper.csv`` beside this
-program has the paper's own points (``model,metric,kind,rank,value``; metric is ``throughput`` in tokens a
-second or ``ms_per_token``); it is empty until somebody has read them off the paper, and none are invented.
+Figure 2 has throughput and time per token against rank, a panel for each model; where no run had all of
+a model's layers the panel's title says how many it had. ``paper.csv`` beside this program has the paper's
+own points (``model,metric,kind,rank,value``; metric is ``throughput`` in tokens a second or
+``ms_per_token``): it is empty until somebody reads them off the paper, and none are invented.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ import typer
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from flora_jax.bench import eq7, report  # noqa: E402
-from flora_jax.cli.program import run_function  # noqa: E402
-from flora_jax.errors import InputError  # noqa: E402
-from flora_jax.files import whole_file  # noqa: E402
+from flora_jax.bench import eq7, report
+from flora_jax.cli.program import run_function
+from flora_jax.errors import InputError
+from flora_jax.files import whole_file
+from flora_jax.starcoder.config import PRESETS
 
 PAPER = Path(__file__).with_name("paper.csv")
 # What the paper says of its Figure 2 in words, as experiments/figure2.md quotes it.
@@ -46,7 +48,8 @@ _FOUND = frozenset(
     "at_s took_s compiled_s us us_q1 us_q3 build_us relative calls ms ms_step ms_step_waited host_ms "
     "tok_s TB_s TFLOP_s least_us waited_us queued_us broken loss peak_GB first_s made_s ready_s "
     "output_throughput total_token_throughput duration iterations failed skipped compilations "
-    "overhead_us c1 c2 c1_over_c2 fit_error predicted_rank measured_rank verdict changes steps".split()
+    "overhead_us requests_failed c1 c2 c1_over_c2 fit_error predicted_rank measured_rank verdict "
+    "changes steps".split()
 )
 
 
@@ -120,7 +123,7 @@ def select(items: Iterable[Line], item: str, **wanted: Any) -> list[Line]:
 
 
 def markdown(rows: Sequence[Line], columns: Mapping[str, str]) -> str:
-    """A table: numbers with four digits, a dash where a row has none; columns without any are left out."""
+    """A table: numbers with four digits, a dash where there is none; empty columns are left out."""
     shown = {
         key: head for key, head in columns.items() if any(r.get(key) is not None for r in rows)
     }
@@ -293,38 +296,39 @@ def _part(title: str, rows: Sequence[Line], columns: Mapping[str, str]) -> str:
 def figure2(items: Sequence[Line], paper: Sequence[Line] = ()) -> dict[str, Points]:
     """Panels of throughput and time per token for each model, a line for every kind and source."""
     panels: dict[str, Points] = {}
-    sources = (("decode", "ms_step", ""), ("generate", "ms_step", "torch "))
     for preset in ("1b", "3b", "15b"):
-        rows: list[tuple[str, int, float, float]] = []
-        for item, metric, prefix in sources:
-            chosen = [r for r in select(items, item, preset=preset) if _in_figure(r, items)]
-            rows += [
-                (prefix + row["kind"], row["rank"], row["tok_s"], row[metric]) for row in chosen
-            ]
+        rows = _of_figure(preset, items)
         own = [line for line in paper if line["model"] == preset]
-        for metric, column in (("throughput", 2), ("ms_per_token", 3)):
+        for metric, key in (("throughput", "tok_s"), ("ms_per_token", "ms_step")):
             series: Points = {}
             for row in rows:
-                series.setdefault(row[0], []).append((float(row[1]), float(row[column])))
+                name = row["kind"] if row["item"] == "decode" else f"torch {row['kind']}"
+                series.setdefault(name, []).append((float(row["rank"]), float(row[key])))
             for line in own:
                 if line["metric"] == metric:
                     points = series.setdefault(f"paper: {line['kind']}", [])
                     points.append((float(line["rank"]), float(line["value"])))
-            if any(name != "none" for name in series):
+            if any(not name.endswith("none") for name in series):
                 title = "tokens/s" if metric == "throughput" else "ms a token"
+                whole = PRESETS[preset].n_layer
+                if rows and rows[0]["layers"] < whole:
+                    title += f", {rows[0]['layers']} of {whole} layers"
                 panels[f"{preset}: {title}"] = _levelled(series)
     return panels
 
 
-def _in_figure(row: Line, items: Sequence[Line]) -> bool:
-    """Of each model the runs of the most layers with adapters of several ranks, one attention."""
-    if row["item"] == "generate":
-        return True
-    alike = select(items, "decode", preset=row["preset"])
-    ranks: dict[tuple[Any, ...], set[int]] = {}
-    for other in alike:
-        ranks.setdefault(_place(other), set()).add(other["rank"])
-    return _place(row) == max(ranks, key=lambda place: (len(ranks[place]), place[2] or 0))
+def _of_figure(preset: str, items: Sequence[Line]) -> list[Line]:
+    """Of a model the run of the most layers, and of those the one with the most ranks; and the peers'
+    with as many layers.
+    """
+    runs: dict[tuple[Any, ...], list[Line]] = {}
+    for row in select(items, "decode", preset=preset):
+        runs.setdefault(_place(row), []).append(row)
+    if not runs:
+        return []
+    chosen = max(runs.values(), key=lambda own: (own[0]["layers"], len({r["rank"] for r in own})))
+    alike = {"preset": preset, "layers": chosen[0]["layers"], "rows": chosen[0]["rows"]}
+    return [*chosen, *select(items, "generate", **alike)]
 
 
 def _levelled(series: Points) -> Points:
