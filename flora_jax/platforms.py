@@ -9,7 +9,7 @@ only: what they stand for is where it is implemented.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,10 @@ class Platform:
     head_numbers: int
     timed_bytes: int
     timed_seconds: float
+
+    def additive(self, activations: Any) -> Any:
+        """The dtype of the bank's additive vectors for a model of such activations."""
+        return "float32" if self.additive_dtype == "float32" else activations
 
 
 CPU = Platform(

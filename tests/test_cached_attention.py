@@ -84,7 +84,7 @@ def test_nothing_behind_a_row_or_of_others_is_ever_multiplied(how):
             Paging(jnp.array(table), attention=how),
             jnp.array(positions),
             config,
-        )  # fmt: skip
+        )
     )
     clean = np.asarray(run(k, v))
     spoilt = np.asarray(run(spoilt_k.reshape(k.shape), spoilt_v.reshape(v.shape)))

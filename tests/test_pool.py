@@ -12,7 +12,7 @@ from random_adapters import random_adapter
 from flora_jax.adapters.bank import Count
 from flora_jax.adapters.pairs import list_pairs
 from flora_jax.errors import InputError
-from flora_jax.serve import steps
+from flora_jax.platforms import CPU
 from flora_jax.serve.dispatch import Device
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.pool import AdapterPool, LoadError
@@ -213,15 +213,12 @@ def test_a_batch_costs_the_same_operations_among_8_and_512_resident_adapters():
         for version in versions:
             ready(pool, version)
         options = EngineOptions(max_num_seqs=4, page=4, max_num_batched_tokens=99)
-        lattice = Lattice(pool, options, 64, True)
-        device = Device(init_model(CONFIG, 0), pool, lattice, options, 64)
+        lattice = Lattice(pool, options, 64, CPU)
+        device = Device(init_model(CONFIG, 0), pool, lattice, options, 64, CPU)
         shape = lattice.decode(versions, 32)
-        compiled = steps.decode.lower(
-            device.model.graph, device.model.params, pool.layers,
-            list_pairs(pool, versions, lattice.pair_sizes(shape)), device.state,
-            np.zeros(4, np.int32), device._paging([], 4, shape.span, 32), np.int32(1),
-            np.bool_(False), most=4,
-        ).compile()  # fmt: skip
+        pairs = list_pairs(pool, versions, lattice.pair_sizes(shape))
+        work = dataclasses.replace(device.decoding(shape, [], 1), pairs=pairs)
+        compiled = device.decode_call(work, 1, False).lower().compile()
         costs.append((compiled.cost_analysis()["flops"], compiled.memory_analysis()))
         jax.clear_caches()
     (few, few_memory), (many, many_memory) = costs

@@ -1,7 +1,5 @@
 """A quantised base is never kept dequantised: peak temporary memory of compiled programs."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,8 +9,10 @@ from random_adapters import random_adapter
 
 from flora_jax.adapters.grouped import grouped_hooks
 from flora_jax.adapters.quantized import matmul, quantize
-from flora_jax.serve import steps
-from flora_jax.starcoder.cache import contiguous
+from flora_jax.platforms import CPU
+from flora_jax.serve.ahead import abstract_device
+from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.programs import DecodeShape
 from flora_jax.starcoder.config import StarCoderConfig
 from flora_jax.starcoder.model import abstract_model
 from flora_jax.starcoder.quantize import quantize_abstract
@@ -60,15 +60,11 @@ def explicit_temporaries(method, layers):
 def decode_temporaries(method, layers):
     """Of a dispatch of four tokens for two rows, a loop on the device."""
     model = quantize_abstract(abstract_model(config(layers)), method)
-    state = jax.eval_shape(
-        functools.partial(steps.init_state, model.config, 2, 8, 8, jnp.dtype(jnp.float32))
-    )
-    rows = jax.ShapeDtypeStruct((2,), jnp.int32)
-    compiled = steps.decode.lower(
-        model.graph, model.params, [{}] * layers, {}, state, rows, contiguous(2, 32, 8),
-        jnp.int32(4), jnp.bool_(False), most=4,
-    ).compile()  # fmt: skip
-    return compiled.memory_analysis().temp_size_in_bytes
+    options = EngineOptions(max_num_seqs=2, max_model_len=32, page=8, decode_steps=4)
+    device = abstract_device(model, options, CPU, {}, 0)
+    shape = DecodeShape(2, (0, 0), 32)
+    call = device.decode_call(device.decoding(shape, [], 4), 4, False)
+    return call.lower().compile().memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("measure", [gradient_temporaries, decode_temporaries])

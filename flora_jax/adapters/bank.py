@@ -136,9 +136,16 @@ def _padded(components: Components, count: Count) -> Components:
 
 
 def empty_layers(
-    room: Mapping[str, Count], projections: Mapping[str, tuple[int, int]], layers: int
+    room: Mapping[str, Count],
+    projections: Mapping[str, tuple[int, int]],
+    layers: int,
+    additive: Any = np.float32,
 ) -> tuple[dict[str, TargetBank], ...]:
-    """A bank with room for so many components by target, the reserved ones included."""
+    """A bank with room for so many components by target, the reserved ones included.
+
+    ``additive`` is the dtype of the additive vectors. Multiplicative ones are float32 always: they lie
+    near one, where steps of 16 bits swallow a small update.
+    """
 
     def target_bank(target: str) -> TargetBank:
         (inputs, outputs), count = projections[target], room[target]
@@ -148,8 +155,8 @@ def empty_layers(
         return TargetBank(
             jnp.array(pre_CI),
             jnp.array(post_CO),
-            jnp.array(zeros(count.additive, inputs)),
-            jnp.array(zeros(count.additive, outputs)),
+            jnp.array(zeros(count.additive, inputs), additive),
+            jnp.array(zeros(count.additive, outputs), additive),
             jnp.array(zeros(count.bias, outputs)) if count.bias > RESERVED.bias else None,
         )
 
@@ -162,7 +169,7 @@ def write(layers: BankLayers, values: Sequence[Mapping[str, Any]], slots: Mappin
     """Writes one adapter into a donated bank; see :func:`patch` for the other two arguments."""
 
     def put(pool_CX: jax.Array, slot_J: jax.Array, new_JX: jax.Array) -> jax.Array:
-        return pool_CX.at[slot_J].set(new_JX, mode="drop")
+        return pool_CX.at[slot_J].set(new_JX.astype(pool_CX.dtype), mode="drop")
 
     result = []
     for layer, own in zip(layers, values, strict=True):

@@ -5,6 +5,7 @@ Factors may be wider than the activations: products are accumulated in float32 a
 
 from __future__ import annotations
 
+import dataclasses
 from functools import singledispatch
 from typing import Any
 
@@ -69,3 +70,28 @@ def _base(
     adapter: None, x_BTI: jax.Array, W_IO: Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     return finish(product(x_BTI, W_IO), bias_O, x_BTI.dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rounded:
+    """In the place of ``None``: the base projection with its result rounded as it is made.
+
+    A GPU's library then adds the bias, and applies GELU, as part of the product. Sums are accumulated in
+    float32 all the same; the bias is added in the activations' dtype.
+    """
+
+
+ROUNDED = Rounded()
+
+
+@apply.register
+def _rounded(
+    adapter: Rounded, x_BTI: jax.Array, W_IO: Weight, bias_O: jax.Array | None = None
+) -> jax.Array:
+    if isinstance(W_IO, (Quantized, Transposed)):
+        return _base(None, x_BTI, W_IO, bias_O)
+    y_BTO = jnp.matmul(x_BTI, W_IO)
+    if bias_O is not None:
+        y_BTO = y_BTO + bias_O.astype(y_BTO.dtype)[None, None]
+    return checkpoint_name(y_BTO, PROJECTED)

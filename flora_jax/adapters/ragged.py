@@ -35,10 +35,11 @@ GROUP = 8
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TargetBank:
-    """The components of all resident adapters on one projection of one layer, float32.
+    """The components of all resident adapters on one projection of one layer, float32 but where said.
 
-    Multiplicative ``pre [C, I]``, ``post [C, O]``; additive ``down [C', I]``, ``up [C', O]``;
-    ``bias_scale [N, O]``, whose row 0 is zero, or ``None`` where no adapter touches the bias.
+    Multiplicative ``pre [C, I]``, ``post [C, O]``; additive ``down [C', I]``, ``up [C', O]``, in 16 bits
+    or float32, widened before they are multiplied; ``bias_scale [N, O]``, whose row 0 is zero, or
+    ``None`` where no adapter touches the bias.
     """
 
     pre_CI: jax.Array
@@ -156,9 +157,11 @@ def _add_components(
 
     A product with the gathered ``up [B, J, O]`` costs a CPU's decoding three times as much.
     """
-    h_BTJ = jnp.einsum("bti,bji->btj", x_BTI.astype(jnp.float32), bank.down_CI[slot_BJ])
+    down_BJI = bank.down_CI[slot_BJ].astype(jnp.float32)
+    h_BTJ = jnp.einsum("bti,bji->btj", x_BTI.astype(jnp.float32), down_BJI)
     for number in range(slot_BJ.shape[1]):
-        y_BTO = y_BTO + h_BTJ[:, :, number, None] * bank.up_CO[slot_BJ[:, number]][:, None]
+        up_BO = bank.up_CO[slot_BJ[:, number]].astype(jnp.float32)
+        y_BTO = y_BTO + h_BTJ[:, :, number, None] * up_BO[:, None]
     return y_BTO
 
 
@@ -225,7 +228,9 @@ def _apply_row_wise(
     else:
         y_BTO = multiplicative.apply_batch(pre_BJI, post_BJO, x_BTI, W_IO)
     if own.add_slot_BJ.shape[1]:
-        down_BJI, up_BJO = bank.down_CI[own.add_slot_BJ], bank.up_CO[own.add_slot_BJ]
+        down_BJI, up_BJO = (
+            pool[own.add_slot_BJ].astype(jnp.float32) for pool in (bank.down_CI, bank.up_CO)
+        )
         h_BTJ = jnp.einsum("bti,bji->btj", x_BTI.astype(jnp.float32), down_BJI)
         y_BTO = y_BTO + jnp.einsum("btj,bjo->bto", h_BTJ, up_BJO)
     change_BO = _bias_change(bank, own.bias_B, bias_O)

@@ -30,7 +30,7 @@ from flora_jax.starcoder.sources import resolve
 from flora_jax.starcoder.transpose import for_decoding
 
 KINDS = ("flora", "lora", "ia3", "hira", "none", "sequential", "unmerged")
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,7 +271,9 @@ def bars(what: str, requests: int) -> Iterator[tuple[Progress, Callable[[], None
         compiling = shown.add_task(f"{what}: compile", total=None)
         serving = shown.add_task(f"{what}: requests", total=requests)
         yield (
-            lambda done, total: shown.update(compiling, completed=done, total=total),
+            lambda name, done, total: shown.update(
+                compiling, completed=done, total=total, description=f"{what}: compiled {name}"
+            ),
             lambda: shown.advance(serving),
         )
 

@@ -100,7 +100,6 @@ class Local:
         options = EngineOptions(
             max_num_seqs=self.rows,
             max_model_len=self.context(sampling),
-            max_num_batched_tokens=max(EngineOptions.max_num_batched_tokens, self.rows + 64),
             batch_invariant=True,
         )
         loaded = load_model(self.directory, self.dtype, quantize=self.quantize)

@@ -5,8 +5,9 @@ Knows nothing of queues, text or who waits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -15,27 +16,22 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flora_jax.adapters.pairs import Form, form, list_pairs, row_components
+from flora_jax.platforms import Platform
+from flora_jax.serve import steps
+from flora_jax.serve.entries import list_entries
 from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.packing import Packed, pack
 from flora_jax.serve.pool import AdapterPool, Version
 from flora_jax.serve.programs import DecodeShape, Lattice, PrefillShape
 from flora_jax.serve.request import Request
+from flora_jax.serve.sampling import Draw
 from flora_jax.serve.scheduler import Sequence as Scheduled
-from flora_jax.serve.steps import (
-    MAX_STOPS,
-    Entries,
-    Settings,
-    begin,
-    decode,
-    init_state,
-    insert,
-    prefill,
-    put_pages,
-    take_pages,
-)
+from flora_jax.serve.state import RESTING, Decoding, Entries, Prompts, Steps, init_state
 from flora_jax.serve.stream import Stream
+from flora_jax.starcoder.attention import cudnn_takes
 from flora_jax.starcoder.cache import Paging
 from flora_jax.starcoder.cached_attention import key_blocks
-from flora_jax.starcoder.model import Model
+from flora_jax.starcoder.model import Definition, Model, leaves_of
 
 
 class Job(NamedTuple):
@@ -58,6 +54,20 @@ class Piece(NamedTuple):
         return self.start + self.length == self.sequence.prompt
 
 
+class Call(NamedTuple):
+    """A program and its arguments, for running it or for compiling it ahead of time."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    static: Mapping[str, Any] = MappingProxyType({})
+
+    def run(self) -> Any:
+        return self.function(*self.arguments, **self.static)
+
+    def lower(self) -> Any:
+        return self.function.lower(*self.arguments, **self.static)
+
+
 class Device:
     """The engine's arrays and the verbs on them.
 
@@ -67,19 +77,47 @@ class Device:
         lattice: the shapes they are padded to.
         options: the engine's.
         pages: pages of the cache.
+        platform: whose choices the programs follow.
+        allocate: without it the state has shapes in place of arrays, and nothing can be run.
     """
 
     def __init__(
-        self, model: Model, pool: AdapterPool, lattice: Lattice, options: EngineOptions, pages: int
+        self,
+        model: Model,
+        pool: AdapterPool,
+        lattice: Lattice,
+        options: EngineOptions,
+        pages: int,
+        platform: Platform,
+        *,
+        allocate: bool = True,
     ):
-        self.model, self.pool, self.lattice, self.options = model, pool, lattice, options
-        self.pages = pages
+        self.pool, self.lattice, self.options = pool, lattice, options
+        self.config, self.pages, self.platform = model.config, pages, platform
         self.rows = options.max_num_seqs
         # The embedding is never quantised.
-        self.dtype = jax.tree.leaves(model.params["wte"])[0].dtype
-        self.state = self._beside_parameters(
-            init_state(model.config, self.rows, pages, options.page, self.dtype)
-        )
+        leaf = jax.tree.leaves(model.params["wte"])[0]
+        self.dtype, self._place = leaf.dtype, _replicated(leaf) if allocate else None
+        self.definition, self.leaves = Definition(model), leaves_of(model)
+        make = partial(init_state, model.config, self.rows, pages, options.page, self.dtype)
+        state = self.beside_parameters(make()) if allocate else jax.eval_shape(make)
+        self.cache, self.state_rows = state.cache, state.rows
+        self._prompt_attention = platform.prompt_attention
+        if self._prompt_attention == "cudnn" and not cudnn_takes(model.config, self.dtype):
+            self._prompt_attention = "gather"
+        self._resting = {
+            rows: self.beside_parameters(jnp.full((rows, options.decode_steps), RESTING, jnp.int32))
+            for rows in lattice.rows
+        }
+
+    @property
+    def may_preempt(self) -> bool:
+        """Whether the cache can be too small for sequences that have rows."""
+        return self.pages < self.rows * self.lattice.width
+
+    def resting(self, rows: int) -> jax.Array:
+        """Tokens ``[B, N]`` of rows before the first step of a dispatch."""
+        return self._resting[rows]
 
     def prefill(self, pieces: Sequence[Piece]) -> jax.Array | None:
         """Runs pieces, all of one form and length; the sequences that are through begin to decode.
@@ -90,19 +128,28 @@ class Device:
         rows, length = 1, self.lattice.long
         if max(piece.length for piece in pieces) <= self.lattice.short:
             rows, length = self.lattice.piece_rows(len(pieces)), self.lattice.short
-        span = self.lattice.span(max(piece.start + length for piece in pieces))
+        span = self.lattice.prompt_span(max(piece.start + length for piece in pieces))
         own = self.form_of(pieces[0].sequence)
-        hidden_BD = self._prefill(PrefillShape(rows, length, own, span), pieces)
+        shape = PrefillShape(rows, length, own, span)
+        self.cache, hidden_BD = self.prefill_call(shape, pieces).run()
         if not any(piece.last for piece in pieces):
             return None
-        return self._begin([piece.sequence if piece.last else None for piece in pieces], hidden_BD)
+        entering = [piece.sequence if piece.last else None for piece in pieces]
+        self.state_rows, tokens_B = self.begin_call(entering, hidden_BD).run()
+        return tokens_B
 
     def form_of(self, sequence: Scheduled) -> Form:
         """In which compiled form a sequence's prompt is prefilled."""
         version = sequence.content.version
         return self.lattice.form(None if version is None else form(self.pool, version))
 
-    def _prefill(self, shape: PrefillShape, pieces: Sequence[Piece]) -> jax.Array:
+    def _entries(self, entering: Sequence[Scheduled | None], count: int) -> Entries:
+        return list_entries(entering, count, self.rows, self.options.seed)
+
+    def _base(self) -> tuple[Any, ...]:
+        return self.definition, self.platform, self.leaves
+
+    def prefill_call(self, shape: PrefillShape, pieces: Sequence[Piece]) -> Call:
         rows = shape.rows
         tokens_BT = np.zeros((rows, shape.length), np.int32)
         start_B, count_B = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
@@ -113,157 +160,123 @@ class Device:
             start_B[row], count_B[row], names[row] = start, count, job.version
         sequences = [piece.sequence for piece in pieces]
         longest = max((piece.start + piece.length for piece in pieces), default=1)
-        self.state, hidden_BD = prefill(
-            self.model.graph,
-            self.model.params,
-            self.pool.layers,
-            row_components(self.pool, names, shape.form),
-            self.state,
-            self._paging(sequences, rows, shape.span, longest),
-            tokens_BT,
-            start_B,
-            count_B,
-        )
-        return hidden_BD
+        paging = self._paging(sequences, rows, shape.span, longest, self._prompt_attention)
+        own = row_components(self.pool, names, shape.form)
+        work = Prompts(own, paging, tokens_BT, start_B, count_B)
+        results = self.lattice.pieces[-1] if self.lattice.few else rows
+        arguments = (*self._base(), self.pool.layers, self.cache, pack(work))
+        return Call(steps.prefill, arguments, dict(results=results))
 
-    def _begin(self, entering: Sequence[Scheduled | None], hidden_BD: jax.Array) -> jax.Array:
-        entries = self._entries(entering, hidden_BD.shape[0])
-        self.state, tokens_B = begin(
-            self.model.graph, self.model.params, self.state, hidden_BD, entries
-        )
-        return tokens_B
+    def begin_call(self, entering: Sequence[Scheduled | None], hidden_BD: jax.Array) -> Call:
+        entries = pack(self._entries(entering, hidden_BD.shape[0]))
+        return Call(steps.begin, (*self._base(), self.state_rows, hidden_BD, entries))
 
-    def _entries(self, entering: Sequence[Scheduled | None], count: int) -> Entries:
-        """What sequences start from; ``None`` is no sequence."""
-        row_B = np.full(count, self.rows, np.int32)
-        position_B, drawn_B, left_B = (np.zeros(count, np.int32) for _ in range(3))
-        stops_BE = np.full((count, MAX_STOPS), -1, np.int32)
-        for entry, sequence in enumerate(entering):
-            if sequence is not None:
-                # A row that has not drawn yet has done so with this token.
-                drawn = max(1, sequence.drawn)
-                assert sequence.row is not None
-                row_B[entry], drawn_B[entry] = sequence.row, drawn
-                position_B[entry] = sequence.prompt + drawn - 1
-                left_B[entry] = sequence.room - drawn
-                stops = sequence.content.stream.stops
-                stops_BE[entry, : len(stops)] = sorted(stops)
-        settings = self._settings(entering, count)
-        return Entries(row_B, position_B, drawn_B, left_B, stops_BE, settings)
+    def decode(self, sequences: Sequence[Scheduled], number: int, eager: bool) -> jax.Array:
+        """Begins to draw up to ``number`` tokens for each sequence.
 
-    def decode(self, sequences: Sequence[Scheduled], steps: int, eager: bool) -> np.ndarray:
-        """Up to ``steps`` tokens ``[B, N]`` for each sequence, ``RESTING`` where one has ended."""
+        Returns:
+            The tokens ``[B, N]`` on the device, in order, ``RESTING`` where a sequence has ended.
+        """
         names = [sequence.content.version for sequence in sequences]
-        shape = self.lattice.decode(names, max(s.cached for s in sequences) + steps)
-        tokens_BN = self._decode(shape, sequences, steps, eager)
-        return np.asarray(tokens_BN)[: len(sequences)]
+        shape = self.lattice.decode(names, max(s.reach for s in sequences) + number)
+        work = self.decoding(shape, sequences, number)
+        if self.platform.steps_on_device:
+            call = self.decode_call(work, number, eager)
+            self.cache, self.state_rows, tokens_BN = call.run()
+            return tokens_BN
+        how = _least_draw([sequence.content.request for sequence in sequences])
+        packed, rows_B = jax.device_put((pack(work), work.rows_B))
+        tokens_BN = self.resting(shape.rows)
+        for _ in range(number):
+            self.cache, logits_BV = self.forward_call(packed).run()
+            draw = self.draw_call(logits_BV, rows_B, tokens_BN, how)
+            self.state_rows, tokens_BN = draw.run()
+        return tokens_BN
 
-    def _decode(
-        self, shape: DecodeShape, sequences: Sequence[Scheduled], steps: int, eager: bool
-    ) -> jax.Array:
+    def decoding(self, shape: DecodeShape, sequences: Sequence[Scheduled], number: int) -> Decoding:
         rows_B = np.full(shape.rows, self.rows, np.int32)
         for entry, sequence in enumerate(sequences):
             assert sequence.row is not None
             rows_B[entry] = sequence.row
         names = [sequence.content.version for sequence in sequences]
         names += [None] * (shape.rows - len(names))
-        longest = max((sequence.cached for sequence in sequences), default=0) + max(steps, 1)
-        self.state, tokens_BN = decode(
-            self.model.graph,
-            self.model.params,
-            self.pool.layers,
-            list_pairs(self.pool, names, self.lattice.pair_sizes(shape)),
-            self.state,
-            rows_B,
-            self._paging(sequences, shape.rows, shape.span, longest),
-            np.int32(steps),
-            np.bool_(eager),
-            most=self.options.decode_steps,
-        )
-        return tokens_BN
+        pairs = list_pairs(self.pool, names, self.lattice.pair_sizes(shape))
+        longest = max((sequence.reach for sequence in sequences), default=0) + max(number, 1)
+        attention = self.platform.decode_attention
+        paging = self._paging(sequences, shape.rows, shape.span, longest, attention)
+        return Decoding(pairs, paging, rows_B)
+
+    def decode_call(self, work: Decoding, number: int, eager: bool) -> Call:
+        packed = pack((work, Steps(np.int32(number), np.bool_(eager))))
+        arguments = (*self._base(), self.pool.layers, self.cache, self.state_rows, packed)
+        return Call(steps.decode, arguments, dict(most=self.options.decode_steps))
+
+    def forward_call(self, packed: Packed) -> Call:
+        arguments = (*self._base(), self.pool.layers, self.cache, self.state_rows, packed)
+        return Call(steps.forward, arguments)
+
+    def draw_call(self, logits_BV: Any, rows_B: Any, tokens_BN: Any, how: Draw) -> Call:
+        return Call(steps.draw, (self.state_rows, logits_BV, rows_B, tokens_BN), dict(how=how))
 
     def copy_out(self, pages: Sequence[int]) -> Any:
         """The contents of some pages, on the host."""
-        copies = jax.device_get(take_pages(self.state.cache, self._page_numbers(pages)))
+        copies = jax.device_get(steps.take_pages(self.cache, self._page_numbers(pages)))
         # Copied again: what lies behind the last page is not kept.
         return jax.tree.map(lambda pool: pool[: len(pages)].copy(), copies)
 
     def restore(self, sequence: Scheduled, copies: Any) -> None:
         """Puts such contents into a sequence's pages and gives it its row."""
-        self._put_back(sequence.pages[: jax.tree.leaves(copies)[0].shape[0]], copies)
+        self.put_back(sequence.pages[: jax.tree.leaves(copies)[0].shape[0]], copies)
         last = sequence.content.stream.token_ids[-1]
-        self._insert([sequence], [last])
+        self.insert([sequence], [last])
 
-    def _insert(self, entering: Sequence[Scheduled | None], tokens: list[int]) -> None:
-        token_B = np.asarray(tokens, np.int32)
-        self.state = insert(self.state, token_B, self._entries(entering, len(tokens)))
+    def insert(self, entering: Sequence[Scheduled | None], tokens: list[int]) -> None:
+        packed = pack((np.asarray(tokens, np.int32), self._entries(entering, len(tokens))))
+        self.state_rows = steps.insert(self.state_rows, packed)
 
-    def _put_back(self, pages: Sequence[int], copies: Any) -> None:
+    def put_back(self, pages: Sequence[int], copies: Any) -> None:
         def pad(copy: np.ndarray) -> np.ndarray:
             return np.pad(copy, ((0, self.lattice.width - len(copy)), *((0, 0),) * 3))
 
         numbers_M = self._page_numbers(pages)
-        self.state = put_pages(self.state, numbers_M, jax.tree.map(pad, copies))
+        self.cache = steps.put_pages(self.cache, numbers_M, jax.tree.map(pad, copies))
 
-    def rehearsals(self) -> list[Callable[[], Any]]:
-        """Calls that between them compile every program there can be, and change nothing."""
-
-        def copies() -> None:
-            self._put_back([], self.copy_out([]))
-
-        tasks: list[Callable[[], Any]] = [self.pool.write_nothing, copies]
-        tasks.append(partial(self._insert, [], [0]))
-        width = self.model.config.n_embd
-        for count in sorted({1, *self.lattice.pieces}):
-            hidden_BD = self._beside_parameters(jnp.zeros((count, width), self.dtype))
-            tasks.append(partial(self._begin, [], hidden_BD))
-        tasks += [partial(self._prefill, shape, []) for shape in self.lattice.prefill_shapes()]
-        tasks += [
-            partial(self._decode, shape, [], 0, False) for shape in self.lattice.decode_shapes()
-        ]
-        return tasks
-
-    def _beside_parameters(self, tree: Any) -> Any:
+    def beside_parameters(self, tree: Any) -> Any:
         """The arrays, committed to the parameters' devices where those are (as a checkpoint's can be).
 
         What a step returns is committed then, and a program compiled for other arrays would not do.
         """
-        leaf = jax.tree.leaves(self.model.params["wte"])[0]
-        if not leaf.committed:
-            return tree
-        place = leaf.sharding
-        if isinstance(place, NamedSharding):
-            place = NamedSharding(place.mesh, PartitionSpec())
-        return jax.device_put(tree, place)
+        return tree if self._place is None else jax.device_put(tree, self._place)
 
     def _page_numbers(self, pages: Sequence[int]) -> np.ndarray:
         numbers_M = np.full(self.lattice.width, self.pages, np.int32)
         numbers_M[: len(pages)] = pages
         return numbers_M
 
-    def _paging(self, sequences: Sequence[Scheduled], rows: int, span: int, longest: int) -> Paging:
+    def _paging(
+        self, sequences: Sequence[Scheduled], rows: int, span: int, longest: int, attention: str
+    ) -> Paging:
         width = -(-span // self.options.page)
         table_BM = np.full((rows, width), self.pages, np.int32)
         for row, sequence in enumerate(sequences):
             own = sequence.pages[:width]
             table_BM[row, : len(own)] = own
         blocks = np.int32(key_blocks(longest, self.options.page)) if self.lattice.dynamic else None
-        return Paging(table_BM, blocks)
+        return Paging(table_BM, blocks, attention)
 
-    def _settings(self, sequences: Sequence[Scheduled | None], rows: int) -> Settings:
-        temperature_B, top_p_B = np.zeros(rows, np.float32), np.ones(rows, np.float32)
-        top_k_B, seeded_B = np.zeros(rows, np.int32), np.zeros(rows, bool)
-        seed_BX = np.zeros((rows, 2), np.uint32)
-        for row, sequence in enumerate(sequences):
-            if sequence is None:
-                continue
-            request = sequence.content.request
-            temperature_B[row] = request.temperature
-            top_k_B[row], top_p_B[row] = request.top_k, request.top_p
-            seeded_B[row] = request.seed is not None
-            seed_BX[row] = (
-                (request.seed, 0)
-                if request.seed is not None
-                else (self.options.seed, request.index)
-            )
-        return Settings(temperature_B, top_k_B, top_p_B, seed_BX, seeded_B)
+
+def _replicated(leaf: jax.Array) -> Any:
+    """Where a parameter is committed to, whole on each of its devices; ``None`` where it is not."""
+    if not leaf.committed:
+        return None
+    if isinstance(leaf.sharding, NamedSharding):
+        return NamedSharding(leaf.sharding.mesh, PartitionSpec())
+    return leaf.sharding
+
+
+def _least_draw(requests: Sequence[Request]) -> Draw:
+    """The cheapest way to draw that gives every request its own token."""
+    warm = [request for request in requests if request.temperature > 0]
+    if any(request.top_k > 0 or request.top_p < 1 for request in warm):
+        return "digits"
+    return "plain" if warm else "greedy"

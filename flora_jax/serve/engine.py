@@ -17,16 +17,20 @@ import jax
 
 from flora_jax.adapters.bank import Prepared
 from flora_jax.errors import InputError, RunError
+from flora_jax.platforms import Platform
+from flora_jax.platforms import platform as platform_of
+from flora_jax.serve.ahead import compile_all
 from flora_jax.serve.compilations import Compilations
-from flora_jax.serve.dispatch import Device, Job, Piece
+from flora_jax.serve.dispatch import Device, Job
+from flora_jax.serve.flight import Flight
 from flora_jax.serve.layout import longest_sequence, make_pool, target_groups
 from flora_jax.serve.options import WHILE_READING, EngineOptions
-from flora_jax.serve.pieces import next_pieces
+from flora_jax.serve.pieces import dispatch_prompts
 from flora_jax.serve.pool import LoadError
 from flora_jax.serve.programs import Lattice
 from flora_jax.serve.request import Request
 from flora_jax.serve.scheduler import Admission, Scheduler, Sequence
-from flora_jax.serve.steps import BROKEN, RESTING
+from flora_jax.serve.state import BROKEN
 from flora_jax.serve.stream import Stream
 from flora_jax.serve.updates import Stats, Update
 from flora_jax.serve.versions import Source, Version, version
@@ -44,6 +48,7 @@ class Engine:
             they need bounds later ones too, unless ``options`` ask for more.
         tokenizer: a ``tokenizers.Tokenizer``; without one completions have no text.
         options: the fixed sizes.
+        platform: whose choices of shapes and kernels to follow; by default those of JAX's device.
 
     Raises:
         InputError: an adapter that does not fit the model, options that it cannot have, or more end
@@ -57,50 +62,45 @@ class Engine:
         *,
         tokenizer: Any | None = None,
         options: EngineOptions | None = None,
+        platform: Platform | None = None,
     ):
         config = model.config
         options = options or EngineOptions()
         context = longest_sequence(config, options)
         self.compilations = Compilations()
-        model = for_decoding(model)
+        self.platform = platform = platform or platform_of()
+        model = for_decoding(model, platform=platform)
         self.model, self.tokenizer, self.options, self.context = model, tokenizer, options, context
         first: dict[Version, Prepared] = {}
         for name, source in (adapters or {}).items():
             known = version(name, source)
             first[known] = known.read(config)
-        self.pool = make_pool(first, config, options)
-        self.lattice = Lattice(
-            self.pool, options, context,
-            dynamic=jax.default_backend() == "cpu", groups=target_groups(first),
-        )  # fmt: skip
-        pages = options.max_num_seqs * -(-context // options.page)
-        if options.cache_tokens is not None:
-            pages = -(-options.cache_tokens // options.page)
+        additive = platform.additive(jax.tree.leaves(model.params["wte"])[0].dtype)
+        self.pool = make_pool(first, config, options, additive)
+        self.lattice = Lattice(self.pool, options, context, platform, target_groups(first))
+        pages = options.cache_pages(context)
         self.scheduler = Scheduler(options.max_num_seqs, pages, options.page)
-        self.device = Device(model, self.pool, self.lattice, options, pages)
+        self.device = Device(model, self.pool, self.lattice, options, pages, platform)
         self._tickets = itertools.count()
         self._inbox: collections.deque[Sequence | int] = collections.deque()
         self._sequences: dict[int, Sequence] = {}
         self._copies: dict[int, Any] = {}
         self._updates: list[Update] = []
         self._written, self._due = 0, False
+        self._flight: Flight | None = None
         self._broken: BaseException | None = None
         self._refused: list[tuple[Sequence, Admission]] = []
 
-    def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Compiles every program that can be needed; ``progress`` gets how many are done, and of how
-        many. Resets ``compilations``, which stays 0 from here on.
+    def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Compiles every program that can be needed; ``progress`` gets the name of one that is there, how
+        many are, and of how many. Resets ``compilations``, which stays 0 from here on.
         """
-        tasks = self.device.rehearsals()
-        for number, task in enumerate(tasks):
-            task()
-            if progress is not None:
-                progress(number + 1, len(tasks))
+        compile_all(self.device, progress)
         self.compilations.reset()
 
     @property
     def has_work(self) -> bool:
-        return bool(self._inbox) or self.scheduler.has_work
+        return bool(self._inbox) or self.scheduler.has_work or self._flight is not None
 
     @property
     def stats(self) -> Stats:
@@ -171,6 +171,8 @@ class Engine:
     def _iterate(self) -> None:
         self._updates = []
         self._receive()
+        if self.scheduler.aside:
+            self._land()  # Who comes back needs its last token.
         for sequence in self.scheduler.resume():
             if sequence.stage == "decode":
                 self.device.restore(sequence, self._copies.pop(sequence.ticket))
@@ -179,6 +181,8 @@ class Engine:
         self._read_ahead()
         if self.scheduler.running:
             self._run()
+        elif self._flight is not None:
+            self._land()
         elif self._refused:
             self.pool.wait([sequence.content.version for sequence, _ in self._refused], 0.1)
 
@@ -239,46 +243,38 @@ class Engine:
         return found
 
     def _run(self) -> None:
-        prefilled = self._prefill()
+        prefilled = dispatch_prompts(self.scheduler.running, self.device)
         # Nobody should wait for long who has, or could have, a row; how long a read takes nobody knows.
         hurry = prefilled or self._due or any(s.stage == "prefill" for s in self.scheduler.running)
         reading = any(found == "loading" for _, found in self._refused)
-        most = 1 if hurry else WHILE_READING if reading else self.options.decode_steps
-        rows, steps, set_aside = self.scheduler.grow(min(most, self.options.decode_steps))
-        for sequence, pages in set_aside:
+        reading_most = WHILE_READING if reading else self.options.decode_steps
+        most = self.platform.steps_while_waiting if hurry else reading_most
+        if not self.scheduler.can_grow():
+            self._land()  # Who is preempted needs its last token.
+        rows, steps, preempted = self.scheduler.grow(min(most, self.options.decode_steps))
+        for sequence, pages in preempted:
             if pages:
                 self._copies[sequence.ticket] = self.device.copy_out(pages)
         eager = self.scheduler.waiting > 0
-        tokens_BN: Any = self.device.decode(rows, steps, eager=eager) if rows else []
-        drawn: dict[int, list[int]] = {}
-        for pieces, tokens_B in prefilled:
-            for piece, token in zip(pieces, jax.device_get(tokens_B)):
-                if piece.last:
-                    drawn[piece.sequence.ticket] = [int(token)]
-        for sequence, own_N in zip(rows, tokens_BN):
-            own = drawn.setdefault(sequence.ticket, [])
-            own += [int(token) for token in own_N if token != RESTING]
-        for ticket, tokens in drawn.items():
-            self._extend(self._sequences[ticket], tokens)
+        tokens_BN = self.device.decode(rows, steps, eager) if rows else None
+        before, self._flight = self._flight, None
+        if rows or prefilled:
+            self._flight = Flight.of(prefilled, rows, tokens_BN, steps)
+        if self.platform.pipelined:
+            self._read(before)
+        else:
+            self._land()
 
-    def _prefill(self) -> list[tuple[list[Piece], jax.Array]]:
-        """Dispatches pieces of prompts within the iteration's budget of tokens.
+    def _land(self) -> None:
+        """Reads what is under way, if anything is."""
+        flight, self._flight = self._flight, None
+        self._read(flight)
 
-        Returns those with the last piece of a prompt, and the first tokens by piece.
-        """
-        decoding = sum(sequence.stage == "decode" for sequence in self.scheduler.running)
-        budget = self.options.max_num_batched_tokens - decoding
-        dispatched = []
-        while pieces := next_pieces(self.scheduler.running, self.device, budget):
-            tokens_B = self.device.prefill(pieces)
-            for piece in pieces:
-                piece.sequence.prefilled = piece.start + piece.length
-                if piece.last:
-                    piece.sequence.stage, piece.sequence.drawn = "decode", 1
-            budget -= sum(piece.length for piece in pieces)
-            if tokens_B is not None:
-                dispatched.append((pieces, tokens_B))
-        return dispatched
+    def _read(self, flight: Flight | None) -> None:
+        """Waits for the tokens of a dispatch and gives them to those sequences that are still there."""
+        for ticket, tokens in (flight.land() if flight else {}).items():
+            if ticket in self._sequences:
+                self._extend(self._sequences[ticket], tokens)
 
     def _extend(self, sequence: Sequence, tokens: list[int]) -> None:
         """Gives a sequence its new tokens; ends it where they do."""

@@ -5,6 +5,7 @@ first adapters make of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from flora_jax.adapters.bank import RESERVED, Count, Prepared, most_of, sum_of
 from flora_jax.adapters.model_adapter import TARGETS, match_targets
@@ -12,7 +13,7 @@ from flora_jax.errors import InputError
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.pool import AdapterPool
 from flora_jax.serve.request import MAX_STOP_TOKENS
-from flora_jax.serve.steps import MAX_STOPS
+from flora_jax.serve.state import MAX_STOPS
 from flora_jax.serve.versions import Version
 from flora_jax.starcoder.config import StarCoderConfig
 
@@ -35,10 +36,13 @@ def longest_sequence(config: StarCoderConfig, options: EngineOptions) -> int:
 
 
 def make_pool(
-    first: Mapping[Version, Prepared], config: StarCoderConfig, options: EngineOptions
+    first: Mapping[Version, Prepared],
+    config: StarCoderConfig,
+    options: EngineOptions,
+    additive: Any = "float32",
 ) -> AdapterPool:
     """A pool that knows these adapters, with room for all of them on the device, or for as many of the
-    largest as the options say.
+    largest as the options say. ``additive`` is the dtype of its additive vectors.
 
     Raises:
         InputError: targets without anything that says how many components they may have.
@@ -71,6 +75,7 @@ def make_pool(
         {target: room[target] for target in targets},
         {target: most[target] for target in targets},
         options.host_adapter_bytes,
+        additive,
     )
     for version, own in first.items():
         pool.register(version.name, version.source)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from flora_jax.errors import InputError
+from flora_jax.platforms import Platform
 
 # Tokens of a dispatch at most while a row is free and an adapter for it is being read.
 WHILE_READING = 4
@@ -17,17 +19,19 @@ class EngineOptions:
     Args:
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens of one iteration; longer prompts are prefilled over several. A
-            long piece is never cut, so there may be up to ``chunk · pieces - 1`` more.
+            long piece is never cut, so there may be up to ``chunk · pieces - 1`` more. ``None`` is 2,048,
+            and enough for the largest dispatch of prompts beside all rows.
         max_model_len: prompt and output together; the model's context where it is ``None``.
         cache_tokens: positions of the key/value cache over all sequences; room for ``max_num_seqs``
             sequences of ``max_model_len`` where it is ``None``. With less, sequences are set aside when
             it is full.
         page: positions of a cache page.
-        chunk: tokens of a short piece of a prompt; a long one has ``chunk · pieces``.
-        pieces: short pieces of one prefill dispatch at most.
+        chunk: tokens of a short piece of a prompt; a long one has ``chunk · pieces``. ``None`` is what
+            the platform wants.
+        pieces: short pieces of one prefill dispatch at most; ``None`` likewise.
         decode_steps: tokens a row may draw in one dispatch while nobody waits.
         row_buckets: numbers of rows that a decode dispatch is padded to; ``max_num_seqs`` is always
-            one, and ``None`` adds it divided by powers of four.
+            one, and ``None`` adds it divided by powers of four where the platform gains by it.
         resident_adapters: how many adapters of the largest size fit the device; all that are given at
             the start where it is ``None``.
         max_components: the most components an adapter may have on a target (its rank; one more for
@@ -46,12 +50,12 @@ class EngineOptions:
     """
 
     max_num_seqs: int = 16
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     cache_tokens: int | None = None
     page: int = 16
-    chunk: int = 64
-    pieces: int = 4
+    chunk: int | None = None
+    pieces: int | None = None
     decode_steps: int = 16
     row_buckets: tuple[int, ...] | None = None
     resident_adapters: int | None = None
@@ -65,7 +69,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         least = {
             "max_num_seqs": 1, "page": 1, "chunk": 1, "pieces": 1, "decode_steps": 1,
-            "max_num_batched_tokens": self.max_num_seqs + self.chunk, "resident_adapters": 1,
+            "max_num_batched_tokens": self.max_num_seqs + (self.chunk or 1), "resident_adapters": 1,
             "max_model_len": 1, "cache_tokens": self.page, "max_components": 1,
             "host_adapter_bytes": 0, "seed": 0,
         }  # fmt: skip
@@ -79,15 +83,42 @@ class EngineOptions:
             if not 1 <= rows <= self.max_num_seqs:
                 raise InputError(f"row_buckets has {rows}, expected 1 to {self.max_num_seqs}")
 
-    def buckets(self) -> tuple[int, ...]:
-        """Numbers of rows that a decode dispatch is padded to, ascending."""
+    def cache_pages(self, context: int) -> int:
+        """Pages of the cache of an engine whose longest sequence is ``context``."""
+        if self.cache_tokens is not None:
+            return -(-self.cache_tokens // self.page)
+        return self.max_num_seqs * -(-context // self.page)
+
+    def on(self, platform: Platform) -> Sizes:
+        """The sizes that a platform chooses where the options leave it to it."""
+        rows, budget = self.max_num_seqs, self.max_num_batched_tokens
+        chunk = self.chunk or platform.chunk
+        if budget is not None and self.chunk is None:
+            chunk = min(chunk, budget - rows)
+        pieces = self.pieces or platform.pieces
+        if budget is None:
+            budget = max(2048, chunk * pieces + rows)
+        return Sizes(chunk, pieces, budget, self._buckets(platform))
+
+    def _buckets(self, platform: Platform) -> tuple[int, ...]:
         most = self.max_num_seqs
         if self.batch_invariant:
             return (most,)
         if self.row_buckets is not None:
             return tuple(sorted({*self.row_buckets, most}))
         sizes = {most}
-        while most > 1:
+        while most > platform.padded_rows:
             most //= 4
             sizes.add(max(1, most))
         return tuple(sorted(sizes))
+
+
+class Sizes(NamedTuple):
+    """``chunk``, ``pieces`` and ``max_num_batched_tokens`` as they are used, and the numbers of rows that
+    a decode dispatch is padded to, ascending.
+    """
+
+    chunk: int
+    pieces: int
+    max_num_batched_tokens: int
+    row_buckets: tuple[int, ...]

@@ -12,7 +12,10 @@ import dataclasses
 import threading
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
+
+import jax
 
 from flora_jax.adapters.bank import (
     BASE,
@@ -58,6 +61,8 @@ class AdapterPool:
         room: by target the bank's size, reserved slots included.
         most: by target the largest numbers that one adapter may have.
         host_bytes: bound of the host's cache of adapters that are ready to be written.
+        additive: dtype of the bank's additive vectors.
+        allocate: without it the bank has shapes in place of arrays.
     """
 
     def __init__(
@@ -66,12 +71,16 @@ class AdapterPool:
         room: Mapping[str, Count],
         most: Mapping[str, Count],
         host_bytes: int = 4 << 30,
+        additive: Any = "float32",
+        *,
+        allocate: bool = True,
     ):
         self.config = config
         self.room = room
         self.capacity = most
         self.targets = tuple(room)
-        self.layers: Any = empty_layers(room, config.projections(), config.n_layer)
+        make = partial(empty_layers, room, config.projections(), config.n_layer, additive)
+        self.layers: Any = make() if allocate else jax.eval_shape(make)
         self.loads = self.evictions = 0
         self.host_bytes = host_bytes
         self._free: dict[str, list[list[int]]] = {
@@ -86,6 +95,17 @@ class AdapterPool:
         self._pinned: set[str] = set()
         self._lock = threading.RLock()
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
+
+    @classmethod
+    def of_size(
+        cls, config: StarCoderConfig, most: Mapping[str, Count], residents: int, **options: Any
+    ) -> AdapterPool:
+        """A pool with room for so many adapters of the largest size ``most`` by target."""
+        room = {
+            target: Count(*(reserved + residents * n for reserved, n in zip(RESERVED, count)))
+            for target, count in most.items()
+        }
+        return cls(config, room, most, **options)
 
     def register(self, name: str, source: Source, *, pinned: bool = False) -> Version:
         """Makes an adapter known, or replaces what the name stood for; may be called by any thread.

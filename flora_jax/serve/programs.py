@@ -21,6 +21,7 @@ from flora_jax.adapters.pairs import (
     padded_multiplicative,
     pair_lattice,
 )
+from flora_jax.platforms import Platform
 from flora_jax.serve.options import EngineOptions
 
 
@@ -48,8 +49,8 @@ class Lattice:
         bank: whose targets and largest adapters decide the pair lists.
         options: the engine's.
         context: the longest sequence.
-        dynamic: attention's trip count is a value, not a shape, so one span does for all lengths. Right
-            for a CPU; a GPU would ask the host before every trip.
+        platform: whether attention's trip count is a value, so that one span does for all lengths, and
+            whether a few large shapes are better than the closest.
         groups: the sets of targets that adapters have, for their forms; all targets always count.
     """
 
@@ -58,23 +59,35 @@ class Lattice:
         bank: Residents,
         options: EngineOptions,
         context: int,
-        dynamic: bool,
+        platform: Platform,
         groups: Sequence[tuple[str, ...]] = (),
     ):
         self.bank = bank
         self.options = options
-        self.dynamic = dynamic
-        self.rows = options.buckets()
-        self.pieces = tuple(sorted({1, options.pieces}))
+        self.dynamic = platform.values_as_trip_counts
+        self.few = platform.few_shapes
+        sizes = options.on(platform)
+        self.rows = sizes.row_buckets
+        self.budget = sizes.max_num_batched_tokens
+        self.pieces = tuple(sorted({1, sizes.pieces}))
         if options.batch_invariant:
-            self.pieces = (options.pieces,)
-        self.short = min(options.chunk, context)
-        self.long = min(options.chunk * options.pieces, context)
+            self.pieces = (sizes.pieces,)
+        self.short = min(sizes.chunk, context)
+        self.long = self.short
+        if platform.long_pieces:
+            self.long = min(sizes.chunk * sizes.pieces, context)
         self.width = -(-context // options.page)
-        self.spans = (context,) if dynamic or options.batch_invariant else _spans(context)
+        one_span = self.dynamic or options.batch_invariant
+        self.spans = (context,) if one_span else _spans(context, 512)
+        self.prompt_spans = self.spans
+        if self.few and not one_span:
+            # What a short prompt's attention to positions that are not there costs is little.
+            self.prompt_spans = _spans(context, 4 * self.short)
         most = [bank.most(target) for target in bank.targets]
         self._most = tuple(max(counts) for counts in zip(*most)) if most else (1, 0)
         self.groups = tuple(dict.fromkeys((*groups, bank.targets))) if bank.targets else ()
+        if self.few and self.groups:
+            self.groups = (bank.targets,)
 
     def decode_shapes(self) -> list[DecodeShape]:
         """Everything that decoding can ask for."""
@@ -90,28 +103,39 @@ class Lattice:
         sizes = [(rows, self.short) for rows in self.pieces]
         if self.long > self.short:
             sizes.append((1, self.long))
+        spans = self.prompt_spans
         return [
             PrefillShape(rows, length, form, span)
-            for (rows, length), form, span in itertools.product(sizes, self.forms(), self.spans)
-            if span >= length or span == self.spans[-1]
+            for (rows, length), form, span in itertools.product(sizes, self.forms(), spans)
+            if span >= length or span == spans[-1]
         ]
 
     def forms(self) -> list[Form]:
-        """The base's form and those that an adapter within the bank's bounds can have."""
+        """The base's form and those that an adapter within the bank's bounds can have.
+
+        A few of them are one for all with one multiplicative component, the base included, and one for
+        all with more.
+        """
         mul, add = self._most
-        sizes = {(padded_multiplicative(n), 0) for n in range(1, mul + 1)}
-        sizes |= {(1, padded_additive(n)) for n in range(1, add + 1)}
-        return [
-            BASE_FORM,
-            *(
-                Form(*size, group, self.options.merge_prompts)
-                for group in self.groups
-                for size in sorted(sizes)
-            ),
+        if not self.groups:
+            return [BASE_FORM]
+        if self.few:
+            sizes = {(1, add), *({(mul, 0)} if mul > 1 else ())}
+        else:
+            sizes = {(padded_multiplicative(n), 0) for n in range(1, mul + 1)}
+            sizes |= {(1, padded_additive(n)) for n in range(1, add + 1)}
+        adapted = [
+            Form(own_mul, own_add, group, self.options.merge_prompts)
+            for group in self.groups
+            for own_mul, own_add in sorted(sizes)
         ]
+        return adapted if self.few else [BASE_FORM, *adapted]
 
     def form(self, own: Form | None) -> Form:
         """The compiled form for an adapter's own: on the smallest known set of targets that has its."""
+        if self.few and self.groups:
+            simple = own is None or own.multiplicative == 1
+            return self.forms()[0 if simple else -1]
         if own is None or not own.targets:
             return BASE_FORM
         fitting = [group for group in self.groups if set(own.targets) <= set(group)]
@@ -122,12 +146,12 @@ class Lattice:
         """Rows of a dispatch of short pieces."""
         return bucket(pieces, self.pieces)
 
-    def span(self, length: int) -> int:
-        """The table's positions for sequences of up to ``length``, padding behind the context aside."""
-        return bucket(min(length, self.spans[-1]), self.spans)
+    def prompt_span(self, length: int) -> int:
+        """The table's positions for prompts of up to ``length``, padding behind the context aside."""
+        return bucket(min(length, self.prompt_spans[-1]), self.prompt_spans)
 
     def decode(self, names: Sequence[Any], longest: int) -> DecodeShape:
-        """The smallest shape for rows that use the named adapters."""
+        """The smallest shape for rows that use the named adapters, and sequences of up to ``longest``."""
         rows = bucket(len(names), self.rows)
         if self.options.batch_invariant:
             return DecodeShape(rows, max(self._levels(rows)), self.spans[-1])
@@ -138,12 +162,11 @@ class Lattice:
             found = bucket(sum(len(slots.multiplicative) - 1 for slots in owned), pairs)
             most = group_bucket([len(slots.additive) for slots in owned], groups)
             needed = [max(needed[0], pairs.index(found)), max(needed[1], groups.index(most))]
-        mul, add = needed
-        if mul and add:
-            mul = add = max(mul, add)
-            top = max(self._levels(rows))
-            mul, add = min(mul, top[0]), min(add, top[1])
-        return DecodeShape(rows, (mul, add), self.span(longest))
+        enough = (
+            level for level in self._levels(rows) if level[0] >= needed[0] and level[1] >= needed[1]
+        )
+        level = min(enough, key=lambda level: (sum(level), level))
+        return DecodeShape(rows, level, bucket(min(longest, self.spans[-1]), self.spans))
 
     def pair_sizes(self, shape: DecodeShape) -> dict[str, tuple[int, Groups]]:
         """By target the length of the list of pairs, and the numbers of additive components."""
@@ -159,11 +182,19 @@ class Lattice:
         return pair_lattice(rows, mul - 1), group_lattice(rows, add)
 
     def _levels(self, rows: int) -> Iterator[tuple[int, int]]:
-        """One kind of pairs alone at any level, or both at one: all combinations would be too many."""
+        """One kind of pairs alone at any level, or both at one: all combinations would be too many.
+
+        A few of them are three: nothing, something in between, and all.
+        """
         mul, add = self._most
         tops = len(pair_lattice(rows, mul - 1)) - 1, len(group_lattice(rows, add)) - 1
         if self.options.batch_invariant:
             yield tops
+            return
+        if self.few:
+            # Additive pairs cost little, so those alone are what lies between where both kinds are.
+            between = (0, tops[1]) if all(tops) else (-(-tops[0] // 2), -(-tops[1] // 2))
+            yield from dict.fromkeys(((0, 0), between, tops))
             return
         yield from ((level, 0) for level in range(tops[0] + 1))
         yield from ((0, level) for level in range(1, tops[1] + 1))
@@ -171,10 +202,10 @@ class Lattice:
             yield from ((min(n, tops[0]), min(n, tops[1])) for n in range(1, max(tops) + 1))
 
 
-def _spans(context: int) -> tuple[int, ...]:
-    """Powers of four from 512 below the context, and the context."""
+def _spans(context: int, first: int) -> tuple[int, ...]:
+    """Powers of four times ``first`` below the context, and the context."""
     sizes = []
-    size = 512
+    size = first
     while size < context:
         sizes.append(size)
         size *= 4

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +27,29 @@ class Sampling:
     key_B: jax.Array
 
 
+# How tokens are drawn. "window" does for every request and passes over on the device what none asks for,
+# which a GPU would wait for. "digits" does for every request too, without a sort and without a branch.
+# "plain" is that without top-k and top-p, "greedy" the largest logit alone. Those that do for a request
+# give it the same token, but for the last bits of a probability at the edge of top-p.
+Draw = Literal["window", "digits", "plain", "greedy"]
+
 # How many of a row's largest logits are looked at before the whole vocabulary is.
 _WINDOW = 256
 
 
-def keep_likely(logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
+def keep_likely(
+    logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array, how: Draw = "window"
+) -> jax.Array:
     """Sets to ``-inf`` what is not among the ``top_k`` largest, then what is not in the smallest set
     whose probability (after the first cut) reaches ``top_p``. Ties at a threshold stay.
 
     Sorting a vocabulary of 49,152 takes a CPU longer than the model's step. So a row's threshold is
     found among its largest few, and by bisection over all only where they do not tell; which of the
-    two a row takes depends on the row alone.
+    two a row takes depends on the row alone. By "digits" it is always found over all.
     """
+    if how == "digits":
+        least_B = _threshold_by_bisection(logits_BV, top_k_B, top_p_B, digits=4)
+        return jnp.where(logits_BV >= least_B[:, None], logits_BV, -jnp.inf)
     told_B, threshold_B = _threshold_among_largest(logits_BV, top_k_B, top_p_B)
     threshold_B = jax.lax.cond(
         jnp.all(told_B),
@@ -77,30 +89,49 @@ def _threshold_among_largest(
 
 
 def _threshold_by_bisection(
-    logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array
+    logits_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array, digits: int = 1
 ) -> jax.Array:
-    """The least logit to keep, found bit by bit: 64 passes over the vocabulary, no sort."""
+    """The least logit to keep, found bit by bit, or so many bits at once: no sort.
+
+    A pass over the vocabulary takes ``digits`` bits of the 32, twice; with several bits it compares with
+    all their values at once, and the passes are written out: few launches, no loop.
+    """
     vocabulary = logits_BV.shape[-1]
     ordered_BV = _ordered_bits(logits_BV)
 
     def largest(holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """The largest value that still holds, for a property that falls once as values grow."""
+        """The largest value that still holds, for a property ``[B, N]`` of values ``[B, N]`` that falls
+        once as they grow.
+        """
+        values_1N = jnp.arange(1, 1 << digits, dtype=jnp.uint32)[None]
 
-        def try_bit(number: jax.Array, found_B: jax.Array) -> jax.Array:
-            tried_B = found_B | (jnp.uint32(1) << (31 - number).astype(jnp.uint32))
-            return jnp.where(holds(tried_B), tried_B, found_B)
+        def try_digit(number: int | jax.Array, found_B: jax.Array) -> jax.Array:
+            shift = (32 - digits - digits * jnp.asarray(number, jnp.int32)).astype(jnp.uint32)
+            tried_BN = found_B[:, None] | (values_1N << shift)
+            digit_B = jnp.sum(holds(tried_BN), axis=-1, dtype=jnp.uint32)
+            return found_B | (digit_B << shift)
 
-        start_B = jnp.zeros(logits_BV.shape[0], jnp.uint32)
-        return jax.lax.fori_loop(0, 32, try_bit, start_B)
+        found_B = jnp.zeros(logits_BV.shape[0], jnp.uint32)
+        if digits == 1:
+            return jax.lax.fori_loop(0, 32, try_digit, found_B)
+        for number in range(32 // digits):
+            found_B = try_digit(number, found_B)
+        return found_B
 
     count_B = jnp.where(top_k_B > 0, jnp.minimum(top_k_B, vocabulary), vocabulary)
-    kth_B = largest(lambda t_B: jnp.sum(ordered_BV >= t_B[:, None], axis=-1) >= count_B)
+
+    def enough(t_BN: jax.Array) -> jax.Array:
+        above_BNV = ordered_BV[:, None] >= t_BN[:, :, None]
+        return jnp.sum(above_BNV, axis=-1, dtype=jnp.int32) >= count_B[:, None]
+
+    kth_B = largest(enough)
     inside_BV = ordered_BV >= kth_B[:, None]
     share_BV = jax.nn.softmax(jnp.where(inside_BV, logits_BV, -jnp.inf), axis=-1)
 
-    def reaches(t_B: jax.Array) -> jax.Array:
-        mass_B = jnp.sum(jnp.where(ordered_BV >= t_B[:, None], share_BV, 0.0), axis=-1)
-        return mass_B >= top_p_B
+    def reaches(t_BN: jax.Array) -> jax.Array:
+        above_BNV = ordered_BV[:, None] >= t_BN[:, :, None]
+        mass_BN = jnp.sum(jnp.where(above_BNV, share_BV[:, None], 0.0), axis=-1)
+        return mass_BN >= top_p_B[:, None]
 
     # The rounding of a sum near one must not cut anything where top_p is off.
     least_B = jnp.where(top_p_B >= 1.0, kth_B, jnp.maximum(kth_B, largest(reaches)))
@@ -126,28 +157,39 @@ def first_largest(logits_BV: jax.Array) -> jax.Array:
     return jnp.minimum(found_B, vocabulary - 1)
 
 
-def sample(logits_BV: jax.Array, settings: Sampling, drawn_B: jax.Array) -> jax.Array:
+def sample(
+    logits_BV: jax.Array, settings: Sampling, drawn_B: jax.Array, how: Draw = "window"
+) -> jax.Array:
     """Token ids ``[B]``, int32.
 
     ``logits [B, V]`` are float32; ``drawn [B]`` counts the tokens a row has drawn before, and picks
-    the randomness of this one. What no row asks for, drawing at all or top-k and top-p, is passed over;
-    a row's result does not depend on it.
+    the randomness of this one. A row's result does not depend on what the other rows ask for.
     """
     greedy_B = first_largest(logits_BV)
+    if how == "greedy":
+        return greedy_B
     warm_B = settings.temperature_B > 0
     filtered_B = warm_B & ((settings.top_k_B > 0) | (settings.top_p_B < 1.0))
 
     def draw(key: jax.Array, drawn: jax.Array, scaled_V: jax.Array) -> jax.Array:
         return jax.random.categorical(jax.random.fold_in(key, drawn), scaled_V)
 
-    def warm() -> jax.Array:
-        scaled_BV = logits_BV / jnp.maximum(settings.temperature_B, 1e-6)[:, None]
-        scaled_BV = jax.lax.cond(
+    def likely(scaled_BV: jax.Array) -> jax.Array:
+        if how == "plain":
+            return scaled_BV
+        if how == "digits":
+            return keep_likely(scaled_BV, settings.top_k_B, settings.top_p_B, how)
+        return jax.lax.cond(
             jnp.any(filtered_B),
             lambda: keep_likely(scaled_BV, settings.top_k_B, settings.top_p_B),
             lambda: scaled_BV,
         )
+
+    def warm() -> jax.Array:
+        scaled_BV = likely(logits_BV / jnp.maximum(settings.temperature_B, 1e-6)[:, None])
         drawn = jax.vmap(draw)(settings.key_B, drawn_B, scaled_BV).astype(jnp.int32)
         return jnp.where(warm_B, drawn, greedy_B)
 
-    return jax.lax.cond(jnp.any(warm_B), warm, lambda: greedy_B)
+    if how == "window":
+        return jax.lax.cond(jnp.any(warm_B), warm, lambda: greedy_B)
+    return warm()

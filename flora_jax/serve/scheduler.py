@@ -22,7 +22,8 @@ Admission = Literal["ready", "loading", "full"]
 class Sequence:
     """A request on its way: ``prompt`` and ``room`` count tokens, ``drawn`` those it has so far.
 
-    ``owner`` is whose share of the rows it takes; ``content`` is the caller's.
+    ``flying`` counts further ones that may have been drawn and nobody has read yet. ``owner`` is whose
+    share of the rows it takes; ``content`` is the caller's.
     """
 
     ticket: int
@@ -35,6 +36,7 @@ class Sequence:
     pages: list[int] = dataclasses.field(default_factory=list)
     prefilled: int = 0
     drawn: int = 0
+    flying: int = 0
     overtaken: int = 0
 
     @property
@@ -43,8 +45,13 @@ class Sequence:
         return self.prompt + self.drawn - 1 if self.drawn else self.prefilled
 
     @property
+    def reach(self) -> int:
+        """Positions in the cache at most, with those of tokens that nobody has read yet."""
+        return self.cached + self.flying
+
+    @property
     def left(self) -> int:
-        return self.room - self.drawn
+        return self.room - self.drawn - self.flying
 
 
 class Scheduler:
@@ -191,6 +198,17 @@ class Scheduler:
         """
         return [queue[0] for queue in itertools.islice(self._waiting.values(), 4 * self.rows)]
 
+    def _wanted(self, steps: int) -> list[tuple[Sequence, int]] | None:
+        """Who decodes, and the positions each needs for so many steps; ``None`` for want of pages."""
+        rows = [s for s in self.running if s.stage == "decode" and (s.left > 0 or not s.flying)]
+        wanted = [(s, s.reach + min(steps, max(1, s.left))) for s in rows]
+        more = sum(max(0, self._pages_for(n) - len(s.pages)) for s, n in wanted)
+        return wanted if more <= len(self.free_pages) else None
+
+    def can_grow(self) -> bool:
+        """Whether all decoding sequences have, or can have, pages for a token more."""
+        return self._wanted(1) is not None
+
     def grow(self, steps: int) -> tuple[list[Sequence], int, list[tuple[Sequence, list[int]]]]:
         """Pages for the next tokens of all decoding sequences.
 
@@ -200,14 +218,12 @@ class Scheduler:
         """
         set_aside: list[tuple[Sequence, list[int]]] = []
         while True:
-            rows = [sequence for sequence in self.running if sequence.stage == "decode"]
             for tried in dict.fromkeys((steps, 1)):
-                wanted = [s.cached + min(tried, max(1, s.left)) for s in rows]
-                more = sum(max(0, self._pages_for(n) - len(s.pages)) for n, s in zip(wanted, rows))
-                if more <= len(self.free_pages):
-                    for sequence, positions in zip(rows, wanted):
+                wanted = self._wanted(tried)
+                if wanted is not None:
+                    for sequence, positions in wanted:
                         self.reserve(sequence, positions)
-                    return rows, tried, set_aside
+                    return [sequence for sequence, _ in wanted], tried, set_aside
             youngest = self.running[-1]
             set_aside.append((youngest, self.preempt(youngest)))
 

@@ -1,117 +1,48 @@
-"""The engine's jitted verbs over one donated state: prefill, begin, insert, decode, and pages out and in.
+"""The engine's jitted verbs: prefill, begin, insert, decode or forward and draw, and pages out and in.
 
-A row that is not listed does not run, so freeing one is the host's affair alone. Prompts are prefilled in
-pieces cut from their start at fixed lengths, each under its own adapter, so that what a piece computes
-follows from its own request. Decoding runs a number of steps per dispatch in a loop
-on the device. Knows nothing of text, adapters' names or scheduling.
+The cache and the rows are donated. A row that is not listed does not run, so freeing one is the host's
+affair alone. Prompts are prefilled in chunks cut from their start at fixed lengths, each under its own
+adapter, so that what a chunk computes follows from its own request. Decoding is either one program that
+loops over its steps on the device, or a program for the forward pass and one that draws, which the host
+dispatches step by step; both are made of the same two functions. A model is its static ``definition``
+and the tuple of its parameters; small arguments of the host come packed. Knows nothing of text, adapters'
+names or scheduling.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from flora_jax.adapters.ragged import (
-    BankLayers,
-    Pairs,
-    RowComponents,
-    ragged_hooks,
-    row_wise_hooks,
-)
-from flora_jax.serve.sampling import Sampling, sample
-from flora_jax.starcoder.cache import NOWHERE, Cache, LayerCache, Paging, init_cache
-from flora_jax.starcoder.config import StarCoderConfig
+from flora_jax.adapters.product import ROUNDED
+from flora_jax.adapters.ragged import BankLayers, ragged_hooks, row_wise_hooks
+from flora_jax.platforms import Platform
+from flora_jax.serve.packing import Packed
+from flora_jax.serve.sampling import Draw, sample
+from flora_jax.serve.state import BROKEN, RESTING, Decoding, Entries, Prompts, Rows, Steps
+from flora_jax.starcoder.cache import NOWHERE, Cache, LayerCache, Paging
+from flora_jax.starcoder.model import Definition, StarCoder
 
-MAX_STOPS = 16
-# In place of a token: nothing was drawn, or nothing could be.
-RESTING, BROKEN = -1, -2
+Leaves = Sequence[jax.Array]
+Hooks = Sequence[dict[str, Any]]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
-    """Everything that changes from token to token; rows are ``B``.
-
-    ``token [B]``: the last one drawn, not yet in the cache; ``position [B]``: where it belongs;
-    ``drawn [B]``: how many were drawn; ``left [B]``: how many may still be (0: the row is at rest);
-    ``stops [B, MAX_STOPS]``: ids that end the row, padded with -1.
-    """
-
-    cache: Cache
-    token_B: jax.Array
-    position_B: jax.Array
-    drawn_B: jax.Array
-    left_B: jax.Array
-    stops_BE: jax.Array
-    sampling: Sampling
+def _with_others(hooks: Hooks, model: StarCoder, platform: Platform) -> Hooks:
+    """The hooks, and those of the projections that the bank has no room for."""
+    if not platform.rounded_results:
+        return hooks
+    return [dict.fromkeys(model.config.projections(), ROUNDED) | own for own in hooks]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What requests ask for, an entry for each: ``temperature``, ``top_k``, ``top_p`` as in sampling;
-    ``seed [B, 2]`` uint32 and whether it is the request's own (``seeded``), else it is folded.
-    """
-
-    temperature_B: Any
-    top_k_B: Any
-    top_p_B: Any
-    seed_BX: Any
-    seeded_B: Any
-
-    def sampling(self) -> Sampling:
-        """The settings with keys: of a row's own seed, or of the engine's folded with its index."""
-
-        def key(seed_X: jax.Array, seeded: jax.Array) -> jax.Array:
-            own = jax.random.key_data(jax.random.key(seed_X[0]))
-            folded = jax.random.key_data(jax.random.fold_in(jax.random.key(seed_X[0]), seed_X[1]))
-            return jax.random.wrap_key_data(jnp.where(seeded, own, folded))
-
-        keys_B = jax.vmap(key)(self.seed_BX, self.seeded_B)
-        return Sampling(self.temperature_B, self.top_k_B, self.top_p_B, keys_B)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Entries:
-    """Sequences that begin to decode: their rows (past the last one: no entry) and first values."""
-
-    row_B: Any
-    position_B: Any
-    drawn_B: Any
-    left_B: Any
-    stops_BE: Any
-    settings: Settings
-
-
-def init_state(config: StarCoderConfig, rows: int, pages: int, page: int, dtype: Any) -> State:
-    """A state of ``rows`` resting rows over a pool of ``pages`` pages of ``page`` positions."""
-    return State(
-        cache=init_cache(config, pages, page, dtype),
-        token_B=jnp.zeros(rows, jnp.int32),
-        position_B=jnp.zeros(rows, jnp.int32),
-        drawn_B=jnp.zeros(rows, jnp.int32),
-        left_B=jnp.zeros(rows, jnp.int32),
-        stops_BE=jnp.full((rows, MAX_STOPS), -1, jnp.int32),
-        sampling=Sampling(
-            jnp.zeros(rows, jnp.float32),
-            jnp.zeros(rows, jnp.int32),
-            jnp.ones(rows, jnp.float32),
-            jax.random.split(jax.random.key(0), rows),
-        ),
-    )
-
-
-def _draw(logits_BV: jax.Array, sampling: Sampling, drawn_B: jax.Array) -> jax.Array:
+def _draw(logits_BV: jax.Array, rows: Rows, how: Draw) -> jax.Array:
     """The next tokens; ``BROKEN`` where a logit is NaN or infinite, which no draw may hide."""
     finite_B = jnp.isfinite(jnp.max(logits_BV, axis=-1))
-    return jnp.where(finite_B, sample(logits_BV, sampling, drawn_B), BROKEN)
+    return jnp.where(finite_B, sample(logits_BV, rows.sampling, rows.drawn_B, how), BROKEN)
 
 
 def _after(token_B: jax.Array, left_B: jax.Array, stops_BE: jax.Array) -> jax.Array:
@@ -120,167 +51,225 @@ def _after(token_B: jax.Array, left_B: jax.Array, stops_BE: jax.Array) -> jax.Ar
     return jnp.where(stopped_B, 0, jnp.maximum(left_B - 1, 0))
 
 
-@partial(jax.jit, static_argnames="graph", donate_argnames="state")
+@partial(
+    jax.jit, static_argnames=("definition", "platform", "results"), donate_argnames="cache"
+)  # fmt: skip
 def prefill(
-    graph: nnx.GraphDef,
-    params: nnx.State,
+    definition: Definition,
+    platform: Platform,
+    leaves: Leaves,
     layers: BankLayers,
-    own: Mapping[str, RowComponents],
-    state: State,
-    paging: Paging,
-    tokens_BT: jax.Array,
-    start_B: jax.Array,
-    count_B: jax.Array,
-) -> tuple[State, jax.Array]:
-    """Puts pieces of prompts into the cache.
+    cache: Cache,
+    packed: Packed,
+    *,
+    results: int,
+) -> tuple[Cache, jax.Array]:
+    """Puts chunks of prompts into the cache.
 
-    Pieces of one sequence may stand beside each other: keys are stored before any are read.
+    Chunks of one sequence may stand beside each other: keys are stored before any are read.
 
     Args:
-        graph: the model's static part.
-        params: its parameters.
+        definition: the model's static part.
+        platform: whose choices these programs follow.
+        leaves: the model's parameters.
         layers: the adapters' bank.
-        own: the pieces' components, all in one form.
-        state: donated; only its cache changes.
-        paging: the pages of each piece's sequence.
-        tokens_BT: the pieces, padded.
-        start_B: a piece's first position.
-        count_B: how many of its tokens are real; 0 is no piece.
+        cache: donated.
+        packed: the :class:`Prompts`.
+        results: rows of the result.
 
     Returns:
-        The state, and the activations ``[B, D]`` of each piece's last token.
+        The cache, and the activations ``[results, D]`` of each chunk's last token, padded with zeros.
     """
-    model = nnx.merge(graph, params)
-    offset_1T = jnp.arange(tokens_BT.shape[1])[None]
-    positions_BT = jnp.where(offset_1T < count_B[:, None], start_B[:, None] + offset_1T, NOWHERE)
-    hidden_BTD, cache = model.hidden(
-        tokens_BT,
-        positions_BT,
-        cache=state.cache,
-        paging=paging,
-        adapters=row_wise_hooks(layers, own),
+    model, prompts = definition.merge(leaves), packed.unpack()
+    assert isinstance(prompts, Prompts)
+    count_B = prompts.count_B
+    offset_1T = jnp.arange(prompts.tokens_BT.shape[1])[None]
+    positions_BT = jnp.where(
+        offset_1T < count_B[:, None], prompts.start_B[:, None] + offset_1T, NOWHERE
     )
-    assert cache is not None
+    hidden_BTD, new = model.hidden(
+        prompts.tokens_BT,
+        positions_BT,
+        cache=cache,
+        paging=prompts.paging,
+        adapters=_with_others(row_wise_hooks(layers, prompts.own), model, platform),
+    )
+    assert new is not None
     last_B = jnp.maximum(count_B - 1, 0)
     hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-    return dataclasses.replace(state, cache=cache), hidden_BD
+    return new, jnp.pad(hidden_BD, ((0, results - hidden_BD.shape[0]), (0, 0)))
 
 
-@partial(jax.jit, static_argnames="graph", donate_argnames="state")
+@partial(jax.jit, static_argnames=("definition", "platform"), donate_argnames="rows")
 def begin(
-    graph: nnx.GraphDef, params: nnx.State, state: State, hidden_BD: jax.Array, entries: Entries
-) -> tuple[State, jax.Array]:
+    definition: Definition,
+    platform: Platform,
+    leaves: Leaves,
+    rows: Rows,
+    hidden_BD: jax.Array,
+    packed: Packed,
+) -> tuple[Rows, jax.Array]:
     """Draws the first tokens of sequences from what ``prefill`` left, and gives them rows.
 
+    ``packed`` are the :class:`Entries`.
+
     Returns:
-        The state, and the tokens ``[B]``, which mean something for the entries that are one.
+        The rows, and the tokens ``[B]``, which mean something for the entries that are one.
     """
-    logits_BV = nnx.merge(graph, params).logits(hidden_BD)
-    sampling = entries.settings.sampling()
-    token_B = _draw(logits_BV, sampling, jnp.zeros(hidden_BD.shape[0], jnp.int32))
-    return _put(state, token_B, entries, sampling), token_B
+    entries = packed.unpack()
+    logits_BV = definition.merge(leaves).logits(hidden_BD)
+    none_B = jnp.zeros(hidden_BD.shape[0], jnp.int32)
+    first = dataclasses.replace(_new_rows(none_B, entries), drawn_B=none_B)
+    token_B = _draw(logits_BV, first, _any_draw(platform))
+    return rows.put(entries.row_B, _new_rows(token_B, entries)), token_B
 
 
-@partial(jax.jit, donate_argnames="state")
-def insert(state: State, token_B: jax.Array, entries: Entries) -> State:
-    """Gives rows to sequences that go on after ``token [B]``; all before is in the cache."""
-    return _put(state, token_B, entries, entries.settings.sampling())
+@partial(jax.jit, donate_argnames="rows")
+def insert(rows: Rows, packed: Packed) -> Rows:
+    """Gives rows to sequences that go on; all before their last token is in the cache.
+
+    ``packed`` are those tokens ``[B]`` and the :class:`Entries`.
+    """
+    token_B, entries = packed.unpack()
+    return rows.put(entries.row_B, _new_rows(token_B, entries))
 
 
-def _put(state: State, token_B: jax.Array, entries: Entries, sampling: Sampling) -> State:
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[entries.row_B].set(new, mode="drop")
-
-    new = State(
-        cache=[],
+def _new_rows(token_B: jax.Array, entries: Entries) -> Rows:
+    return Rows(
         token_B=token_B,
         position_B=entries.position_B,
         drawn_B=entries.drawn_B,
         left_B=_after(token_B, entries.left_B + 1, entries.stops_BE),
         stops_BE=entries.stops_BE,
-        sampling=sampling,
+        sampling=entries.settings.sampling(),
     )
-    rest = jax.tree.map(put, dataclasses.replace(state, cache=[]), new)
-    return dataclasses.replace(rest, cache=state.cache)
 
 
-@partial(jax.jit, static_argnames=("graph", "most"), donate_argnames="state")
+def _any_draw(platform: Platform) -> Draw:
+    """The way to draw that does for every request."""
+    return "window" if platform.sampling == "window" else "digits"
+
+
+def _forward(
+    model: StarCoder, hooks: Hooks, cache: Cache, rows: Rows, paging: Paging
+) -> tuple[Cache, jax.Array]:
+    """The last tokens of rows that may have more into the cache, and the logits ``[B, V]`` after them."""
+    positions_B1 = jnp.where(rows.left_B > 0, rows.position_B, NOWHERE)[:, None]
+    hidden_B1D, new = model.hidden(
+        rows.token_B[:, None], positions_B1, cache=cache, paging=paging, adapters=hooks
+    )
+    assert new is not None
+    return new, model.logits(hidden_B1D[:, 0])
+
+
+def _advance(rows: Rows, logits_BV: jax.Array, how: Draw) -> tuple[Rows, jax.Array]:
+    """The rows after another token, and the tokens ``[B]``, ``RESTING`` where a row is at rest."""
+    running_B = rows.left_B > 0
+    # What a resting row once asked for holds nobody up.
+    temperature_B = jnp.where(running_B, rows.sampling.temperature_B, 0.0)
+    asked = dataclasses.replace(rows.sampling, temperature_B=temperature_B)
+    token_B = _draw(logits_BV, dataclasses.replace(rows, sampling=asked), how)
+    step = running_B.astype(jnp.int32)
+    new = dataclasses.replace(
+        rows,
+        token_B=jnp.where(running_B, token_B, rows.token_B),
+        position_B=rows.position_B + step,
+        drawn_B=rows.drawn_B + step,
+        left_B=jnp.where(running_B, _after(token_B, rows.left_B, rows.stops_BE), 0),
+    )
+    return new, jnp.where(running_B, token_B, RESTING)
+
+
+@partial(
+    jax.jit, static_argnames=("definition", "platform", "most"), donate_argnames=("cache", "rows")
+)
 def decode(
-    graph: nnx.GraphDef,
-    params: nnx.State,
+    definition: Definition,
+    platform: Platform,
+    leaves: Leaves,
     layers: BankLayers,
-    pairs: Mapping[str, Pairs],
-    state: State,
-    rows_B: jax.Array,
-    paging: Paging,
-    steps: jax.Array,
-    eager: jax.Array,
+    cache: Cache,
+    rows: Rows,
+    packed: Packed,
     *,
     most: int,
-) -> tuple[State, jax.Array]:
-    """Draws up to ``steps`` tokens for those of the given rows that may have more.
+) -> tuple[Cache, Rows, jax.Array]:
+    """Draws up to ``most`` tokens for those of the given rows that may have more, in one program.
 
     Args:
-        graph: the model's static part.
-        params: its parameters.
+        definition: the model's static part.
+        platform: whose choices these programs follow.
+        leaves: the model's parameters.
         layers: the adapters' bank.
-        pairs: the components of the given rows.
-        state: donated.
-        rows_B: which rows of the state run; past the last one: none.
-        paging: of the given rows.
-        steps: int32 scalar, at most ``most``.
-        eager: stop as soon as a row ends, since somebody waits for it.
+        cache: donated.
+        rows: donated.
+        packed: the :class:`Decoding` and the :class:`Steps`.
         most: the number of columns of the result.
 
     Returns:
-        The state, and the tokens ``[B, most]`` in order, ``RESTING`` where a row was at rest.
+        The cache, the rows, and the tokens ``[B, most]`` in order, ``RESTING`` where a row was at rest.
     """
-    model = nnx.merge(graph, params)
-    hooks = ragged_hooks(layers, pairs)
-    whole = dataclasses.replace(state, cache=[])
-    present_B = rows_B < state.left_B.shape[0]
-    mine = jax.tree.map(lambda x: x.at[rows_B].get(mode="clip"), whole)
-    left_B = jnp.where(present_B, mine.left_B, 0)
-    sampling = dataclasses.replace(
-        mine.sampling, temperature_B=jnp.where(left_B > 0, mine.sampling.temperature_B, 0.0)
+    model, (work, steps) = definition.merge(leaves), packed.unpack()
+    assert isinstance(work, Decoding)
+    assert isinstance(steps, Steps)
+    hooks = _with_others(ragged_hooks(layers, work.pairs), model, platform)
+    mine = rows.take(work.rows_B)
+    how = _any_draw(platform)
+
+    def one_step(
+        carry: tuple[jax.Array, Cache, Rows, jax.Array],
+    ) -> tuple[jax.Array, Cache, Rows, jax.Array]:
+        number, cache, now, tokens_BN = carry
+        cache, logits_BV = _forward(model, hooks, cache, now, work.paging)
+        now, token_B = _advance(now, logits_BV, how)
+        return number + 1, cache, now, tokens_BN.at[:, number].set(token_B)
+
+    def unfinished(carry: tuple[jax.Array, Cache, Rows, jax.Array]) -> jax.Array:
+        number, _, now, _ = carry
+        ended = jnp.any((mine.left_B > 0) & (now.left_B == 0))
+        return (number < steps.number) & jnp.any(now.left_B > 0) & ~(steps.eager & ended)
+
+    tokens_BN = jnp.full((work.rows_B.shape[0], most), RESTING, jnp.int32)
+    _, cache, now, tokens_BN = jax.lax.while_loop(
+        unfinished, one_step, (jnp.int32(0), cache, mine, tokens_BN)
     )
-    mine = dataclasses.replace(mine, cache=state.cache, left_B=left_B)
+    return cache, rows.put(work.rows_B, now), tokens_BN
 
-    def one_step(carry: tuple[jax.Array, State, jax.Array]) -> tuple[jax.Array, State, jax.Array]:
-        number, now, tokens_BN = carry
-        running_B = now.left_B > 0
-        positions_B1 = jnp.where(running_B, now.position_B, NOWHERE)[:, None]
-        hidden_B1D, cache = model.hidden(
-            now.token_B[:, None], positions_B1, cache=now.cache, paging=paging, adapters=hooks
-        )
-        assert cache is not None
-        drawn_token_B = _draw(model.logits(hidden_B1D[:, 0]), sampling, now.drawn_B)
-        tokens_BN = tokens_BN.at[:, number].set(jnp.where(running_B, drawn_token_B, RESTING))
-        step = running_B.astype(jnp.int32)
-        now = State(
-            cache=cache,
-            token_B=jnp.where(running_B, drawn_token_B, now.token_B),
-            position_B=now.position_B + step,
-            drawn_B=now.drawn_B + step,
-            left_B=jnp.where(running_B, _after(drawn_token_B, now.left_B, now.stops_BE), 0),
-            stops_BE=now.stops_BE,
-            sampling=now.sampling,
-        )
-        return number + 1, now, tokens_BN
 
-    def unfinished(carry: tuple[jax.Array, State, jax.Array]) -> jax.Array:
-        number, now, _ = carry
-        ended = jnp.any((left_B > 0) & (now.left_B == 0))
-        return (number < steps) & jnp.any(now.left_B > 0) & ~(eager & ended)
+@partial(jax.jit, static_argnames=("definition", "platform"), donate_argnames="cache")
+def forward(
+    definition: Definition,
+    platform: Platform,
+    leaves: Leaves,
+    layers: BankLayers,
+    cache: Cache,
+    rows: Rows,
+    packed: Packed,
+) -> tuple[Cache, jax.Array]:
+    """One step of the given rows without the drawing; arguments as of :func:`decode`.
 
-    tokens_BN = jnp.full((rows_B.shape[0], most), RESTING, jnp.int32)
-    _, now, tokens_BN = jax.lax.while_loop(unfinished, one_step, (jnp.int32(0), mine, tokens_BN))
-    done = jax.tree.map(
-        lambda old, new: old.at[rows_B].set(new, mode="drop"),
-        whole,
-        dataclasses.replace(now, cache=[]),
-    )
-    return dataclasses.replace(done, cache=now.cache), tokens_BN
+    ``packed`` is the :class:`Decoding`.
+
+    Returns:
+        The cache, and the logits ``[B, V]``, float32.
+    """
+    model, work = definition.merge(leaves), packed.unpack()
+    assert isinstance(work, Decoding)
+    hooks = _with_others(ragged_hooks(layers, work.pairs), model, platform)
+    return _forward(model, hooks, cache, rows.take(work.rows_B), work.paging)
+
+
+@partial(jax.jit, static_argnames="how", donate_argnames="rows")
+def draw(
+    rows: Rows, logits_BV: jax.Array, rows_B: Any, tokens_BN: jax.Array, *, how: Draw
+) -> tuple[Rows, jax.Array]:
+    """Draws the tokens after :func:`forward`'s logits for those of the given rows that may have more.
+
+    Returns:
+        The rows, and ``tokens [B, N]`` moved by a column with the new ones in the last.
+    """
+    new, token_B = _advance(rows.take(rows_B), logits_BV, how)
+    return rows.put(rows_B, new), jnp.concatenate([tokens_BN[:, 1:], token_B[:, None]], axis=1)
 
 
 @jax.jit
@@ -289,10 +278,7 @@ def take_pages(cache: Cache, pages_M: jax.Array) -> list[LayerCache]:
     return jax.tree.map(lambda pool: pool.at[pages_M].get(mode="fill", fill_value=0), cache)
 
 
-@partial(jax.jit, donate_argnames="state")
-def put_pages(state: State, pages_M: jax.Array, copies: list[LayerCache]) -> State:
+@partial(jax.jit, donate_argnames="cache")
+def put_pages(cache: Cache, pages_M: jax.Array, copies: list[LayerCache]) -> Cache:
     """Puts such copies into pages of a pool, the same or others."""
-    cache = jax.tree.map(
-        lambda pool, copy: pool.at[pages_M].set(copy, mode="drop"), state.cache, copies
-    )
-    return dataclasses.replace(state, cache=cache)
+    return jax.tree.map(lambda pool, copy: pool.at[pages_M].set(copy, mode="drop"), cache, copies)

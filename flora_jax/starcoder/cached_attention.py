@@ -2,7 +2,7 @@
 
 All of them see the cached positions up to each token's own and give ``[B, T, D]`` in the queries' dtype.
 What stands in a page from an earlier owner never reaches a result, not even multiplied by zero (it could
-be NaN). ``Paging.attention`` names the implementation. Knows nothing of parameters, adapters or platforms.
+be NaN). ``Paging.attention`` names the one to use. Knows nothing of parameters, adapters or platforms.
 """
 
 from __future__ import annotations

@@ -248,6 +248,39 @@ class Model(NamedTuple):
     params: nnx.State
 
 
+class Definition:
+    """What steps take of a model as a static argument: its structure, hashed once.
+
+    A ``nnx.GraphDef`` hashes all that is in it at every call, 4.5 ms at 40 layers, and an ``nnx.State``
+    is flattened by Python code. Definitions of equal models are equal.
+    """
+
+    __slots__ = ("_graph", "_hash", "_structure")
+
+    def __init__(self, model: Model):
+        self._graph, self._structure = model.graph, jax.tree.structure(model.params)
+        self._hash = hash((self._graph, self._structure))
+
+    def merge(self, leaves: Sequence[jax.Array]) -> StarCoder:
+        """The model with the parameters of :func:`leaves_of`; inside a jitted step."""
+        return nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Definition)
+            and self._hash == other._hash
+            and (self._structure, self._graph) == (other._structure, other._graph)
+        )
+
+
+def leaves_of(model: Model) -> tuple[jax.Array, ...]:
+    """The parameters as steps take them, in the order that :class:`Definition` knows."""
+    return tuple(jax.tree.leaves(model.params))
+
+
 def init_model(config: StarCoderConfig, seed: int = 0, dtype: Any = jnp.float32) -> Model:
     """Random weights (GPT-2's initialisation)."""
     graph, params = nnx.split(StarCoder(config, dtype=dtype, rngs=nnx.Rngs(seed)))

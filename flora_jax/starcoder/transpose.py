@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.adapters.transposed import Transposed
+from flora_jax.platforms import Platform
+from flora_jax.platforms import platform as platform_of
 from flora_jax.starcoder.model import Model
 from flora_jax.starcoder.quantize import is_quantised
 from flora_jax.starcoder.sharding import named_leaves
 
 
-def for_decoding(model: Model, *, consume: bool = False) -> Model:
-    """The model as its machine decodes fastest: on a CPU :func:`outputs_first`, else as it is."""
-    return outputs_first(model, consume=consume) if jax.default_backend() == "cpu" else model
+def for_decoding(model: Model, *, consume: bool = False, platform: Platform | None = None) -> Model:
+    """The model as a platform, by default JAX's, decodes fastest: :func:`outputs_first`, or as it is."""
+    by_outputs = (platform or platform_of()).weights_by_outputs
+    return outputs_first(model, consume=consume) if by_outputs else model
 
 
 def outputs_first(model: Model, *, consume: bool = False) -> Model:

@@ -1,0 +1,196 @@
+"""Every program that an engine can need, by name: compiled side by side before the first request, or
+for a device that is not there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax.adapters.bank import Count
+from flora_jax.platforms import Platform
+from flora_jax.serve.dispatch import Call, Device
+from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.packing import pack
+from flora_jax.serve.pool import AdapterPool
+from flora_jax.serve.programs import DecodeShape, Lattice, PrefillShape
+from flora_jax.serve.sampling import Draw
+from flora_jax.starcoder.model import Model
+
+
+class Program(NamedTuple):
+    """A program by name: a ``call`` of it with nothing to do, and what runs that without any effect.
+
+    ``call`` is ``None`` for those too small to be compiled side by side.
+    """
+
+    name: str
+    call: Callable[[], Call] | None
+    rehearse: Callable[[], Any]
+
+
+def programs(device: Device) -> list[Program]:
+    """Everything that the device's verbs can ask for, the longest to compile first."""
+    found = [_prefilling(device, shape) for shape in device.lattice.prefill_shapes()]
+    decoding = _looping if device.platform.steps_on_device else _forwarding
+    found += [decoding(device, shape) for shape in device.lattice.decode_shapes()]
+    if not device.platform.steps_on_device:
+        ways: tuple[Draw, ...] = ("digits", "plain", "greedy")
+        found += [_drawing(device, rows, how) for rows in device.lattice.rows for how in ways]
+    found += [_beginning(device, count) for count in _entering(device)]
+    found.append(Program("write an adapter", None, device.pool.write_nothing))
+    if device.may_preempt:
+        found.append(Program("insert", None, partial(device.insert, [], [0])))
+        found.append(Program("pages out and in", None, partial(_copy_nothing, device)))
+    return found
+
+
+def compile_all(device: Device, progress: Callable[[str, int, int], None] | None = None) -> None:
+    """Compiles and runs all of them, as many at a time as there are cores.
+
+    XLA lets go of the interpreter while it compiles; tracing is what takes turns. ``progress`` gets the
+    name of a program that is done, how many are, and of how many.
+    """
+    wanted = programs(device)
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        compiled = [
+            None if program.call is None else threads.submit(program.call().lower().compile)
+            for program in wanted
+        ]
+        for number, (program, future) in enumerate(zip(wanted, compiled), 1):
+            if future is not None:
+                future.result()
+            # Finds what was compiled: the traced program is the same object.
+            program.rehearse()
+            if progress is not None:
+                progress(program.name, number, len(wanted))
+
+
+def lower_for(device: Device, sharding: Any) -> dict[str, Callable[[], Any]]:
+    """By name what lowers each program for the devices of a sharding, whatever runs here.
+
+    ``device`` may come from :func:`abstract_device`.
+    """
+
+    def lower(call: Callable[[], Call]) -> Any:
+        function, arguments, static = call()
+        definition, platform = arguments[:2]
+        fixed = isinstance(platform, Platform)
+        arrays = arguments[2:] if fixed else arguments
+        placed = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding), arrays
+        )
+        return function.lower(*((definition, platform) if fixed else ()), *placed, **static)
+
+    return {p.name: partial(lower, p.call) for p in programs(device) if p.call is not None}
+
+
+def abstract_device(
+    model: Model,
+    options: EngineOptions,
+    platform: Platform,
+    most: Mapping[str, Count],
+    residents: int,
+) -> Device:
+    """A device with shapes in place of arrays: nothing is allocated, and its programs can be lowered.
+
+    Args:
+        model: as of :func:`flora_jax.starcoder.model.abstract_model`.
+        options: the engine's.
+        platform: whose choices the programs follow.
+        most: by target the most components of one adapter.
+        residents: how many of those the bank holds.
+    """
+    config = model.config
+    context = options.max_model_len or config.n_positions
+    dtype = jax.tree.leaves(model.params["wte"])[0].dtype
+    pool = AdapterPool.of_size(
+        config, most, residents, additive=platform.additive(dtype), allocate=False
+    )
+    lattice = Lattice(pool, options, context, platform)
+    pages = options.cache_pages(context)
+    return Device(model, pool, lattice, options, pages, platform, allocate=False)
+
+
+def _entering(device: Device) -> list[int]:
+    """How many sequences may begin to decode in one dispatch."""
+    lattice = device.lattice
+    return [lattice.pieces[-1]] if lattice.few else sorted({1, *lattice.pieces})
+
+
+def _prefilling(device: Device, shape: PrefillShape) -> Program:
+    call = partial(device.prefill_call, shape, [])
+
+    def run() -> None:
+        device.cache, _ = call().run()
+
+    own = shape.form
+    form = f"{own.multiplicative} + {own.additive} components"
+    name = f"prefill {shape.rows} x {shape.length} tokens, {shape.span} positions, {form}"
+    return Program(name + ("" if not own.targets else f" on {', '.join(own.targets)}"), call, run)
+
+
+def _named(verb: str, shape: DecodeShape) -> str:
+    mul, add = shape.level
+    return f"{verb} {shape.rows} rows, {shape.span} positions, adapters' levels {mul} and {add}"
+
+
+def _looping(device: Device, shape: DecodeShape) -> Program:
+    def call() -> Call:
+        return device.decode_call(device.decoding(shape, [], 0), 0, False)
+
+    def run() -> None:
+        device.cache, device.state_rows, _ = call().run()
+
+    return Program(_named("decode", shape), call, run)
+
+
+def _forwarding(device: Device, shape: DecodeShape) -> Program:
+    def call() -> Call:
+        packed = pack(device.decoding(shape, [], 0))
+        return device.forward_call(packed)
+
+    def run() -> None:
+        device.cache, _ = call().run()
+
+    return Program(_named("forward", shape), call, run)
+
+
+def _drawing(device: Device, rows: int, how: Draw) -> Program:
+    shape = rows, device.config.vocab_size
+    abstract_BV = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def call(logits_BV: Any = abstract_BV) -> Call:
+        rows_B = np.full(rows, device.rows, np.int32)
+        return device.draw_call(logits_BV, rows_B, device.resting(rows), how)
+
+    def run() -> None:
+        logits_BV = device.beside_parameters(jnp.zeros(shape, jnp.float32))
+        device.state_rows, _ = call(logits_BV).run()
+
+    return Program(f"draw {rows} tokens, {how}", call, run)
+
+
+def _beginning(device: Device, count: int) -> Program:
+    shape = count, device.config.n_embd
+    abstract_BD = jax.ShapeDtypeStruct(shape, device.dtype)
+
+    def call(hidden_BD: Any = abstract_BD) -> Call:
+        return device.begin_call([], hidden_BD)
+
+    def run() -> None:
+        hidden_BD = device.beside_parameters(jnp.zeros(shape, device.dtype))
+        device.state_rows, _ = call(hidden_BD).run()
+
+    return Program(f"begin {count} sequences", call, run)
+
+
+def _copy_nothing(device: Device) -> None:
+    device.put_back([], device.copy_out([]))
