@@ -1,10 +1,11 @@
 """Decode steps of the engine's own programs: milliseconds a step by attention, kind, rank and positions.
 
-    decode PRESET LAYERS ATTENTION,… ROWS KIND,… POSITIONS,…
+    decode PRESET LAYERS HOW,… ROWS KIND,… POSITIONS,…
 
-LAYERS 0 is all of them; fewer compile sooner, and the others take as long. ``ms_step`` is from dispatches
-queued behind each other, ``ms_step_waited`` from one whose tokens are read before the next, as the engine
-does without anything to overlap; ``host_ms`` is until a dispatch is queued.
+LAYERS 0 is all of them; fewer compile sooner, and the others take as long. HOW is as
+:func:`experiments.gpu.engines.variant` has it. All tokens are drawn greedily. ``ms_step`` is from
+dispatches queued behind each other, ``ms_step_waited`` from one whose tokens are read before the next,
+as the engine does without anything to overlap; ``host_ms`` is until a dispatch is queued.
 """
 
 from __future__ import annotations
@@ -39,13 +40,9 @@ def stage(own: Stage, words: list[str]) -> None:
 
     def first(attention: str, text: str) -> Any:
         """A rig whose programs are compiled, with what that took; or why there is none."""
-        if attention == "cudnn" and not engines.has_cudnn():
-            return Skip("a CPU has no cuDNN")
         try:
             started = time.time()
-            kind, rank = engines.kind_and_rank(text)
-            pool = engines.RandomPool(model.config, kind, rank, rows)
-            rig = engines.Rig(model, pool, options, attention)
+            rig = engines.Rig(model, text, options, engines.variant(attention))
             for span in positions:
                 step(rig, rig.sequences(start(span, steps)), steps)
             rig.wait()
@@ -90,9 +87,7 @@ def start(span: int, steps: int) -> int:
 
 def step(rig: Any, sequences: Any, steps: int) -> Any:
     """Queues one dispatch; the tokens, on the device."""
-    names = [sequence.content.version for sequence in sequences]
-    shape = rig.lattice.decode(names, max(s.cached for s in sequences) + steps)
-    tokens_BN = rig._decode(shape, sequences, steps, False)
+    tokens_BN = rig.decode(sequences, steps, False)
     for sequence in sequences:
         sequence.drawn += steps
     return tokens_BN
@@ -102,7 +97,7 @@ def timed(rig: Any, span: int, steps: int) -> dict[str, Any]:
     """Medians of one rig at one number of positions."""
     import numpy as np
 
-    from flora_jax.serve.steps import BROKEN
+    from flora_jax.serve.state import BROKEN
 
     sequences = rig.sequences(start(span, steps))
     for _ in range(_FIRST):

@@ -2,8 +2,9 @@
 
     engine PRESET LAYERS KIND,… ROWS PROMPT NEW
 
-Only what these requests need is compiled, by a first run that is not timed; ``compilations`` of the
-second is 0 where nothing was left to compile.
+``ready_s`` is from the engine's making to the end of a first run that is not timed, all programs
+compiled; a rehearsal compiles only what its requests need. ``compilations`` of the timed run is 0 where
+nothing was left to compile.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ def stage(own: Stage, words: list[str]) -> None:
         began = time.perf_counter()
         engine = Engine(model, adapters, options=options)
         try:
+            if not own.rehearse:
+                engine.warm_up()
             run_throughput(engine, requests)
             ready = time.perf_counter() - began
             found = run_throughput(engine, requests)

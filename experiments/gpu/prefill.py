@@ -31,16 +31,12 @@ def stage(own: Stage, words: list[str]) -> None:
 
     def first(attention: str, text: str, length: int) -> Any:
         """A rig and its piece, once through; or why there is none."""
-        if attention == "cudnn" and not engines.has_cudnn():
-            return Skip("a CPU has no cuDNN")
         try:
             options = EngineOptions(
                 max_num_seqs=1, max_model_len=length, chunk=length, pieces=1,
                 max_num_batched_tokens=length + 1,
             )  # fmt: skip
-            kind, rank = engines.kind_and_rank(text)
-            pool = engines.RandomPool(config, kind, rank, 1)
-            rig = engines.Rig(model, pool, options, attention)
+            rig = engines.Rig(model, text, options, engines.variant(attention))
             # One token more in the prompt, or the piece would be its last, and draw a token.
             piece = Piece(rig.sequences(0, prompt=length + 1)[0], 0, length)
             rig.prefill([piece])

@@ -68,8 +68,8 @@ STAGES = (
     Plan("ceilings", 50, "ceilings"),
     Plan("ceilings-torch", 30, "ceilings_torch"),
     _decode(
-        "decode-attention", 85, "15b 10 loop,gather,cudnn 32 none,flora8 512,2048",
-        "mini 1 loop,gather,cudnn 2 none 64",
+        "decode-attention", 85, "15b 10 gather,loop,cudnn,gather+looped 32 none,flora8 512,2048",
+        "mini 1 loop,gather+split,cudnn 2 none 64",
     ),
     _decode(
         "decode-ranks", 60, "15b 10 auto 32 none,flora1,flora8,lora8,flora32,lora32,flora2,lora1 2048",
@@ -89,7 +89,7 @@ STAGES = (
     Plan("train", 45, "train", ("1b", "0", "lora8,flora8"), ("mini", "1", "lora2")),
     Plan("train-peft", 40, "train_peft", ("1b", "0", "8"), ("mini", "1", "2")),
     Plan(
-        "engine", 60, "engine", ("1b", "0", "none,flora8,lora8", "32", "256", "128"),
+        "engine", 100, "engine", ("1b", "0", "flora8,none,lora8", "32", "256", "128"),
         ("mini", "1", "flora2", "2", "16", "8"),
     ),
     _decode("decode-1b", 75, "1b 0 auto 32 none,flora1,lora1,flora8,lora8,flora32,lora32 2048",
@@ -97,7 +97,7 @@ STAGES = (
     _decode("decode-3b", 90, "3b 0 auto 32 none,flora1,lora1,flora8,lora8,flora32,lora32 2048",
             "mini 1 auto 2 none,lora2 64"),
     _decode(
-        "decode-while", 45, "15b 10 auto 32 none 2048", "mini 1 auto 2 none 64",
+        "decode-while", 45, "15b 10 gather+looped 32 none 2048", "mini 1 auto 2 none 64",
         "--xla_gpu_enable_command_buffer=+WHILE",
     ),
 )  # fmt: skip
