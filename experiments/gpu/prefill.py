@@ -1,7 +1,8 @@
 """Prompts through the engine's own programs: one piece of one prompt by attention, kind and length.
 
-    prefill PRESET LAYERS ATTENTION,… KIND,… LENGTH,…
+    prefill PRESET LAYERS HOW,… KIND,… LENGTH,…
 
+HOW is as :func:`experiments.gpu.engines.variant` has it; all but the first run the first kind alone.
 ``TFLOP_s`` counts the projections once for every token, and attention; what an adapter multiplies besides
 is not counted, so that kinds may be compared.
 """
@@ -45,10 +46,9 @@ def stage(own: Stage, words: list[str]) -> None:
         except Exception as error:
             return error
 
-    cases = [
-        (attention, text, length)
-        for length in lengths for attention in attentions.split(",") for text in kinds.split(",")
-    ]  # fmt: skip
+    (chosen, *others), texts = attentions.split(","), kinds.split(",")
+    cases = [(chosen, text, length) for length in lengths for text in texts]
+    cases += [(attention, texts[0], length) for length in lengths for attention in others]
     threads = ThreadPoolExecutor(1 if own.rehearse else 12)
     rigs = [threads.submit(first, *case) for case in cases]
     wait(rigs, timeout=own.left - len(cases))

@@ -68,7 +68,7 @@ STAGES = (
     Plan("ceilings", 50, "ceilings"),
     Plan("ceilings-torch", 30, "ceilings_torch"),
     _decode(
-        "decode-attention", 85, "15b 10 gather,loop,cudnn,gather+looped 32 none,flora8 512,2048",
+        "decode-attention", 85, "15b 10 gather,loop,gather+looped,cudnn 32 none 512,2048",
         "mini 1 loop,gather+split,cudnn 2 none 64",
     ),
     _decode(
@@ -78,8 +78,8 @@ STAGES = (
     Plan("layer", 100, "layer"),
     Plan("layer-torch", 45, "layer_torch"),
     Plan(
-        "prefill", 50, "prefill", ("15b", "10", "auto,loop", "none,flora8,lora8", "512,2048"),
-        ("mini", "1", "auto", "none,flora2", "32"),
+        "prefill", 50, "prefill", ("15b", "10", "auto,gather,loop", "none,flora8,lora8", "512,2048"),
+        ("mini", "1", "auto,gather", "none,flora2", "32"),
     ),
     _decode(
         "decode-whole", 110, "15b 0 auto 32 none,flora8,lora8,flora1,lora1 512",
