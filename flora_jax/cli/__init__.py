@@ -5,6 +5,7 @@ from __future__ import annotations
 from flora_jax.cli import bench, bench_serving, evaluate, program
 from flora_jax.cli.generate import generate
 from flora_jax.cli.inspect import demo, info
+from flora_jax.cli.plan import plan
 from flora_jax.cli.train import train
 
 NAME = "flora-jax"
@@ -14,7 +15,7 @@ app = program.new_app(
     no_args_is_help=True,
 )
 
-for _verb in (generate, train, info, demo):
+for _verb in (generate, train, info, demo, plan):
     app.command()(_verb)
 bench.app.command()(bench_serving.throughput)
 bench.app.command()(bench_serving.latency)

@@ -1,1 +1,1 @@
-"""What a model needs on a GPU: memory, modelled times, programs compiled ahead of time, simulated serving."""
+"""What a model needs on a GPU: memory, modelled times, compiled programs, simulated serving."""

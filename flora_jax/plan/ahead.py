@@ -1,7 +1,8 @@
 """Programs compiled ahead of time for a card that is not there, by XLA's own compiler for it.
 
-The compiler comes with ``jax-cuda13-pjrt`` of jaxlib's version and needs ``ptxas`` and libdevice of a CUDA
-13 toolkit, both in the extra ``plan``; nothing runs, so nothing is autotuned: products are cuBLASLt's.
+The compiler comes with ``jax-cuda13-pjrt`` of jaxlib's version and needs ``ptxas`` and libdevice of a
+CUDA 13 toolkit, both in the extra ``plan``; nothing runs, so nothing is autotuned: products are
+cuBLASLt's.
 Knows nothing of what a program is for.
 """
 
@@ -17,15 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from flora_jax.errors import InputError
-from flora_jax.plan.cards import Card
+from flora_jax.plan.cards import MATRIX_UNITS, Card
 
 _PLUGIN, _PACKAGE = "jax_plugins.xla_cuda13", "jax-cuda13-pjrt"
 _NEEDS = "--compile needs {}: pip install 'flora-jax[plan]'"
 # Without them, XLA would choose among its own kernels by running them.
 _OPTIONS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
-# HLO's numbers of a type, and operations of one clock for float16's 512: float16, bfloat16, float32, int8.
+# XLA's number of a type, and its rate as twice float16's: float16, bfloat16, float32, int8.
 _RATES = ((10, 2), (16, 2), (11, 1), (2, 4))
-_UNITS = 4
 
 
 class Compiled(NamedTuple):
@@ -43,11 +43,9 @@ def target_config(card: Card) -> str:
     """What XLA's compiler asks of a device, as the text of its protocol buffer."""
     major, minor = card.capability
     feature = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
-    each = card.peak_half / (2 * card.cores * _UNITS * card.matrix_clock_ghz * 1e9)
-    half = 1 << round(each).bit_length() - 1 if each < 512 else 512
     rates = "\n".join(
         f"    rate_infos {{ key: {key} value {{ clock_rate_ghz: {card.matrix_clock_ghz} "
-        f"units_per_core: {_UNITS} ops_per_clock: {half * times // 2} }} }}"
+        f"units_per_core: {MATRIX_UNITS} ops_per_clock: {card.matrix_ops * times // 2} }} }}"
         for key, times in _RATES
     )
     return f"""
@@ -134,14 +132,17 @@ def one_device(card: Card) -> Any:
     """
     check_compiler()
     find_toolkit()
-    # Else JAX looks for a driver first, and complains where there is none.
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
 
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology="1x1x1", target_config=target_config(card)
-    )
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology="1x1x1", target_config=target_config(card)
+        )
+    except NotImplementedError as error:  # JAX looked for a driver, and did not take the plugin.
+        raise InputError(
+            f"no compiler for {card.title} ({error}), start with JAX_PLATFORMS=cpu"
+        ) from None
     return NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
 
 

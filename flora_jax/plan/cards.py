@@ -20,6 +20,8 @@ BANDWIDTH_SHARE = 0.895
 PRODUCT_SHARE = 0.66
 LAUNCH_US = 2.0
 GRAPH_LAUNCH_US = 4.0
+# Tensor cores of a streaming multiprocessor.
+MATRIX_UNITS = 4
 # An all-reduce of a few kilobytes over NVLink: its messages' way, not their bytes.
 ALL_REDUCE_US = 12.0
 
@@ -40,6 +42,7 @@ class Card:
         cores: streaming multiprocessors.
         clock_ghz: their boost clock.
         matrix_clock_ghz: the clock that ``peak_half`` is for.
+        matrix_ops: multiplications with addition of one tensor core in one of its clocks, 16 bits.
         fpus_per_core: float32 lanes of one.
         threads_per_core: resident at most.
         shared_per_core: bytes of shared memory.
@@ -61,6 +64,7 @@ class Card:
     cores: int
     clock_ghz: float
     matrix_clock_ghz: float
+    matrix_ops: int
     fpus_per_core: int
     threads_per_core: int
     shared_per_core: int
@@ -93,6 +97,7 @@ _H100 = Card(
     cores=132,
     clock_ghz=1.98,
     matrix_clock_ghz=1.83,
+    matrix_ops=512,
     fpus_per_core=128,
     threads_per_core=2048,
     shared_per_core=233_472,
@@ -122,6 +127,7 @@ CARDS = {
             cores=108,
             clock_ghz=1.41,
             matrix_clock_ghz=1.41,
+            matrix_ops=256,
             fpus_per_core=64,
             threads_per_core=2048,
             shared_per_core=167_936,
@@ -139,6 +145,7 @@ CARDS = {
             cores=58,
             clock_ghz=2.04,
             matrix_clock_ghz=2.04,
+            matrix_ops=128,
             fpus_per_core=128,
             threads_per_core=1536,
             shared_per_core=102_400,

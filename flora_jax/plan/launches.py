@@ -94,7 +94,8 @@ class Program:
 
     def launches(self, name: str | None = None) -> Launches:
         """Of one computation, by default the whole program."""
-        total, loops, static = 0, (), 0
+        total, static = 0, 0
+        loops: tuple[str, ...] = ()
         for one in self.computations[name or self.entry]:
             found = self._of(one)
             total, loops = total + found.total, (*loops, *found.loops)
@@ -155,11 +156,11 @@ def _instruction(line: str) -> Instruction | None:
     rest = line[head.end() :]
     if rest.startswith("("):  # A tuple's shape has parentheses and blanks of its own.
         depth = 0
-        for at, letter in enumerate(rest):
-            depth += (letter == "(") - (letter == ")")
-            if not depth:
-                break
-        shape, rest = rest[: at + 1], rest[at + 2 :]
+        end = 0
+        while not end or depth:
+            depth += (rest[end] == "(") - (rest[end] == ")")
+            end += 1
+        shape, rest = rest[:end], rest[end + 1 :]
     else:
         shape, _, rest = rest.partition(" ")
     return Instruction(head[1], shape, rest.partition("(")[0], line)

@@ -174,7 +174,7 @@ def fits(setting: Setting) -> bool:
     return needed(setting).peak <= usable_bytes(setting)
 
 
-def largest(setting: Setting, most: int = 4096) -> Largest:
+def largest(setting: Setting, most: int = 1 << 20) -> Largest:
     """The largest number of sequences at this context, at most ``most``, and the largest cache."""
 
     def fitting(rows: int) -> bool:

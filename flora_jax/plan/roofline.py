@@ -1,14 +1,15 @@
-"""The modelled time of a decode step and of a prefill dispatch: bytes, operations and launches of a card.
+"""The modelled time of a decode step: bytes, operations and launches on a card.
 
-**A decode step** of ``B`` rows that look at ``S`` positions, sampling apart, is the sum of
+A step of ``B`` rows that look at ``S`` positions, sampling apart, is the sum of
 
 - ``weights``: every kernel, bias, norm and the head's matrix once, over the bandwidth;
 - ``products``: what the projections' and the head's operations take beyond that reading, each
   ``2·P·I·O`` over the product rate, for the ``P`` rows that it multiplies (``B``, and one more for every
   further multiplicative component of FLoRA and HiRA);
-- ``attention``: "gather" copies the span's keys and values (read and written), reads them again in two
-  products, writes float32 scores, reads them, and writes and reads their softmax in 16 bits; "fused" reads
-  keys and values once; "loop" does less than its launches take, and counts by those alone;
+- ``attention``: "gather" copies the span's keys and values (read and written), reads them again in
+  two products, writes float32 scores, reads them, and writes and reads their softmax in 16 bits;
+  "fused" reads keys and values once; "loop" does less than its launches take, and counts by those
+  alone;
 - ``adapters``: the bank's components that the rows use, once; of every row that they add the scaled
   input (written, read) and the float32 result (written, read). LoRA "fused" reads its vectors once; LoRA
   "bmm", as two batched products, gathers them first (read and written), then reads them;
@@ -19,14 +20,8 @@
 Kernels a layer were counted on programs compiled for an H100: 20 with "gather", the four products with
 weights among them, 18 with "fused"; with "loop" 20 and 9 for every 128 positions, each trip a graph of
 its own. A projection without room for adapters has 1.25 kernels fewer where its results are rounded in
-the product (bias and GELU as epilogues). FLoRA beyond rank 1 adds half a kernel, LoRA one, batched products
-five. 16 more kernels make the rest of a step.
-
-**A prefill dispatch** of ``T`` tokens is the sum of ``products`` (each projection's operations, or its
-bytes where those take longer), ``attention`` (scores as above; cuDNN's keeps none, at three quarters of
-the product rate), ``activations`` (norms, additions, conversions, GELU: bytes, or launches where
-those take longer) and ``adapters``: FLoRA beyond rank 1 by explicit weights (each row's made in one pass:
-the weight read, written and read) or by more rows of the product, whichever takes less.
+the product (bias and GELU as epilogues). FLoRA beyond rank 1 adds half a kernel, and beyond 16 a loop
+of two for every 8 components; LoRA one, batched products five. 16 more kernels make the rest of a step.
 
 It leaves out what the second-level cache saves, the host, and autotuned kernels' own efficiency. Knows
 nothing of queues.
@@ -49,12 +44,9 @@ KEY_BLOCK = 128
 OTHER_KERNELS = 16
 ROUNDED_SAVES = 1.25
 WEIGHT_PRODUCTS = 4
-# Passes of the loop over the scores of a block, and over its float32 results.
-_LOOP_PASSES = 9
-# Of the product rate, with a mask from memory.
-_FLASH_SHARE = 0.75
-# Further components that a row's sum adds in one pass; beyond, a loop of three kernels.
+# Further components that a row's sum adds in one pass; beyond two passes, a loop of two kernels.
 _GROUP = 8
+_SUM_KERNELS = 2
 _INT4_SLICE = 32 << 20
 
 
@@ -66,6 +58,9 @@ class Ways:
     prompt_attention: str | None = None
     rounded_results: bool = GPU.rounded_results
     lora: Lora = "fused"
+
+
+DEFAULT = Ways()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +86,7 @@ def whole_work(setting: Setting, rows: int) -> Work:
 
 
 def decode(
-    setting: Setting, rows: int, span: int, work: Work | None = None, ways: Ways = Ways()
+    setting: Setting, rows: int, span: int, work: Work | None = None, ways: Ways = DEFAULT
 ) -> Terms:
     """Milliseconds of one decode step by term.
 
@@ -104,7 +99,7 @@ def decode(
     """
     config, card = setting.config, setting.card
     work = whole_work(setting, rows) if work is None else work
-    devices, rate = setting.devices, _product_rate(setting)
+    devices, rate = setting.devices, product_rate(setting)
     weights = products = extra = 0.0
     for target, (inputs, outputs) in config.projections().items():
         read = kernel_bytes(setting, inputs, outputs) / devices
@@ -128,49 +123,7 @@ def decode(
         "attention": 1e3 * attention / card.bandwidth,
         "adapters": 1e3 * config.n_layer * extra / card.bandwidth,
         "launches": 1e-3 * (beside * card.launch_us + graphs * card.graph_launch_us),
-        "links": _links(setting, rows),
-    }
-
-
-def prefill(
-    setting: Setting, rows: int, length: int, span: int, ways: Ways = Ways(), adapted: bool = True
-) -> Terms:
-    """Milliseconds of one prefill dispatch by term.
-
-    Args:
-        setting: model, card, adapters.
-        rows: pieces.
-        length: tokens of each.
-        span: positions that attention looks at.
-        ways: implementations.
-        adapted: whether the pieces have adapters.
-    """
-    config, card = setting.config, setting.card
-    devices, rate, size = setting.devices, _product_rate(setting), setting.itemsize
-    tokens = rows * length
-    products = adapters = 0.0
-    passes = 6.0 * config.n_embd * size  # Two norms with the additions before them.
-    for target, (inputs, outputs) in config.projections().items():
-        own = target in setting.adapted and adapted
-        seconds = _product_seconds(setting, target, tokens, 1)
-        products += seconds
-        if own:
-            adapters += _prompt_adapter_seconds(setting, target, rows, tokens, ways) - seconds
-        if not _rounded(setting, target, ways):
-            passes += outputs * (4 + size)
-    passes += 2.0 * config.projections()["attn.c_attn"][1] * size  # Slices and the cache.
-    passes += 4.0 * config.n_embd * size  # Queries and results, turned round.
-    kernels = _kernels_a_layer(setting, Work({}, {}), ways) - WEIGHT_PRODUCTS
-    activations = max(tokens * passes / card.bandwidth, 1e-6 * kernels * card.launch_us)
-    head = 2.0 * rows * config.vocab_size * config.n_embd / devices / rate
-    head_read = config.vocab_size * config.n_embd * size / devices / card.bandwidth
-    name = ways.prompt_attention or setting.prompt_attention
-    return {
-        "products": 1e3 * (config.n_layer * products + max(head, head_read)),
-        "attention": 1e3 * config.n_layer * _prompt_attention(setting, rows, length, span, name),
-        "activations": 1e3 * config.n_layer * activations,
-        "adapters": 1e3 * config.n_layer * adapters,
-        "links": _links(setting, tokens),
+        "links": links(setting, rows),
     }
 
 
@@ -179,10 +132,10 @@ def total(terms: Terms) -> float:
     return sum(terms.values())
 
 
-def launches(setting: Setting, span: int, work: Work, ways: Ways = Ways()) -> tuple[float, float]:
+def launches(setting: Setting, span: int, work: Work, ways: Ways = DEFAULT) -> tuple[float, float]:
     """Kernels of a decode step, and the CUDA graphs that the host launches for them."""
     layers = setting.config.n_layer
-    kernels, graphs = _kernels_a_layer(setting, work, ways), 0.0
+    kernels, graphs = kernels_a_layer(setting, work, ways), 0.0
     if ways.attention == "loop":
         trips = -(-span // KEY_BLOCK)
         kernels += trips * KERNELS_A_TRIP
@@ -194,12 +147,15 @@ def launches(setting: Setting, span: int, work: Work, ways: Ways = Ways()) -> tu
     return layers * kernels + OTHER_KERNELS, layers * graphs or 1.0
 
 
-def _kernels_a_layer(setting: Setting, work: Work, ways: Ways) -> float:
+def kernels_a_layer(setting: Setting, work: Work, ways: Ways) -> float:
+    """Of a decode step, the loop over keys aside."""
     kernels = KERNELS_A_LAYER[ways.attention]
     for target, (inputs, outputs) in setting.config.projections().items():
-        kernels -= ROUNDED_SAVES * _rounded(setting, target, ways)
+        kernels -= ROUNDED_SAVES * rounded(setting, target, ways)
         if work.further.get(target):
-            kernels += 0.5 + 3 * _loops(setting, target)
+            kernels += 0.5
+            if trips := _loops(setting, target):
+                kernels += _SUM_KERNELS * trips + 2.5
         if work.additive.get(target):
             kernels += 5 if ways.lora == "bmm" else 1
         if setting.quantize == "int4":
@@ -213,7 +169,8 @@ def _loops(setting: Setting, target: str) -> int:
     return groups if groups > 1 else 0
 
 
-def _rounded(setting: Setting, target: str, ways: Ways) -> bool:
+def rounded(setting: Setting, target: str, ways: Ways) -> bool:
+    """Whether a projection gives its results in 16 bits at once."""
     wide = target in setting.adapted or setting.quantize != "none" or setting.itemsize == 4
     return ways.rounded_results and not wide
 
@@ -224,7 +181,8 @@ def kernel_bytes(setting: Setting, inputs: int, outputs: int) -> float:
     return each * inputs * outputs
 
 
-def _product_rate(setting: Setting) -> float:
+def product_rate(setting: Setting) -> float:
+    """Operations a second that products reach; in float32 (TF32) half of those in 16 bits."""
     return setting.card.products / (2 if setting.itemsize == 4 else 1)
 
 
@@ -256,65 +214,7 @@ def _attention_bytes(setting: Setting, rows: int, span: int, name: str) -> float
     return 3 * cached + scores
 
 
-def _product_seconds(setting: Setting, target: str, tokens: int, times: int) -> float:
-    """One projection of so many tokens, each multiplied ``times``."""
-    inputs, outputs = setting.config.projections()[target]
-    operations = 2.0 * times * tokens * inputs * outputs
-    read = kernel_bytes(setting, inputs, outputs)
-    read += times * tokens * setting.itemsize * (inputs + outputs)
-    seconds = max(operations / _product_rate(setting), read / setting.card.bandwidth)
-    return seconds / setting.devices
-
-
-def _prompt_adapter_seconds(
-    setting: Setting, target: str, rows: int, tokens: int, ways: Ways
-) -> float:
-    """One adapted projection of a prefill dispatch, its product included."""
-    inputs, outputs = setting.config.projections()[target]
-    multiplicative, additive, _ = setting.count(target)
-    card, size = setting.card, setting.itemsize
-    plain = _product_seconds(setting, target, tokens, 1)
-    if multiplicative > 1:
-        merged = plain + rows * 3.0 * inputs * outputs * size / card.bandwidth / setting.devices
-        more = tokens * multiplicative * (2.0 * inputs * size + 8.0 * outputs)
-        factored = _product_seconds(setting, target, tokens, multiplicative)
-        return min(merged, factored + more / card.bandwidth)
-    # The base's pair of ones, and IA3's, scale the inputs.
-    moved = 2.0 * tokens * inputs * size
-    operations = 0.0
-    if additive:
-        moved += tokens * (inputs * (size + 4.0) + 8.0 * outputs)
-        operations = 2.0 * tokens * additive * (inputs + outputs)
-        if ways.lora == "bmm":
-            moved += 2.0 * rows * additive * (inputs + outputs) * size
-    return plain + moved / card.bandwidth + operations / (_product_rate(setting) / 2)
-
-
-def _prompt_attention(setting: Setting, rows: int, length: int, span: int, name: str) -> float:
-    """Seconds of one layer."""
-    config, card, size = setting.config, setting.card, setting.itemsize
-    tokens, heads = rows * length, config.n_head / setting.devices
-    operations = 2.0 * tokens * span * heads * config.head_dim  # Of either product.
-    gathered = 4.0 * rows * span * config.kv_heads * config.head_dim * size
-    if name == "cudnn":
-        mask = tokens * span * size
-        return (
-            2 * operations / (_product_rate(setting) * _FLASH_SHARE)
-            + (gathered + mask) / card.bandwidth
-        )
-    if name == "loop":
-        trips = -(-span // KEY_BLOCK)
-        block = 4.0 * tokens * heads * max(KEY_BLOCK, config.head_dim)
-        moved = _LOOP_PASSES * block / card.bandwidth
-        return trips * max(moved, 1e-6 * KERNELS_A_TRIP * card.launch_us)
-    scores, rate = tokens * heads * span, _product_rate(setting)
-    first = max(operations / rate, 4.0 * scores / card.bandwidth)
-    second = max(operations / rate, size * scores / card.bandwidth)
-    softmax = (4.0 + size) * scores / card.bandwidth
-    return first + softmax + second + gathered / card.bandwidth
-
-
-def _links(setting: Setting, tokens: int) -> float:
+def links(setting: Setting, tokens: int) -> float:
     """Milliseconds of two all-reduces a layer, as a ring moves them."""
     if setting.devices == 1:
         return 0.0
