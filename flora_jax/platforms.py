@@ -71,6 +71,13 @@ class Platform:
     timed_seconds: float
     timed_dtype: str
 
+    def for_one_batch(self, longest: int) -> Platform:
+        """The choices for a job whose requests all run at once, with prompts of up to ``longest`` tokens:
+        compiling for the closest shapes would take longer than what they save.
+        """
+        long_pieces = self.long_pieces and longest >= self.chunk * self.pieces
+        return dataclasses.replace(self, few_shapes=True, long_pieces=long_pieces)
+
     def additive(self, activations: Any) -> Any:
         """The dtype of the bank's additive vectors for a model of such activations."""
         return "float32" if self.additive_dtype == "float32" else activations

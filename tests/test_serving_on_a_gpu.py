@@ -94,6 +94,9 @@ def test_nothing_is_compiled_after_the_warm_up():
         for seed in range(40)
     ]
     assert len(list(generate(engine, requests))) == 40
+    engine.pool.register("new", random_adapter("flora", 9, config.projections(), 2, rank=2))
+    late = dataclasses.replace(requests[0], adapter="new")
+    assert len(list(generate(engine, [late]))) == 1
     assert engine.stats.adapter_evictions
     assert engine.stats.preemptions
     assert engine.compilations.count == 0
