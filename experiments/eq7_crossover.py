@@ -3,13 +3,13 @@
     python experiments/eq7_crossover.py
 
 One projection, c_attn of each preset (widths 256, 768, 2048, 2816 and 6144), with a different adapter
-in every row; FLoRA and LoRA in the paper's form (einsum, two batched products), the base weight in
-float32 and in int8, since the paper says that quantisation moves the crossover up. Two shapes: 16 rows of
-one token (decoding), and one row of 128 tokens (a prompt). Each curve's c1 and c2 are fitted to the same
-times (flora_jax/bench/eq7.py has the derivation). A point is missing where there is no crossing within
-the ranks measured; the table then says which of the two is cheaper. Every
-measurement is a line of experiments/results/eq7_crossover.jsonl at once, and is not made again; the
-picture, over those of this command, is beside it (.png).
+in every row; FLoRA and LoRA in the paper's form (two batched products), the base weight in float32, on
+a GPU in float16 with factors of that dtype, and in int8, since the paper says that quantisation moves
+the crossover up. Two shapes: 16 rows of one token (decoding), and one row of 128 tokens (a prompt).
+Each curve's c1 and c2 are fitted to the same times (flora_jax/bench/eq7.py has the derivation). A point
+is missing where there is no crossing within the ranks measured; the table then says which of the two is
+cheaper. Every measurement is a line of experiments/results/eq7_crossover.jsonl at once, and is not made
+again; the picture, over those of this command, is beside it (.png).
 
 Receipt: 3 minutes on 2 cores of an AMD EPYC (Zen 4); experiments/figure2.md has the table.
 """
@@ -29,6 +29,7 @@ from flora_jax.bench import collected, report
 from flora_jax.bench.layer_options import LayerOptions, parse_ranks, projection_of
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
+from flora_jax.platforms import platform
 
 RESULTS = Path(__file__).parent / "results" / "eq7_crossover.jsonl"
 COLUMNS = {
@@ -56,7 +57,7 @@ def curves(
     panels: dict[str, dict[str, list[tuple[float, float | None]]]] = {}
     for row in rows:
         for source in ("measured", "predicted"):
-            weight = "float32" if row["quantize"] == "none" else row["quantize"]
+            weight = row["dtype"] if row["quantize"] == "none" else row["quantize"]
             name = f"{weight}, {'measured' if source == 'measured' else 'Eq. 7'}"
             line = panels.setdefault(row["shape"], {}).setdefault(name, [])
             line.append((row["width"], row[f"{source}_rank"]))
@@ -70,7 +71,9 @@ def main(
     prefill: Annotated[str, typer.Option(help="ROWSxTOKENS.")] = "1x128",
     decode_ranks: str = "1,2,4,8,16,32",
     prefill_ranks: str = "1,2,4,8",
-    dtype: str = "float32",
+    dtype: Annotated[
+        str | None, typer.Option(help="Default float32 on a CPU, else float16.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 15,
     output: Path = RESULTS,
 ) -> None:
@@ -79,6 +82,9 @@ def main(
 
     started = time.perf_counter()
     report.check_output(output)
+    dtype = dtype or platform().timed_dtype
+    # In float32 both forms are the same products.
+    form = "einsum" if dtype == "float32" else "batched"
     ranks = {"decode": parse_ranks(decode_ranks), "prefill": parse_ranks(prefill_ranks)}
     planned = []
     for shape, (batch, length) in shapes_of(decode, prefill).items():
@@ -86,7 +92,7 @@ def main(
             for preset in presets.split(","):
                 options = LayerOptions(
                     *projection_of(preset, "attn.c_attn"), batch=batch, length=length,
-                    ranks=ranks[shape], kinds=("base", "lora", "flora"), forms=("einsum",),
+                    ranks=ranks[shape], kinds=("base", "lora", "flora"), forms=(form,),
                     dtype=dtype, quantize=method, repeats=repeats, measure_limits=False,
                 )  # fmt: skip
                 planned.append((shape, preset, options))
@@ -97,7 +103,9 @@ def main(
         if found is None:
             found = collected.append_line(output, key, layer.measure(options))
             jax.clear_caches()
-        head = {"shape": shape, "preset": preset, "width": options.inputs}
+        head = {
+            "shape": shape, "preset": preset, "width": options.inputs, "dtype": options.dtype,
+        }  # fmt: skip
         # Without a time of both, too little memory for one, there is no row of Eq. 7.
         rows += [head | {"quantize": options.quantize} | row for row in found["eq7"]]
     seconds = time.perf_counter() - started

@@ -4,11 +4,11 @@
     python experiments/fig2_latency.py --plot fig2_latency.png
 
 Requests arrive by a Poisson process, each with its own adapter; all adapters lie on the device, of 3b
-and 15b the last 128. The rate is 8/s on a GPU, as in the paper (3b, 15b: float16, 2,560 batched
-tokens). Here it is a part of what the base alone can do: first the base's request capacity is measured
-(all requests at once), then every contender, the base among them, at 0.5 and 0.9 of it. Lengths and
-results as in fig2_throughput.py: experiments/results/fig2_latency.jsonl has a line for every finished
-run, which is not run again on the same machine.
+and 15b the last 128. The rate is 8/s on a GPU, as in the paper (3b, 15b: float16, 2,560 batched tokens;
+1b-gpu is 1b in that way). Here it is a part of what the base alone can do: first the base's request
+capacity is measured (all requests at once), then every contender, the base among them, at 0.5 and 0.9
+of it. Lengths and results as in fig2_throughput.py: experiments/results/fig2_latency.jsonl has a line
+for every finished run, which is not run again on the same machine.
 
 Receipt: `164m` took 38 minutes on 2 cores of an Intel Xeon (Emerald Rapids), 12 of them compiling,
 `mini` 34; experiments/figure2.md has the tables. 1b is not run yet.
@@ -66,6 +66,7 @@ PLANS = {
     "164m": Plan(96, 0.25, ranks=(1, 4, 8, 32)),
     "1b": Plan(24, 0.125, ranks=(1, 4, 8)),
     # For a GPU, as in the paper.
+    "1b-gpu": GPU,
     "3b": GPU,
     "15b": GPU,
 }
@@ -83,6 +84,7 @@ class Runs:
     """The runs of a preset, those that are in the results already left out."""
 
     def __init__(self, preset: str, plan: Plan, lengths: Path | None, seed: int, repeat: int):
+        preset = preset.removesuffix("-gpu")
         self.preset, self.plan, self.seed = preset, plan, seed
         self.options = WorkloadOptions(
             num_prompts=plan.num_prompts, lengths=lengths, scale=plan.scale, seed=seed

@@ -9,8 +9,8 @@ run one after the other, so that a drift of the machine falls on both. "none" is
 "unmerged" is FLoRA by the paper's formula in prompts too, where the engine builds each `W_i`.
 "sequential" serves FLoRA adapters one after another, the paper's other baseline: since every request
 has its own, one request at a time (fewer requests, as it is slow). The paper's own figure is 3b and 15b
-on an H100: float16, 8,192 batched tokens, 1,000 requests unscaled. Weights and adapters are random, and
-on all targets of PEFT's default for this model, c_attn.
+on an H100: float16, 8,192 batched tokens, 1,000 requests unscaled; 1b-gpu is 1b in that way. Weights
+and adapters are random, and on all targets of PEFT's default for this model, c_attn.
 
 Every finished run is a line of experiments/results/fig2_throughput.jsonl at once; one that is there
 already, of the same plan and machine, is not run again.
@@ -71,6 +71,7 @@ PLANS = {
     "164m": Plan(128, 0.25, unmerged_ranks=(8,)),
     "1b": Plan(32, 0.125, ranks=(1, 4, 8), sequential_ranks=(1,), sequential_prompts=4),
     # For a GPU.
+    "1b-gpu": GPU,
     "3b": GPU,
     "15b": GPU,
 }
@@ -89,7 +90,8 @@ def contenders(plan: Plan) -> Iterator[tuple[setup.Contender, int]]:
 
 
 def run_preset(preset: str, plan: Plan, lengths: Path | None, seed: int, repeat: int) -> None:
-    """Runs what is not in the results yet."""
+    """Runs what is not in the results yet; ``preset`` is a plan's name."""
+    preset = preset.removesuffix("-gpu")
     model: Model | None = None
     for contender, count in contenders(plan):
         options = WorkloadOptions(num_prompts=count, lengths=lengths, scale=plan.scale, seed=seed)

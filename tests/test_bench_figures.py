@@ -129,7 +129,7 @@ def test_a_preset_with_a_rate_needs_no_capacity(latency):
 
 def test_an_experiment_ends_bad_input_with_one_line(throughput, monkeypatch, capsys):
     for words, message in (
-        (["7b"], "PRESET is '7b', expected some of mini, 164m, 1b, 3b, 15b"),
+        (["7b"], "PRESET is '7b', expected some of mini, 164m, 1b, 1b-gpu, 3b, 15b"),
         (["mini", "--seed", "x"], "Invalid value for '--seed'"),
     ):
         monkeypatch.setattr(sys, "argv", ["experiments/fig2_throughput.py", *words])

@@ -44,9 +44,9 @@ def test_every_case_computes_each_row_under_its_own_explicit_weight(seed, quanti
     explicit = explicit_weight(W, jax.numpy.float32)
     for kind, form, rank in options.cases():
         if form == "merged":
-            found = apply_merged(x, *made.build(kind, rank)())
+            found = apply_merged(x, *made.build(kind, rank).run())
         else:
-            found = made.program((kind, form, rank))()
+            found = made.program((kind, form, rank)).run()
         own = [None] * 3
         if rank is not None:
             own = [adapter.layers[0][TARGET] for adapter in made.adapters(kind, rank).values()]
@@ -67,7 +67,7 @@ def test_counted_operations_are_those_of_the_compiled_program():
     counted, compiled = {}, {}
     for case in [("base", "plain", None), ("flora", "einsum", 3), ("hira", "einsum", 3)]:
         counted[case] = work(case, options)[1]
-        compiled[case] = made.program(case).func.cost_analysis()["flops"]
+        compiled[case] = made.program(case).run.func.cost_analysis()["flops"]
     for case, operations in compiled.items():
         assert counted[case] == pytest.approx(operations, rel=0.05)
 
@@ -132,7 +132,7 @@ def test_forms_without_both_kinds_and_merged_weights_have_no_crossover():
         if (kind, form) != ("lora", "vmap")
     ]
     found = crossovers(options, results)
-    assert [row["form"] for row in found] == ["einsum", "ragged"]
+    assert [row["form"] for row in found] == ["einsum", "batched", "ragged"]
     assert all(1 < row["measured_rank"] < 3 for row in found)
 
 
@@ -180,7 +180,7 @@ def test_the_command_measures_everything_and_says_on_what(dtype, tmp_path):
     for row in written["results"]:
         assert row["seconds_q1"] <= row["seconds"] <= row["seconds_q3"]
         assert ("build_seconds" in row) == (row["form"] == "merged")
-    assert [row["form"] for row in written["eq7"]] == ["einsum", "vmap", "ragged"]
+    assert [row["form"] for row in written["eq7"]] == ["einsum", "vmap", "batched", "ragged"]
     assert files[1].read_bytes()[:4] == b"\x89PNG"
     for kind in ALL_KINDS:
         assert kind in done.stdout

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from flora_jax.bench import eq7, machine, report
+from flora_jax.bench.device_loop import Calls
 from flora_jax.bench.layer_options import BASE, PLAIN, Case, LayerOptions
 from flora_jax.bench.layer_programs import Programs, work
 from flora_jax.bench.timing import interleaved
@@ -30,36 +30,32 @@ _EQ7_COLUMNS = {
 def measure(options: LayerOptions) -> dict[str, Any]:
     """Times every case of the options in turn.
 
-    Returns ``options``; ``limits`` of the machine, or ``None``; ``overhead_seconds``, the time of a
-    program that does nothing; ``results``, one for each case; ``eq7``, see :func:`crossovers`.
+    Returns ``options``; ``limits`` of the machine, or ``None``; ``overhead_seconds``, what of a call's
+    time is the measurement's: that of a program that does nothing, or of a round of the loop on the
+    device without a projection in it; ``results``, one for each case; ``eq7``, see :func:`crossovers`.
 
-    A result has the median ``seconds`` of a call, the quartiles, ``relative`` to the base, and
-    ``share``, the shortest time that the limits allow over the measured one: it is above 1 where arrays
-    stay in a cache. For merged weights ``build_seconds`` are the time to make those of all rows, not
-    part of ``seconds``. A case that does not fit into memory has ``skipped``, the reason, and no times.
+    A result has the median ``seconds`` of a call, the quartiles, ``calls``, how many of them a run had,
+    ``relative`` to the base, and ``share``, the shortest time that the limits allow over the measured
+    one: it is above 1 where arrays stay in a cache. For merged weights ``build_seconds`` are the time to
+    make those of all rows, waited for, not part of ``seconds``. A case that does not fit into memory,
+    or that the compiler refuses, has ``skipped``, the reason, and no times.
 
     Raises:
         InputError: the options cannot be measured at all; see :class:`Programs`.
     """
     limits = machine.limits(options.dtype) if options.measure_limits else None
     cases = options.cases()
-    skipped: dict[Case, str] = {}
-    programs: dict[Any, Any] = {_OVERHEAD: _nothing()}
     made = Programs(options)
-    with report.progress("compile", len(cases)) as advance:
-        for case in cases:
-            kind, form, rank = case
-            program = made.program(case)
-            if isinstance(program, str):
-                skipped[case] = program
-            elif form == "merged" and rank is not None:
-                programs["merged"] = program
-                programs[kind, "build", rank] = made.build(kind, rank)
-            else:
-                programs[case] = program
-            advance()
+    try:
+        programs, skipped = _prepare(made, cases)
+    finally:
+        made.close()
     with report.progress("measure", (options.repeats + 1) * len(programs)) as advance:
-        times = interleaved(programs, options.repeats, advance)
+        runs = {name: program.run for name, program in programs.items()}
+        times = {
+            name: [seconds / programs[name].calls for seconds in own]
+            for name, own in interleaved(runs, options.repeats, advance).items()
+        }
     base = times.get((BASE, PLAIN, None))
     results = []
     for case in cases:
@@ -68,7 +64,8 @@ def measure(options: LayerOptions) -> dict[str, Any]:
         if case in skipped:
             results.append(row | {"seconds": None, "skipped": skipped[case]})
             continue
-        row |= _summary(times["merged" if form == "merged" else case])
+        name = "merged" if form == "merged" else case
+        row |= _summary(times[name]) | {"calls": programs[name].calls}
         if base is not None:
             row["relative"] = row["seconds"] / statistics.median(base)
         if limits is not None:
@@ -85,9 +82,27 @@ def measure(options: LayerOptions) -> dict[str, Any]:
     }
 
 
-def _nothing() -> Any:
-    program, zero = jax.jit(lambda x: x + 1), jnp.float32(0)
-    return lambda: program(zero)
+def _prepare(made: Programs, cases: Sequence[Case]) -> tuple[dict[Any, Calls], dict[Case, str]]:
+    """All programs to time, compiled beside each other, and why others are left out."""
+    programs: dict[Any, Calls] = {_OVERHEAD: made.overhead()}
+    skipped: dict[Case, str] = {}
+    with report.progress("compile", len(cases)) as advance:
+        started = {case: made.start(case) for case in cases}
+        for case, wait in started.items():
+            kind, form, rank = case
+            try:
+                program = wait if isinstance(wait, str) else wait()
+            except jax.errors.JaxRuntimeError as error:
+                program = f"does not compile: {str(error).strip().splitlines()[0]}"
+            if isinstance(program, str):
+                skipped[case] = program
+            elif form == "merged" and rank is not None:
+                programs["merged"] = program
+                programs[kind, "build", rank] = made.build(kind, rank)
+            else:
+                programs[case] = program
+            advance()
+    return programs, skipped
 
 
 def _summary(times: Sequence[float]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from flora_jax.starcoder.config import PRESETS
 
 BASE = "base"
 PLAIN = "plain"
-FORMS = ("einsum", "vmap", "ragged", "merged")
+FORMS = ("einsum", "vmap", "batched", "ragged", "merged")
 LAYOUTS = ("auto", "inputs", "outputs")
 DTYPES = ("float32", "bfloat16", "float16")
 ALL_KINDS = (BASE, *KINDS)

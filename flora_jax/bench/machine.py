@@ -11,6 +11,7 @@ import importlib.metadata as metadata
 import os
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -65,34 +66,59 @@ def memory_bytes() -> int | None:
     """Memory that a measurement may count on: the device's, on a CPU what is free now."""
     import jax
 
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        return _meminfo("MemAvailable")
-    return (device.memory_stats() or {}).get("bytes_limit")
+    # A CPU's devices have no memory of their own.
+    own = jax.devices()[0].memory_stats()
+    return _meminfo("MemAvailable") if own is None else own.get("bytes_limit")
 
 
-def memory_bandwidth(megabytes: int = 256, repeats: int = 7) -> float:
+def memory_bandwidth(megabytes: int | None = None, repeats: int = 7) -> float:
     """Bytes a second that the device reads or writes at best, over arrays larger than its caches.
 
-    The best of three programs: the largest entry of every row of a float32 matrix and its product with
-    a vector, which only read, and its product with a scalar, which reads and writes. The fastest of
-    ``repeats`` runs counts.
+    The best of three programs over random numbers: the largest entry of every row of a float32 matrix
+    and its product with a vector, which only read, and an elementwise function, which reads and writes.
+    The fastest of ``repeats`` runs counts; a run is as :mod:`~flora_jax.bench.device_loop` has it.
+    ``megabytes`` of the matrix default to 256 on a CPU and to 2,048 elsewhere.
     """
     import jax
     import jax.numpy as jnp
 
+    from flora_jax.bench import device_loop
+    from flora_jax.bench.random_arrays import draw
     from flora_jax.bench.timing import interleaved
+    from flora_jax.platforms import platform
 
-    x_XI = jnp.ones((megabytes * 256, 1024), jnp.float32)
+    pace = platform()
+    if megabytes is None:
+        megabytes = 256 if pace.timed_seconds == 0 else 2048
+    x_XI = draw((megabytes * 256, 1024), "float32", 0)
+    rounds = device_loop.rounds_of(pace, 1, x_XI.nbytes, 0)
+    # The carry is a part of what is read, or all of it, so that no call can be left out.
     programs = {
-        "largest": (jax.jit(lambda x: jnp.max(x, axis=1)), 1),
-        "vector": (jax.jit(lambda x: x @ jnp.ones((1024, 1))), 1),
-        "scalar": (jax.jit(lambda x: x * 2), 2),
+        "largest": (lambda z_X, x_XI: jnp.max(x_XI + z_X[0], axis=1), jnp.zeros(len(x_XI)), 1),
+        "vector": (lambda v_I, x_XI: x_XI @ v_I, draw((1024, 1), "float32", 1, scale=2**-5), 1),
+        "scalar": (lambda x_XI, one: one - x_XI, x_XI, 2),
     }
-    seconds = interleaved(
-        {name: functools.partial(program, x_XI) for name, (program, _) in programs.items()}, repeats
+
+    def made(name: str) -> Any:
+        function, first, _ = programs[name]
+        own = jnp.float32(1) if name == "scalar" else x_XI
+
+        def program(first: jax.Array, own: jax.Array) -> jax.Array:
+            if rounds == 1:
+                return function(first, own)
+
+            def again(_: jax.Array, carry: jax.Array) -> jax.Array:
+                y = jax.lax.optimization_barrier(function(carry, own))
+                return y if y.shape == carry.shape else carry + 2**-10 * y[: len(carry)]
+
+            return jax.lax.fori_loop(0, rounds, again, first)
+
+        return functools.partial(jax.jit(program), first, own)
+
+    seconds = interleaved({name: made(name) for name in programs}, repeats)
+    return max(
+        passes * rounds * x_XI.nbytes / min(seconds[n]) for n, (_, _, passes) in programs.items()
     )
-    return max(passes * x_XI.nbytes / min(seconds[n]) for n, (_, passes) in programs.items())
 
 
 def product_rate(
@@ -100,22 +126,55 @@ def product_rate(
 ) -> float:
     """Operations a second of the best square matrix product in ``dtype``, summed up in float32.
 
-    A product of ``n × n`` matrices counts ``2·n³``. ``sizes`` defaults to 1,024 and 2,048 on a CPU,
-    and to 4,096 and 8,192 elsewhere; the fastest of all runs counts.
+    A product of ``n × n`` random matrices counts ``2·n³``. ``sizes`` defaults to 1,024 and 2,048 on a
+    CPU, and to 4,096 and 8,192 elsewhere; the fastest of all runs counts.
+    """
+    from flora_jax.platforms import platform
+
+    if sizes is None:
+        sizes = (1024, 2048) if platform().timed_seconds == 0 else (4096, 8192)
+    return max(2 * n**3 / product_seconds(n, n, n, dtype, repeats)[0] for n in sizes)
+
+
+def product_seconds(
+    rows: int, inputs: int, outputs: int, dtype: str, repeats: int = 5
+) -> tuple[float, float]:
+    """Shortest and median seconds of a product ``[rows, inputs] @ [inputs, outputs]`` in ``dtype``.
+
+    Random numbers, weights that exceed the cache together, and each product's input from the result
+    before it, as :mod:`~flora_jax.bench.device_loop` has it.
     """
     import jax
     import jax.numpy as jnp
 
+    from flora_jax.bench import device_loop
+    from flora_jax.bench.random_arrays import draw
     from flora_jax.bench.timing import interleaved
+    from flora_jax.platforms import platform
 
-    if sizes is None:
-        sizes = (1024, 2048) if jax.default_backend() == "cpu" else (4096, 8192)
-    multiply = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
-    squares = {n: jnp.full((n, n), 0.5, dtype) for n in sizes}
-    seconds = interleaved(
-        {n: functools.partial(multiply, square, square) for n, square in squares.items()}, repeats
-    )
-    return max(2 * n**3 / min(times) for n, times in seconds.items())
+    pace, size = platform(), jnp.dtype(dtype).itemsize
+    moved = float(size * (inputs * outputs + rows * (inputs + outputs)))
+    sets = device_loop.sets_of(pace, size * inputs * outputs)
+    rounds = device_loop.rounds_of(pace, sets, moved, 2.0 * rows * inputs * outputs)
+    W_IO = draw((inputs, outputs), dtype, 1, scale=inputs**-0.5)
+    x_XI = draw((rows, inputs), dtype, 0)
+
+    def multiply(x_XI: jax.Array, *W_N: jax.Array) -> jax.Array:
+        def once(_: jax.Array, x_XI: jax.Array) -> jax.Array:
+            for W_IO in W_N:
+                y_XO = jnp.matmul(x_XI, W_IO, preferred_element_type=jnp.float32).astype(dtype)
+                y_XO = jax.lax.optimization_barrier(y_XO)
+                # Of the same size as the input, so that a square product costs nothing besides.
+                x_XI = y_XO if inputs == outputs else device_loop.follow(x_XI, y_XO)
+            return x_XI
+
+        if rounds * sets == 1:
+            return jnp.matmul(x_XI, W_N[0], preferred_element_type=jnp.float32)
+        return jax.lax.fori_loop(0, rounds, once, x_XI)
+
+    program = functools.partial(jax.jit(multiply), x_XI, *device_loop.several(W_IO, sets))
+    times = interleaved({"product": program}, repeats)["product"]
+    return min(times) / (rounds * sets), statistics.median(times) / (rounds * sets)
 
 
 def limits(dtype: str = "float32") -> dict[str, float]:

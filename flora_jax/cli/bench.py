@@ -29,11 +29,16 @@ def layer(
     kinds: Annotated[
         str, typer.Option(help="Comma-separated; Eq. 7 needs flora and lora.")
     ] = "base,lora,flora,ia3,hira",
-    forms: Annotated[str, typer.Option(help="Comma-separated.")] = "einsum,vmap,ragged,merged",
+    forms: Annotated[
+        str, typer.Option(help="Comma-separated.")
+    ] = "einsum,vmap,batched,ragged,merged",
     ranks: Annotated[str, typer.Option(help="Comma-separated.")] = "1,2,4,8,16,32,64",
     batch: Annotated[int, typer.Option(help="Rows, each with an adapter of its own.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens of a row; 1 as in decoding.")] = 1,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16. Default float32 on a CPU, else float16."),
+    ] = None,
     quantize: Annotated[str, typer.Option(help="The base weight: none, int8 or int4.")] = "none",
     layout: Annotated[
         str,
@@ -53,6 +58,7 @@ def layer(
     """Times one projection under every kind of adapter, form and rank, and checks the paper's Eq. 7."""
     from flora_jax.bench import report
     from flora_jax.bench.layer_options import LayerOptions, parse_ranks, projection_of
+    from flora_jax.platforms import platform
 
     if inputs is not None and outputs is not None and preset is None and target is None:
         size = inputs, outputs
@@ -69,7 +75,7 @@ def layer(
         ranks=parse_ranks(ranks),
         kinds=tuple(kinds.split(",")),
         forms=tuple(forms.split(",")),
-        dtype=dtype,
+        dtype=dtype or platform().timed_dtype,
         quantize=quantize,
         layout=layout,
         repeats=repeats,

@@ -1,0 +1,129 @@
+"""Decode steps of the engine's own programs: milliseconds a step by attention, kind, rank and positions.
+
+    decode PRESET LAYERS HOW,… ROWS KIND,… POSITIONS,…
+
+LAYERS 0 is all of them; fewer compile sooner, and the others take as long. HOW is as
+:func:`experiments.gpu.engines.variant` has it. All tokens are drawn greedily. ``ms_step`` is from
+dispatches queued behind each other, ``ms_step_waited`` from one whose tokens are read before the next,
+as the engine does without anything to overlap; ``host_ms`` is until a dispatch is queued.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
+
+from experiments.gpu.items import Skip, Stage, main
+
+# Dispatches of one item: not timed, waited for one by one, and queued.
+_FIRST, _WAITED, _ROUNDS, _QUEUED = 2, 4, 3, 4
+
+
+def stage(own: Stage, words: list[str]) -> None:
+    from experiments.gpu import engines
+    from flora_jax.serve.options import EngineOptions
+
+    preset, layers, attentions, row_count, kinds, spans = words
+    rows, positions = int(row_count), [int(word) for word in spans.split(",")]
+    steps = 2 if own.rehearse else 16
+    began = time.time()
+    model = engines.load(preset, int(layers), max(positions), engines.half(own.rehearse))
+    about: dict[str, Any] = {"preset": preset, "layers": model.config.n_layer, "rows": rows}
+    own.put("weights", **about, took_s=round(time.time() - began, 2))
+    options = EngineOptions(
+        max_num_seqs=rows, max_model_len=max(positions), row_buckets=(rows,), decode_steps=steps,
+        max_num_batched_tokens=8192,
+    )  # fmt: skip
+
+    def first(attention: str, text: str) -> Any:
+        """A rig whose programs are compiled, with what that took; or why there is none."""
+        try:
+            started = time.time()
+            rig = engines.Rig(model, text, options, engines.variant(attention))
+            for span in positions:
+                step(rig, rig.sequences(start(span, steps)), steps)
+            rig.wait()
+            return rig, round(time.time() - started, 1)
+        except Exception as error:
+            return error
+
+    cases = [(attention, text) for attention in attentions.split(",") for text in kinds.split(",")]
+    # XLA compiles without the interpreter, so that programs compile beside each other.
+    threads = ThreadPoolExecutor(1 if own.rehearse else 8)
+    rigs = [threads.submit(first, *case) for case in cases]
+    # Nothing is timed while others compile, unless time runs out.
+    wait(rigs, timeout=own.left - 2 * len(cases) * len(positions))
+    for attention, text in cases:
+        kind, rank = engines.kind_and_rank(text)
+        future = rigs.pop(0)
+        made = future.result() if future.done() else Skip("it was still compiling")
+        for span in positions:
+
+            def measure(made: Any = made, span: int = span) -> Mapping[str, Any]:
+                if isinstance(made, Exception):
+                    raise made
+                rig, compiled_s = made
+                return {"compiled_s": compiled_s, **timed(rig, span, steps)}
+
+            own.attempt(
+                "decode",
+                measure,
+                attention=attention,
+                kind=kind,
+                rank=rank,
+                positions=span,
+                **about,
+            )
+        del made, future  # With the bank and the cache.
+
+
+def start(span: int, steps: int) -> int:
+    """The position before the first of an item's dispatches, the last of which ends at the span."""
+    return max(1, span - steps * (_FIRST + _WAITED + _ROUNDS * _QUEUED) - 1)
+
+
+def step(rig: Any, sequences: Any, steps: int) -> Any:
+    """Queues one dispatch; the tokens, on the device."""
+    tokens_BN = rig.decode(sequences, steps, False)
+    for sequence in sequences:
+        sequence.drawn += steps
+    return tokens_BN
+
+
+def timed(rig: Any, span: int, steps: int) -> dict[str, Any]:
+    """Medians of one rig at one number of positions."""
+    import numpy as np
+
+    from flora_jax.serve.state import BROKEN
+
+    sequences = rig.sequences(start(span, steps))
+    for _ in range(_FIRST):
+        tokens_BN = step(rig, sequences, steps)
+    rig.wait()
+    host, waited, queued = [], [], []
+    for _ in range(_WAITED):
+        began = time.perf_counter()
+        tokens_BN = step(rig, sequences, steps)
+        host.append(time.perf_counter() - began)
+        tokens = np.asarray(tokens_BN)
+        waited.append((time.perf_counter() - began) / steps)
+    for _ in range(_ROUNDS):
+        rig.wait()
+        began = time.perf_counter()
+        for _ in range(_QUEUED):
+            tokens_BN = step(rig, sequences, steps)
+        rig.wait()
+        queued.append((time.perf_counter() - began) / steps / _QUEUED)
+    seconds = statistics.median(queued)
+    return {
+        "ms_step": 1e3 * seconds, "ms_step_waited": 1e3 * statistics.median(waited),
+        "host_ms": 1e3 * statistics.median(host), "tok_s": rig.rows / seconds,
+        "steps": steps, "broken": int((tokens == BROKEN).sum()),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(stage)

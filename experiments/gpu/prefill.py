@@ -1,0 +1,90 @@
+"""Prompts through the engine's own programs: one piece of one prompt by attention, kind and length.
+
+    prefill PRESET LAYERS HOW,… KIND,… LENGTH,…
+
+HOW is as :func:`experiments.gpu.engines.variant` has it; all but the first run the first kind alone.
+``TFLOP_s`` counts the projections once for every token, and attention; what an adapter multiplies besides
+is not counted, so that kinds may be compared.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
+
+from experiments.gpu.items import Skip, Stage, main
+
+
+def stage(own: Stage, words: list[str]) -> None:
+    from experiments.gpu import engines
+    from flora_jax.serve.dispatch import Piece
+    from flora_jax.serve.options import EngineOptions
+
+    preset, layers, attentions, kinds, numbers = words
+    lengths = [int(word) for word in numbers.split(",")]
+    model = engines.load(preset, int(layers), 2 * max(lengths), engines.half(own.rehearse))
+    config = model.config
+    about: dict[str, Any] = {"preset": preset, "layers": config.n_layer, "rows": 1}
+    own.put("weights", **about)
+
+    def first(attention: str, text: str, length: int) -> Any:
+        """A rig and its piece, once through; or why there is none."""
+        try:
+            options = EngineOptions(
+                max_num_seqs=1, max_model_len=length, chunk=length, pieces=1,
+                max_num_batched_tokens=length + 1,
+            )  # fmt: skip
+            rig = engines.Rig(model, text, options, engines.variant(attention))
+            # One token more in the prompt, or the piece would be its last, and draw a token.
+            piece = Piece(rig.sequences(0, prompt=length + 1)[0], 0, length)
+            rig.prefill([piece])
+            rig.wait()
+            return rig, piece
+        except Exception as error:
+            return error
+
+    (chosen, *others), texts = attentions.split(","), kinds.split(",")
+    cases = [(chosen, text, length) for length in lengths for text in texts]
+    cases += [(attention, texts[0], length) for length in lengths for attention in others]
+    threads = ThreadPoolExecutor(1 if own.rehearse else 12)
+    rigs = [threads.submit(first, *case) for case in cases]
+    wait(rigs, timeout=own.left - len(cases))
+    weights = config.n_layer * sum(a * b for a, b in config.projections().values())
+    for attention, text, length in cases:
+        kind, rank = engines.kind_and_rank(text)
+        future = rigs.pop(0)
+        made = future.result() if future.done() else Skip("it was still compiling")
+
+        def measure(made: Any = made, length: int = length) -> Mapping[str, Any]:
+            if isinstance(made, Exception):
+                raise made
+            seconds = timed(made[0], made[1], 1 if own.rehearse else 3)
+            operations = 2 * weights * length + 2 * config.n_layer * config.n_embd * length**2
+            rates = {"tok_s": length / seconds, "TFLOP_s": operations / seconds / 1e12}
+            return {"ms": 1e3 * seconds, **rates}
+
+        own.attempt(
+            "prefill", measure, attention=attention, kind=kind, rank=rank, tokens=length, **about
+        )
+        del made, future
+
+
+def timed(rig: Any, piece: Any, repeats: int, queued: int = 3) -> float:
+    """Median seconds of a dispatch, some queued behind each other."""
+    rig.prefill([piece])
+    found = []
+    for _ in range(repeats):
+        rig.wait()
+        began = time.perf_counter()
+        for _ in range(queued):
+            rig.prefill([piece])
+        rig.wait()
+        found.append((time.perf_counter() - began) / queued)
+    return statistics.median(found)
+
+
+if __name__ == "__main__":
+    main(stage)
