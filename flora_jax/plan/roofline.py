@@ -20,8 +20,9 @@ A step of ``B`` rows that look at ``S`` positions, sampling apart, is the sum of
 Kernels a layer were counted on programs compiled for an H100: 20 with "gather", the four products with
 weights among them, 18 with "fused"; with "loop" 20 and 9 for every 128 positions, each trip a graph of
 its own. A projection without room for adapters has one or, in the MLP, two kernels fewer where its
-results are rounded in the product (bias and GELU as epilogues). FLoRA beyond rank 1 adds half a kernel, and beyond 16 a loop
-of two for every 8 components; LoRA one, batched products five. Six more kernels make the rest of a step.
+results are rounded in the product (bias and GELU as epilogues). FLoRA beyond rank 1 adds half a kernel,
+and beyond 16 a loop of two for every 8 components; LoRA one, batched products five. Six more kernels
+make the rest of a step.
 
 It leaves out what the second-level cache saves, the host, and autotuned kernels' own efficiency. Knows
 nothing of queues.
