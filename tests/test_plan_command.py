@@ -142,13 +142,14 @@ class TestCompiled:
             found[layers] = summary.compile_decode(own)
             assert found[layers]["copies_of_weights"] == 0
             assert found[layers]["temporaries"] <= 64 << 20
-            assert found[layers]["donated"] >= memory.cache_bytes(own) - 4096
+            assert found[layers]["donated"] >= memory.cache_bytes(own) - 8192
         a_layer = (found[4]["launches"] - found[2]["launches"]) / 2
         modelled, _ = roofline.launches(own, 2048, roofline.whole_work(own, 32))
         modelled = (modelled - roofline.OTHER_KERNELS) / own.config.n_layer
-        assert 10 < a_layer <= 21
-        assert a_layer == pytest.approx(modelled, rel=0.25)
-        assert found[4]["loops_in_a_step"] == found[2]["loops_in_a_step"]
+        assert 10 < a_layer <= 17
+        assert a_layer == pytest.approx(modelled, rel=0.1)
+        assert found[2]["launches"] - 2 * a_layer <= 2 * roofline.OTHER_KERNELS
+        assert found[4]["loops_in_a_step"] == found[2]["loops_in_a_step"] == 0
 
     def test_the_command_says_what_the_program_is(self, program):
         code, out, _ = program("mini", "--gpu", "l4", "--max-num-seqs", 2, "--compile", "--json")

@@ -1,8 +1,7 @@
 """Programs compiled ahead of time for a card that is not there, by XLA's own compiler for it.
 
 The compiler comes with ``jax-cuda13-pjrt`` of jaxlib's version and needs ``ptxas`` and libdevice of a
-CUDA 13 toolkit, both in the extra ``plan``; nothing runs, so nothing is autotuned: products are
-cuBLASLt's.
+CUDA 13 toolkit, both in the extra ``plan``; nothing runs, so nothing is autotuned.
 Knows nothing of what a program is for.
 """
 
@@ -22,8 +21,6 @@ from flora_jax.plan.cards import MATRIX_UNITS, Card
 
 _PLUGIN, _PACKAGE = "jax_plugins.xla_cuda13", "jax-cuda13-pjrt"
 _NEEDS = "--compile needs {}: pip install 'flora-jax[plan]'"
-# Without them, XLA would choose among its own kernels by running them.
-_OPTIONS: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False}
 # XLA's number of a type, and its rate as twice float16's: float16, bfloat16, float32, int8.
 _RATES = ((10, 2), (16, 2), (11, 1), (2, 4))
 
@@ -156,9 +153,16 @@ def placed(card: Card, tree: Any) -> Any:
     )
 
 
-def compile_lowered(lower: Callable[[], Any]) -> Compiled:
-    """Compiles what ``lower`` gives, for the card that its arguments are placed on."""
-    options = _OPTIONS | {"xla_gpu_cuda_data_dir": str(find_toolkit())}
+def compile_lowered(lower: Callable[[], Any], *, library_products: bool = True) -> Compiled:
+    """Compiles what ``lower`` gives, for the card that its arguments are placed on.
+
+    With ``library_products`` all products are cuBLASLt's, else XLA may make kernels of its own, among
+    which it would choose by running them; those alone cast a quantised weight as they read it.
+    """
+    options = {
+        "xla_gpu_cuda_data_dir": str(find_toolkit()),
+        "xla_gpu_enable_triton_gemm": not library_products,
+    }
     program = lower().compile(compiler_options=options)
     memory = program.memory_analysis()
     return Compiled(

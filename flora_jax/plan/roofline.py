@@ -19,9 +19,10 @@ A step of ``B`` rows that look at ``S`` positions, sampling apart, is the sum of
 
 Kernels a layer were counted on programs compiled for an H100: 20 with "gather", the four products with
 weights among them, 18 with "fused"; with "loop" 20 and 9 for every 128 positions, each trip a graph of
-its own. A projection without room for adapters has 1.25 kernels fewer where its results are rounded in
-the product (bias and GELU as epilogues). FLoRA beyond rank 1 adds half a kernel, and beyond 16 a loop
-of two for every 8 components; LoRA one, batched products five. 16 more kernels make the rest of a step.
+its own. A projection without room for adapters has one or, in the MLP, two kernels fewer where its
+results are rounded in the product (bias and GELU as epilogues). FLoRA beyond rank 1 adds half a kernel,
+and beyond 16 a loop of two for every 8 components; LoRA one, batched products five. Six more kernels
+make the rest of a step.
 
 It leaves out what the second-level cache saves, the host, and autotuned kernels' own efficiency. Knows
 nothing of queues.
@@ -41,12 +42,13 @@ Lora = Literal["fused", "bmm"]
 KERNELS_A_LAYER = {"loop": 20.0, "gather": 20.0, "cudnn": 18.0, "fused": 18.0}
 KERNELS_A_TRIP = 9
 KEY_BLOCK = 128
-OTHER_KERNELS = 16
-ROUNDED_SAVES = 1.25
+OTHER_KERNELS = 6
+ROUNDED_SAVES = {"attn.c_attn": 1, "attn.c_proj": 1, "mlp.c_fc": 2, "mlp.c_proj": 2}
 WEIGHT_PRODUCTS = 4
 # Further components that a row's sum adds in one pass; beyond two passes, a loop of two kernels.
 _GROUP = 8
 _SUM_KERNELS = 2
+_INT8_SAVES = 0.75  # XLA's own products, which cast the weight as they read it.
 _INT4_SLICE = 32 << 20
 
 
@@ -151,13 +153,14 @@ def kernels_a_layer(setting: Setting, work: Work, ways: Ways) -> float:
     """Of a decode step, the loop over keys aside."""
     kernels = KERNELS_A_LAYER[ways.attention]
     for target, (inputs, outputs) in setting.config.projections().items():
-        kernels -= ROUNDED_SAVES * rounded(setting, target, ways)
+        kernels -= ROUNDED_SAVES[target] * rounded(setting, target, ways)
         if work.further.get(target):
             kernels += 0.5
             if trips := _loops(setting, target):
                 kernels += _SUM_KERNELS * trips + 2.5
         if work.additive.get(target):
             kernels += 5 if ways.lora == "bmm" else 1
+        kernels -= _INT8_SAVES * (setting.quantize == "int8")
         if setting.quantize == "int4":
             kernels += 3 * max(2, -(-2 * inputs * outputs // _INT4_SLICE)) - 1
     return kernels

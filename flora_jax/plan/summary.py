@@ -111,7 +111,8 @@ def compile_decode(setting: Setting) -> dict[str, Any]:
     from flora_jax.plan.launches import Program
 
     lower = programs.decode(setting, ahead.one_device(setting.card))
-    compiled = ahead.compile_lowered(lower)
+    library = setting.quantize == "none"
+    compiled = ahead.compile_lowered(lower, library_products=library)
     program = Program(compiled.text)
     found = program.launches()
     return {
