@@ -69,7 +69,7 @@ STAGES = (
     Plan("ceilings-torch", 30, "ceilings_torch"),
     _decode(
         "decode-attention", 85, "15b 10 gather,loop,gather+looped,cudnn 32 none 512,2048",
-        "mini 1 loop,gather+split,cudnn 2 none 64",
+        "mini 1 loop,gather+looped,cudnn 2 none 64",
     ),
     _decode(
         "decode-ranks", 60, "15b 10 auto 32 none,flora1,flora8,lora8,flora32,lora32,flora2,lora1 2048",

@@ -236,7 +236,8 @@ class Programs:
     def _uniform(self, kind: str, rank: int) -> Any:
         if (kind, rank) not in self._params:
             adapters = self.adapters(kind, rank).values()
-            own = stack([adapter.layers[0][TARGET] for adapter in adapters])
+            # In one program, not one for each operation.
+            own = jax.jit(lambda *each: stack(each))(*(a.layers[0][TARGET] for a in adapters))
             self._params[kind, rank] = own
             self.held += _bytes(own)
         return self._params[kind, rank]
