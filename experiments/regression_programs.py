@@ -78,7 +78,7 @@ def step_seconds(
             if not engine.scheduler.reserve(sequence, sequence.cached + steps):
                 raise RunError("the cache is too small for the bare loop")
         began = time.perf_counter()
-        tokens_BN = engine.device.decode(own, steps, eager=False)
+        tokens_BN = np.asarray(engine.device.decode(own, steps, eager=False))
         seconds[1].append(time.perf_counter() - began)
         for sequence, own_N in zip(own, tokens_BN, strict=True):
             sequence.content.stream.add(own_N.tolist())

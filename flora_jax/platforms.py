@@ -39,6 +39,8 @@ class Platform:
         few_shapes: fewer, larger shapes instead of the closest.
         steps_while_waiting: of a decode dispatch while prompts wait.
         head_numbers: logits of one chunk of the training loss at most.
+        invariant_options: of XLA, for an engine whose bits must be the same at every start.
+        even_head_chunks: those chunks have equally many positions.
         timed_bytes: what is timed takes turns over arrays that exceed so many bytes together.
         timed_seconds: how long one run of what is timed should be, so that waiting for it does not
             count; 0: a call.
@@ -63,9 +65,18 @@ class Platform:
     few_shapes: bool
     steps_while_waiting: int
     head_numbers: int
+    invariant_options: tuple[tuple[str, Any], ...]
+    even_head_chunks: bool
     timed_bytes: int
     timed_seconds: float
     timed_dtype: str
+
+    def for_one_batch(self, longest: int) -> Platform:
+        """The choices for a job whose requests all run at once, with prompts of up to ``longest`` tokens:
+        compiling for the closest shapes would take longer than what they save.
+        """
+        long_pieces = self.long_pieces and longest >= self.chunk * self.pieces
+        return dataclasses.replace(self, few_shapes=True, long_pieces=long_pieces)
 
     def additive(self, activations: Any) -> Any:
         """The dtype of the bank's additive vectors for a model of such activations."""
@@ -91,6 +102,8 @@ CPU = Platform(
     few_shapes=False,
     steps_while_waiting=1,
     head_numbers=1 << 24,
+    invariant_options=(),
+    even_head_chunks=False,
     timed_bytes=0,  # a call takes far longer than waiting for it
     timed_seconds=0.0,
     timed_dtype="float32",  # 16 bits are slower
@@ -115,6 +128,8 @@ GPU = Platform(
     few_shapes=True,  # a program takes some 15 s to compile
     steps_while_waiting=4,
     head_numbers=1 << 26,
+    invariant_options=(("xla_gpu_exclude_nondeterministic_ops", True),),
+    even_head_chunks=True,  # 8 × 512: four chunks of 128 instead of 170, the last mostly padding
     timed_bytes=180_000_000,  # three times the cache of an H100 or H200
     timed_seconds=0.01,  # starting a program and waiting for it costs some 30 to 50 µs
     timed_dtype="float16",  # as the paper

@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import its own room and rooms of lower rank; rooms of one rank know nothing of each
 # other.
 RANKS = [
-    ("errors",), ("shapes", "files", "platforms"), ("adapters",), ("starcoder",), ("train", "serve"),
+    ("errors",), ("shapes", "files", "platforms", "xla_flags"), ("adapters",), ("starcoder",),
+    ("train", "serve"),
     ("evaluate", "bench", "plan"), ("report", "demo"), ("cli",),
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}

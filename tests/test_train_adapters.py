@@ -13,10 +13,9 @@ from tiny_training import CONFIG, VOCABULARY, grouped, only, random_batch, stack
 
 from flora_jax.adapters.quantized import Quantized, dequantize
 from flora_jax.starcoder.quantize import quantize_model
-from flora_jax.train import loss as losses
 from flora_jax.train.adapt import StepOptions, init_adapter_state, make_adapter_step, make_scorer
 from flora_jax.train.data import PackedTokens
-from flora_jax.train.loss import frozen_head_nll, next_token_loss, token_scores
+from flora_jax.train.loss import HeadChunks, frozen_head_nll, next_token_loss, token_scores
 
 TARGETS = ("attn.c_attn", "mlp.c_proj")
 # A step compiles in seconds: the tests share as few as they can, in this one shape. Eight rows of
@@ -131,13 +130,14 @@ def head_case(seed, shape, dtype):
         ((3, 10), 4, "bfloat16"),
     ],
 )
-def test_loss_and_gradient_are_those_of_full_logits(shape, positions, dtype, monkeypatch):
-    monkeypatch.setattr(losses, "_CHUNK_NUMBERS", positions * VOCABULARY * shape[0])
+@pytest.mark.parametrize("even", [False, True])
+def test_loss_and_gradient_are_those_of_full_logits(shape, positions, dtype, even):
+    chunks = HeadChunks(positions * VOCABULARY * shape[0], even)
     hidden, head, targets = head_case(sum(shape), shape, dtype)
     weights = jnp.asarray(np.random.default_rng(1).uniform(-1, 2, shape), jnp.float32)
 
     def ours(hidden, head):
-        return jnp.sum(frozen_head_nll(hidden, head, targets) * weights)
+        return jnp.sum(frozen_head_nll(hidden, head, targets, chunks) * weights)
 
     def expected(hidden, head):
         logits = jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
@@ -155,16 +155,14 @@ def test_loss_and_gradient_are_those_of_full_logits(shape, positions, dtype, mon
 
 
 @pytest.mark.parametrize("positions, dtype", [(1, "float32"), (3, "bfloat16"), (100, "float32")])
-def test_scores_are_the_likelihood_and_whether_the_target_is_the_likeliest(
-    positions, dtype, monkeypatch
-):
-    monkeypatch.setattr(losses, "_CHUNK_NUMBERS", positions * VOCABULARY * 6)
+def test_scores_are_the_likelihood_and_whether_the_target_is_the_likeliest(positions, dtype):
+    chunks = HeadChunks(positions * VOCABULARY * 6)
     hidden, head, targets = head_case(3, (6, 8), dtype)
     logits = np.asarray(jnp.matmul(hidden, head, preferred_element_type=jnp.float32), np.float64)
     # Half of the targets are the likeliest token.
     first = np.random.default_rng(0).integers(0, 2, targets.shape).astype(bool)
     targets = jnp.asarray(np.where(first, logits.argmax(axis=-1), targets), jnp.int32)
-    nll, hits = jax.jit(token_scores)(hidden, head, targets)
+    nll, hits = jax.jit(token_scores, static_argnums=3)(hidden, head, targets, chunks)
     np.testing.assert_array_equal(hits, logits.argmax(axis=-1) == np.asarray(targets))
     own = np.take_along_axis(logits, np.asarray(targets)[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(nll, np.log(np.exp(logits).sum(axis=-1)) - own, rtol=1e-4, atol=1e-5)

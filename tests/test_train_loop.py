@@ -297,3 +297,66 @@ def test_a_loss_that_is_not_finite_between_logs_is_named_at_the_next_one(tmp_pat
         run(tmp_path, step=spoiled_step(4, "loss"), log_every=3, save_seconds=1e9)
     assert saved_steps(tmp_path) == []
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 3]
+
+
+@dataclasses.dataclass
+class Told:
+    """A measure that tells when it is read."""
+
+    value: jax.Array
+    number: int
+    events: list[tuple[str, int]]
+
+    def __array__(self, dtype=None, copy=None):
+        self.events.append(("read", self.number))
+        return np.asarray(self.value, dtype)
+
+
+def told_run(directory, **options):
+    """What happened in which order: the dispatch of a step, by its number, and its loss's reading."""
+    events = []
+
+    def step(state, batch):
+        number = len([name for name, _ in events if name == "dispatch"]) + 1
+        events.append(("dispatch", number))
+        state, measured = toy_step(state, batch)
+        return state, measured | {"loss": Told(measured["loss"], number, events)}
+
+    run(directory, step=step, **options)
+    return events
+
+
+def test_a_step_is_dispatched_before_the_measures_of_the_last_are_read(tmp_path, uninterrupted):
+    events = told_run(tmp_path, log_every=1, save_seconds=1e9)
+    for number in range(1, STEPS):
+        read = events.index(("read", number))
+        assert events.index(("dispatch", number + 1)) < read
+        assert number + 2 > STEPS or read < events.index(("dispatch", number + 2))
+    assert [number for name, number in events if name == "read"] == list(range(1, STEPS + 1))
+    lines = {line["step"]: line for line in lines_of(tmp_path)}
+    assert list(lines) == list(range(1, STEPS + 1))
+    assert all(lines[line["step"]] == line for line in uninterrupted[1])
+
+
+def test_only_saved_and_evaluated_steps_are_waited_for(tmp_path):
+    def evaluate(params):
+        return {"bias": float(jnp.sum(params["bias"]))}
+
+    events = told_run(
+        tmp_path, log_every=2, save_seconds=1e9, save_every=3, evaluate_every=5, evaluate=evaluate
+    )
+    waited = [
+        number
+        for number in range(1, STEPS)
+        if events.index(("read", number)) < events.index(("dispatch", number + 1))
+    ]
+    # Steps 3 and 6 are saved and 5 is evaluated.
+    assert waited == [3, 5, 6]
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 4, 5, 6, 8, 9]
+
+
+def test_a_late_report_of_a_step_that_is_not_finite_is_not_written(tmp_path):
+    with pytest.raises(NonFiniteLossError, match="loss is nan at step 4"):
+        run(tmp_path, step=spoiled_step(4, "loss"), log_every=1, save_seconds=1e9)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
+    assert saved_steps(tmp_path) == []

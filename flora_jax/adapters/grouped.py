@@ -28,16 +28,22 @@ class Grouped:
 
     ``params`` are their factors with a leading axis ``N``; ``keys [N]`` the dropout keys of this
     projection, or ``None``. ``dropout`` is the probability with which an input of LoRA's branch is
-    dropped (the others are scaled up), as in PEFT.
+    dropped (the others are scaled up), as in PEFT. ``rounded``: products of LoRA and of explicit weights
+    multiply the activations' dtype and give it at once, which a GPU does without float32 arrays between.
     """
 
     params: Any
     keys: jax.Array | None = None
     dropout: float = dataclasses.field(default=0.0, metadata=dict(static=True))
+    rounded: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
 def grouped_hooks(
-    layers: Sequence[Mapping[str, Any]], keys_N: jax.Array | None = None, dropout: float = 0.0
+    layers: Sequence[Mapping[str, Any]],
+    keys_N: jax.Array | None = None,
+    dropout: float = 0.0,
+    *,
+    rounded: bool = False,
 ) -> list[dict[str, Grouped]]:
     """The model's ``adapters`` argument for training; call it inside a jitted step.
 
@@ -45,6 +51,7 @@ def grouped_hooks(
         layers: ``layers[n][target]`` are stacked factors, leading axis ``N``.
         keys_N: one PRNG key an adapter; without them nothing is dropped.
         dropout: see :class:`Grouped`.
+        rounded: see :class:`Grouped`.
 
     Raises:
         ValueError: dropout for a kind other than LoRA.
@@ -54,12 +61,12 @@ def grouped_hooks(
         hooks.append({})
         for place, (target, params) in enumerate(sorted(layer.items())):
             if keys_N is None or not dropout:
-                hooks[-1][target] = Grouped(params)
+                hooks[-1][target] = Grouped(params, rounded=rounded)
                 continue
             if not isinstance(params, LoRA):
                 raise ValueError(f"dropout is LoRA's, found {type(params).__name__}")
             fold = jax.vmap(lambda key, n=64 * number + place: jax.random.fold_in(key, n))
-            hooks[-1][target] = Grouped(params, fold(keys_N), dropout)
+            hooks[-1][target] = Grouped(params, fold(keys_N), dropout, rounded)
     return hooks
 
 
@@ -89,7 +96,9 @@ def _apply_grouped(
     def one(params: Any, x_bTI: jax.Array, key: jax.Array | None) -> jax.Array:
         flat_XI = x_bTI.reshape(-1, inputs)
         if merged:
-            y_XO = _explicit(params, flat_XI, W_IO, bias_O)
+            y_XO = _explicit(params, flat_XI, W_IO, bias_O, adapter.rounded)
+        elif adapter.rounded and isinstance(params, LoRA):
+            y_XO = _rounded_lora(params, flat_XI, W_IO, bias_O, key, adapter.dropout)
         elif key is not None:
             y_XO = _dropped(params, flat_XI, W_IO, bias_O, key, adapter.dropout)
         else:
@@ -107,7 +116,11 @@ def _apply_grouped(
 
 
 def _explicit(
-    params: FLoRA | HiRA, x_XI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None
+    params: FLoRA | HiRA,
+    x_XI: jax.Array,
+    W_IO: product.Weight,
+    bias_O: jax.Array | None,
+    rounded: bool,
 ) -> jax.Array:
     """``x @ W_i``; of a quantised weight a slice of the outputs after another.
 
@@ -119,7 +132,8 @@ def _explicit(
 
     @jax.checkpoint
     def whole(params: Any, x_XI: jax.Array) -> jax.Array:
-        return product.product(x_XI, merge(params, W_IO)[0])
+        multiply = product.rounded if rounded else product.product
+        return multiply(x_XI, merge(params, W_IO)[0])
 
     @jax.checkpoint
     def part(params: Any, x_XI: jax.Array, number: jax.Array) -> jax.Array:
@@ -150,3 +164,21 @@ def _dropped(
     wide_XI = jnp.where(kept_XI, x_XI.astype(jnp.float32) / (1.0 - dropout), 0.0)
     y_XO = product.product(x_XI, W_IO) + lora.branch(params, wide_XI)
     return product.finish(y_XO, bias_O, x_XI.dtype)
+
+
+def _rounded_lora(
+    params: LoRA,
+    x_XI: jax.Array,
+    W_IO: product.Weight,
+    bias_O: jax.Array | None,
+    key: jax.Array | None,
+    dropout: float,
+) -> jax.Array:
+    """LoRA of which every product is one of the activations' dtype."""
+    dtype, own_XI = x_XI.dtype, x_XI
+    if key is not None:
+        kept_XI = jax.random.bernoulli(key, 1.0 - dropout, x_XI.shape)
+        own_XI = jnp.where(kept_XI, x_XI.astype(jnp.float32) / (1.0 - dropout), 0.0).astype(dtype)
+    h_XR = jnp.matmul(own_XI, params.down_RI.astype(dtype).T)
+    delta_XO = jnp.matmul(h_XR, (params.scale * params.up_RO.astype(jnp.float32)).astype(dtype))
+    return product.finish(product.rounded(x_XI, W_IO) + delta_XO, bias_O, dtype)

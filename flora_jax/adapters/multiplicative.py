@@ -6,11 +6,18 @@ without that matrix as ``Σ_r post_r ∘ ((x ∘ pre_r) @ W)`` (the paper's Eq. 
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flora_jax.adapters.product import Weight, explicit, product
 from flora_jax.adapters.transposed import Transposed
+
+# Components up to which a sum of outer products is less work for a GPU than a float32 product.
+_MOST_SUMMED = 16
 
 
 def scale_inputs(x_xI: jax.Array, pre_xI: jax.Array) -> jax.Array:
@@ -45,7 +52,70 @@ def merge_as_held(pre_RI: jax.Array, post_RO: jax.Array, W_IO: Weight) -> jax.Ar
     """The same, by outputs where ``W`` is held so."""
     pre_RI, post_RO = pre_RI.astype(jnp.float32), post_RO.astype(jnp.float32)
     if isinstance(W_IO, Transposed):
-        factor_OI = jnp.einsum("ro,ri->oi", post_RO, pre_RI)
+        factor_OI = _factor(post_RO, pre_RI, W_IO.dtype)
         return Transposed((W_IO.W_OI.astype(jnp.float32) * factor_OI).astype(W_IO.dtype))
-    factor_IO = jnp.einsum("ri,ro->io", pre_RI, post_RO)
+    factor_IO = _factor(pre_RI, post_RO, W_IO.dtype)
     return (explicit(W_IO, jnp.float32) * factor_IO).astype(W_IO.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _factor(left_RX: jax.Array, right_RY: jax.Array, dtype: np.dtype) -> jax.Array:
+    """``Σ_r left_r right_rᵀ``, float32 ``[X, Y]``, of a weight of ``dtype``.
+
+    A CPU multiplies. On a GPU the sum of a few outer products becomes part of the pass that reads
+    ``W``, so that the factor itself never lies in memory; counted for 4 rows of 6,144 × 6,400 in
+    float16, rank 8, under 4 × 64 tokens: 686 MiB moved instead of 2,174, in two kernels. (A CPU's
+    product of a factor takes 1.6 times as long as its sum, but gives other bits.)
+    """
+    if len(left_RX) > _MOST_SUMMED:
+        return _multiplied(left_RX, right_RY)
+    return jax.lax.platform_dependent(left_RX, right_RY, cpu=_multiplied, default=_summed)
+
+
+def _multiplied(left_RX: jax.Array, right_RY: jax.Array) -> jax.Array:
+    return jnp.einsum("rx,ry->xy", left_RX, right_RY)
+
+
+def _summed(left_RX: jax.Array, right_RY: jax.Array) -> jax.Array:
+    return jnp.sum(left_RX[:, :, None] * right_RY[:, None, :], axis=0)
+
+
+def _factor_forward(
+    left_RX: jax.Array, right_RY: jax.Array, dtype: np.dtype
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _factor(left_RX, right_RY, dtype), (left_RX, right_RY)
+
+
+def _factor_backward(
+    dtype: np.dtype, held: tuple[jax.Array, jax.Array], slope_XY: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """By products everywhere: of a sum it would be a reduction for each component.
+
+    On a GPU of arrays of the weight's dtype: the slope, as large as the weight, is written and read in
+    half of the bytes.
+    """
+
+    def wide(left_RX: jax.Array, right_RY: jax.Array, slope_XY: jax.Array) -> Any:
+        return jax.vjp(_multiplied, left_RX, right_RY)[1](slope_XY)
+
+    return jax.lax.platform_dependent(
+        *held, slope_XY, cpu=wide, default=functools.partial(rounded_slopes, dtype=dtype)
+    )
+
+
+def rounded_slopes(
+    left_RX: jax.Array, right_RY: jax.Array, slope_XY: jax.Array, *, dtype: np.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of a sum of outer products, float32, by products of arrays of ``dtype``."""
+    slope_XY = slope_XY.astype(dtype)
+    return (
+        jnp.einsum(
+            "xy,ry->rx", slope_XY, right_RY.astype(dtype), preferred_element_type=jnp.float32
+        ),
+        jnp.einsum(
+            "xy,rx->ry", slope_XY, left_RX.astype(dtype), preferred_element_type=jnp.float32
+        ),
+    )
+
+
+_factor.defvjp(_factor_forward, _factor_backward)

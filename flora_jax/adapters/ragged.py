@@ -30,6 +30,8 @@ NOTHING = 0  # zeros in all four arrays: what padding points to
 IDENTITY = 1  # ones in pre and post: the base weight
 # Additive components that are added in one pass.
 GROUP = 8
+# Rows whose explicit weights a GPU holds at once.
+_MOST_AT_ONCE = 4
 
 
 @jax.tree_util.register_dataclass
@@ -207,6 +209,26 @@ def _apply_ragged(
     return y_BTO.reshape(batch, tokens, -1)
 
 
+def _under_own_weights(
+    x_BTI: jax.Array, pre_BJI: jax.Array, post_BJO: jax.Array, W_IO: product.Weight
+) -> jax.Array:
+    """Every row times its own ``W_i``: float32 ``[B, T, O]``.
+
+    One after another on a CPU, so that one ``W_i`` at a time is in memory. On a GPU a few rows are one
+    batched product, whose weights are made in one pass over ``W``.
+    """
+
+    def one(x_TI: jax.Array, pre_JI: jax.Array, post_JO: jax.Array) -> jax.Array:
+        return product.product(x_TI, multiplicative.merge_as_held(pre_JI, post_JO, W_IO))
+
+    def looped(*rows: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda row: one(*row), rows)
+
+    if len(x_BTI) > _MOST_AT_ONCE:
+        return looped(x_BTI, pre_BJI, post_BJO)
+    return jax.lax.platform_dependent(x_BTI, pre_BJI, post_BJO, cpu=looped, default=jax.vmap(one))
+
+
 @product.apply.register
 def _apply_row_wise(
     adapter: RowWise, x_BTI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None = None
@@ -218,11 +240,7 @@ def _apply_row_wise(
     )  # fmt: skip
     pre_BJI, post_BJO = bank.pre_CI[own.slot_BJ], bank.post_CO[own.slot_BJ]
     if own.merged:
-        # One W_i at a time is in memory.
-        y_BTO = jax.lax.map(
-            lambda row: product.product(row[0], multiplicative.merge_as_held(row[1], row[2], W_IO)),
-            (x_BTI, pre_BJI, post_BJO),
-        )
+        y_BTO = _under_own_weights(x_BTI, pre_BJI, post_BJO, W_IO)
     elif own.slot_BJ.shape[1] == 1:
         y_BTO = product.product(scale_inputs(x_BTI, pre_BJI), W_IO) * post_BJO
     else:

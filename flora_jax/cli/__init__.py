@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from flora_jax.cli import bench, bench_serving, evaluate, program
+from flora_jax.cli.common import cache_directory
 from flora_jax.cli.generate import generate
 from flora_jax.cli.inspect import demo, info
+from flora_jax.cli.plan import plan
 from flora_jax.cli.train import train
+from flora_jax.xla_flags import set_flags
 
 NAME = "flora-jax"
 app = program.new_app(
@@ -14,7 +17,7 @@ app = program.new_app(
     no_args_is_help=True,
 )
 
-for _verb in (generate, train, info, demo):
+for _verb in (generate, train, info, demo, plan):
     app.command()(_verb)
 bench.app.command()(bench_serving.throughput)
 bench.app.command()(bench_serving.latency)
@@ -24,4 +27,5 @@ app.add_typer(evaluate.app)
 
 def main() -> None:
     """The entry point."""
+    set_flags(cache_directory())
     program.run(app, NAME)

@@ -73,7 +73,9 @@ def dtype_of(name: str | None) -> str | None:
 
 
 def prepare_jax() -> None:
-    """Keeps compiled programs between runs, unless the user has chosen a place."""
+    """Keeps compiled programs between runs, and what a GPU's autotuning found for them, unless the user
+    has chosen a place.
+    """
     import jax
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -83,6 +85,18 @@ def prepare_jax() -> None:
 def cache_directory() -> Path:
     """Where the program keeps what it can make again."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flora_jax"
+
+
+@contextmanager
+def compiling() -> Iterator[Callable[[str, int, int], None]]:
+    """Says on standard error how many programs are compiled, of how many, and which; gone at the end."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("compiling") as status:
+        yield lambda name, done, total: status.update(
+            f"compiling {min(done + 1, total)} of {total}: {name}"
+        )
 
 
 @contextmanager

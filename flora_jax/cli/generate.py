@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -10,6 +11,7 @@ import typer
 
 from flora_jax.cli.common import (
     MODEL_HELP,
+    compiling,
     dtype_of,
     lines,
     named_paths,
@@ -83,6 +85,7 @@ def generate(
         defaults=defaults,
     )
     prepare_jax()
+    from flora_jax.platforms import platform
     from flora_jax.serve.engine import Engine
     from flora_jax.serve.generate import generate as complete
     from flora_jax.serve.options import EngineOptions
@@ -102,8 +105,15 @@ def generate(
         seed=seed,
     )
     loaded = for_decoding(loaded, consume=True)
-    engine = Engine(loaded, adapters, tokenizer=tokenizer, options=options)
+    choices = platform()
+    if not batch_invariant and len(requests) <= batch_size:
+        # One batch would wait for shapes longer than for tokens.
+        choices = choices.for_one_batch(max(len(request.token_ids) for request in requests))
+        options = dataclasses.replace(options, row_buckets=(rows,))
+    engine = Engine(loaded, adapters, tokenizer=tokenizer, options=options, platform=choices)
     started, tokens = time.perf_counter(), 0
+    with compiling() as report:
+        engine.warm_up(report)
     with whole_file(output) as file, progress(len(requests)) as advance:
         for completion in complete(engine, requests):
             file.write(completion.to_json() + "\n")

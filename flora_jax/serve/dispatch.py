@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -59,7 +58,7 @@ class Call(NamedTuple):
 
     function: Any
     arguments: tuple[Any, ...]
-    static: Mapping[str, Any] = MappingProxyType({})
+    static: Mapping[str, Any]
 
     def run(self) -> Any:
         return self.function(*self.arguments, **self.static)
@@ -102,6 +101,7 @@ class Device:
         make = partial(init_state, model.config, self.rows, pages, options.page, self.dtype)
         state = self.beside_parameters(make()) if allocate else jax.eval_shape(make)
         self.cache, self.state_rows = state.cache, state.rows
+        self._compiler_options = platform.invariant_options if options.batch_invariant else ()
         self._prompt_attention = platform.prompt_attention
         if self._prompt_attention == "cudnn" and not cudnn_takes(model.config, self.dtype):
             self._prompt_attention = "gather"
@@ -146,6 +146,12 @@ class Device:
     def _entries(self, entering: Sequence[Scheduled | None], count: int) -> Entries:
         return list_entries(entering, count, self.rows, self.options.seed)
 
+    def _verb(self, verb: Any) -> Any:
+        return steps.under(verb, self._compiler_options)
+
+    def _call(self, verb: Any, arguments: tuple[Any, ...], static: Mapping[str, Any]) -> Call:
+        return Call(self._verb(verb), arguments, static)
+
     def _base(self) -> tuple[Any, ...]:
         return self.definition, self.platform, self.leaves
 
@@ -165,11 +171,11 @@ class Device:
         work = Prompts(own, paging, tokens_BT, start_B, count_B)
         results = self.lattice.pieces[-1] if self.lattice.few else rows
         arguments = (*self._base(), self.pool.layers, self.cache, pack(work))
-        return Call(steps.prefill, arguments, dict(results=results))
+        return self._call(steps.prefill, arguments, dict(results=results))
 
     def begin_call(self, entering: Sequence[Scheduled | None], hidden_BD: jax.Array) -> Call:
         entries = pack(self._entries(entering, hidden_BD.shape[0]))
-        return Call(steps.begin, (*self._base(), self.state_rows, hidden_BD, entries))
+        return self._call(steps.begin, (*self._base(), self.state_rows, hidden_BD, entries), {})
 
     def decode(self, sequences: Sequence[Scheduled], number: int, eager: bool) -> jax.Array:
         """Begins to draw up to ``number`` tokens for each sequence.
@@ -209,18 +215,20 @@ class Device:
     def decode_call(self, work: Decoding, number: int, eager: bool) -> Call:
         packed = pack((work, Steps(np.int32(number), np.bool_(eager))))
         arguments = (*self._base(), self.pool.layers, self.cache, self.state_rows, packed)
-        return Call(steps.decode, arguments, dict(most=self.options.decode_steps))
+        return self._call(steps.decode, arguments, dict(most=self.options.decode_steps))
 
     def forward_call(self, packed: Packed) -> Call:
         arguments = (*self._base(), self.pool.layers, self.cache, self.state_rows, packed)
-        return Call(steps.forward, arguments)
+        return self._call(steps.forward, arguments, {})
 
     def draw_call(self, logits_BV: Any, rows_B: Any, tokens_BN: Any, how: Draw) -> Call:
-        return Call(steps.draw, (self.state_rows, logits_BV, rows_B, tokens_BN), dict(how=how))
+        return self._call(
+            steps.draw, (self.state_rows, logits_BV, rows_B, tokens_BN), dict(how=how)
+        )
 
     def copy_out(self, pages: Sequence[int]) -> Any:
         """The contents of some pages, on the host."""
-        copies = jax.device_get(steps.take_pages(self.cache, self._page_numbers(pages)))
+        copies = jax.device_get(self._verb(steps.take_pages)(self.cache, self._page_numbers(pages)))
         # Copied again: what lies behind the last page is not kept.
         return jax.tree.map(lambda pool: pool[: len(pages)].copy(), copies)
 
@@ -232,14 +240,14 @@ class Device:
 
     def insert(self, entering: Sequence[Scheduled | None], tokens: list[int]) -> None:
         packed = pack((np.asarray(tokens, np.int32), self._entries(entering, len(tokens))))
-        self.state_rows = steps.insert(self.state_rows, packed)
+        self.state_rows = self._verb(steps.insert)(self.state_rows, packed)
 
     def put_back(self, pages: Sequence[int], copies: Any) -> None:
         def pad(copy: np.ndarray) -> np.ndarray:
             return np.pad(copy, ((0, self.lattice.width - len(copy)), *((0, 0),) * 3))
 
         numbers_M = self._page_numbers(pages)
-        self.cache = steps.put_pages(self.cache, numbers_M, jax.tree.map(pad, copies))
+        self.cache = self._verb(steps.put_pages)(self.cache, numbers_M, jax.tree.map(pad, copies))
 
     def beside_parameters(self, tree: Any) -> Any:
         """The arrays, committed to the parameters' devices where those are (as a checkpoint's can be).

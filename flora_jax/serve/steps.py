@@ -12,8 +12,8 @@ names or scheduling.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from functools import partial
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,31 @@ from flora_jax.starcoder.model import Definition, StarCoder
 
 Leaves = Sequence[jax.Array]
 Hooks = Sequence[dict[str, Any]]
+
+
+# How each verb is jitted, by its name.
+_JITTED: dict[str, dict[str, Any]] = {}
+
+
+def _verb(
+    static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Any]:
+    """``jax.jit``, remembered for :func:`under`."""
+
+    def wrap(function: Callable[..., Any]) -> Any:
+        own = _JITTED[function.__name__] = dict(static_argnames=static, donate_argnames=donate)
+        return jax.jit(function, **own)
+
+    return wrap
+
+
+@functools.cache
+def under(verb: Any, options: tuple[tuple[str, Any], ...]) -> Any:
+    """A verb compiled under XLA's options; the verb itself where there are none."""
+    if not options:
+        return verb
+    function = verb.__wrapped__
+    return jax.jit(function, **_JITTED[function.__name__], compiler_options=dict(options))
 
 
 def _with_others(hooks: Hooks, model: StarCoder, platform: Platform) -> Hooks:
@@ -51,9 +76,7 @@ def _after(token_B: jax.Array, left_B: jax.Array, stops_BE: jax.Array) -> jax.Ar
     return jnp.where(stopped_B, 0, jnp.maximum(left_B - 1, 0))
 
 
-@partial(
-    jax.jit, static_argnames=("definition", "platform", "results"), donate_argnames="cache"
-)  # fmt: skip
+@_verb(static=("definition", "platform", "results"), donate=("cache",))
 def prefill(
     definition: Definition,
     platform: Platform,
@@ -100,7 +123,7 @@ def prefill(
     return new, jnp.pad(hidden_BD, ((0, results - hidden_BD.shape[0]), (0, 0)))
 
 
-@partial(jax.jit, static_argnames=("definition", "platform"), donate_argnames="rows")
+@_verb(static=("definition", "platform"), donate=("rows",))
 def begin(
     definition: Definition,
     platform: Platform,
@@ -124,7 +147,7 @@ def begin(
     return rows.put(entries.row_B, _new_rows(token_B, entries)), token_B
 
 
-@partial(jax.jit, donate_argnames="rows")
+@_verb(donate=("rows",))
 def insert(rows: Rows, packed: Packed) -> Rows:
     """Gives rows to sequences that go on; all before their last token is in the cache.
 
@@ -180,9 +203,7 @@ def _advance(rows: Rows, logits_BV: jax.Array, how: Draw) -> tuple[Rows, jax.Arr
     return new, jnp.where(running_B, token_B, RESTING)
 
 
-@partial(
-    jax.jit, static_argnames=("definition", "platform", "most"), donate_argnames=("cache", "rows")
-)
+@_verb(static=("definition", "platform", "most"), donate=("cache", "rows"))
 def decode(
     definition: Definition,
     platform: Platform,
@@ -236,7 +257,7 @@ def decode(
     return cache, rows.put(work.rows_B, now), tokens_BN
 
 
-@partial(jax.jit, static_argnames=("definition", "platform"), donate_argnames="cache")
+@_verb(static=("definition", "platform"), donate=("cache",))
 def forward(
     definition: Definition,
     platform: Platform,
@@ -259,7 +280,7 @@ def forward(
     return _forward(model, hooks, cache, rows.take(work.rows_B), work.paging)
 
 
-@partial(jax.jit, static_argnames="how", donate_argnames="rows")
+@_verb(static=("how",), donate=("rows",))
 def draw(
     rows: Rows, logits_BV: jax.Array, rows_B: Any, tokens_BN: jax.Array, *, how: Draw
 ) -> tuple[Rows, jax.Array]:
@@ -272,13 +293,13 @@ def draw(
     return rows.put(rows_B, new), jnp.concatenate([tokens_BN[:, 1:], token_B[:, None]], axis=1)
 
 
-@jax.jit
+@_verb()
 def take_pages(cache: Cache, pages_M: jax.Array) -> list[LayerCache]:
     """Copies of a row's pages, ``[M, S, G, K]`` for each layer; zeros for a number that is no page."""
     return jax.tree.map(lambda pool: pool.at[pages_M].get(mode="fill", fill_value=0), cache)
 
 
-@partial(jax.jit, donate_argnames="cache")
+@_verb(donate=("cache",))
 def put_pages(cache: Cache, pages_M: jax.Array, copies: list[LayerCache]) -> Cache:
     """Puts such copies into pages of a pool, the same or others."""
     return jax.tree.map(lambda pool, copy: pool.at[pages_M].set(copy, mode="drop"), cache, copies)

@@ -1,17 +1,23 @@
 """Multi-query and multi-head attention on arrays: splitting the fused projection, masks, softmax.
 
-Knows nothing of parameters or adapters.
+Attention without a cache has one implementation for every way that a platform wants it. Knows nothing of
+parameters, adapters or platforms.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from flora_jax.starcoder.config import StarCoderConfig
+
+# Numbers of a head that cuDNN takes on every card since Ampere.
+_LARGEST_HEAD = 128
 
 
 def split_qkv(
@@ -35,19 +41,66 @@ def split_qkv(
     return q, k, v
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visible:
+    """What the tokens of a batch see of one another, and how attention over it is computed.
+
+    ``mask [B, T, S]`` is true where visible; ``None`` is all earlier tokens of the row and the token
+    itself. ``attention``: a name of :data:`IMPLEMENTATIONS`, static.
+    """
+
+    mask_BTS: jax.Array | None
+    attention: str = dataclasses.field(default="einsum", metadata=dict(static=True))
+
+
+def visible(
+    positions_BT: jax.Array, segments_BT: jax.Array | None, attention: str = "einsum"
+) -> Visible:
+    """A token sees those of its own segment at its own or an earlier position, and segment 0 nothing.
+
+    Without ``segments`` every row is one. For any other attention than "einsum" the tokens of a segment
+    stand in the order of their positions.
+
+    Raises:
+        ValueError: ``attention`` is no implementation's name.
+    """
+    if attention not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention is {attention!r}, expected one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    if segments_BT is None:
+        if attention != "einsum":
+            return Visible(None, attention)
+        segments_BT = jnp.ones_like(positions_BT)
+    return Visible(causal_mask(positions_BT, segments_BT), attention)
+
+
+def attend_visible(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    seen: Visible,
+    config: StarCoderConfig,
+) -> jax.Array:
+    """Softmax attention among the tokens of a batch, ``[B, T, D]`` in the queries' dtype."""
+    return IMPLEMENTATIONS[seen.attention](q_BTHK, k_BTGK, v_BTGK, seen.mask_BTS, config)
+
+
 def attend(
     q_BTHK: jax.Array,
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
-    mask_BTS: jax.Array,
+    mask_BTS: jax.Array | None,
     config: StarCoderConfig,
 ) -> jax.Array:
-    """Softmax attention, ``[B, T, D]`` in the queries' dtype; ``mask`` is true where visible.
+    """Two products with the scores between them in memory; takes every dtype and every length.
 
     Scores are scaled by ``1/sqrt(K)`` (``scale_attn_weights``). The softmax runs in float32, or in
     the activations' dtype where ``attention_softmax_in_fp32`` is false; scaling happens in the same
     dtype as the softmax only if ``scale_attention_softmax_in_fp32`` asks for it.
     """
+    assert mask_BTS is not None
     batch, length, heads, _ = q_BTHK.shape
     slots, groups = k_BSGK.shape[1:3]
     shared = heads // groups
@@ -109,3 +162,49 @@ def causal_mask(positions_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     earlier = positions_BT[:, :, None] >= positions_BT[:, None, :]
     same = segments_BT[:, :, None] == segments_BT[:, None, :]
     return earlier & same & (segments_BT[:, None, :] > 0)
+
+
+def fused_attention(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    mask_BTT: jax.Array | None,
+    config: StarCoderConfig,
+    *,
+    implementation: Literal["cudnn", "xla"],
+) -> jax.Array:
+    """The library's own attention; with "cudnn" no scores lie in memory, forward or backward.
+
+    Tokens behind a token are masked by their place, whose tiles a kernel leaves out, and the segments by
+    the mask. Softmax and scale are float32's, whatever the model's options say.
+    """
+    scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
+    out_BTHK = jax.nn.dot_product_attention(
+        q_BTHK, k_BTGK, v_BTGK,
+        mask=None if mask_BTT is None else mask_BTT[:, None],
+        scale=scale, is_causal=True, implementation=implementation,
+    )  # fmt: skip
+    return out_BTHK.reshape(*out_BTHK.shape[:2], -1)
+
+
+def cudnn_refuses(config: StarCoderConfig, dtype: Any, length: int) -> str | None:
+    """Why "cudnn" does not take rows of ``length`` tokens in ``dtype``; ``None`` where it does."""
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"it takes 16-bit activations, found {jnp.dtype(dtype).name}"
+    if config.head_dim % 8 or config.head_dim > _LARGEST_HEAD:
+        return (
+            f"a head has {config.head_dim} numbers, expected a multiple of 8 up to {_LARGEST_HEAD}"
+        )
+    if length % 2:
+        return f"rows have {length} tokens, expected an even number"
+    return None
+
+
+Implementation = Callable[
+    [jax.Array, jax.Array, jax.Array, jax.Array | None, StarCoderConfig], jax.Array
+]
+# By the names that the table of platforms has.
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "einsum": attend,
+    "cudnn": functools.partial(fused_attention, implementation="cudnn"),
+}

@@ -53,12 +53,17 @@ class LayerCache:
         at_BT = positions_BT // page
         page_BT = jnp.take_along_axis(paging.table_BM, jnp.clip(at_BT, 0, width - 1), axis=1)
         placed_BT = (positions_BT >= 0) & (at_BT < width) & (page_BT >= 0)
-        page_BT = jnp.where(placed_BT, page_BT, pages)
+        # Numbers past the pool, each once: a scatter of unique places has no order that could matter, and
+        # a GPU told to be deterministic needs no sort.
+        nowhere_BT = pages + jnp.arange(page_BT.size, dtype=page_BT.dtype).reshape(page_BT.shape)
+        page_BT = jnp.where(placed_BT, page_BT, nowhere_BT)
         slot_BT = positions_BT % page
-        return LayerCache(
-            self.k_LSGK.at[page_BT, slot_BT].set(k_BTGK, mode="drop"),
-            self.v_LSGK.at[page_BT, slot_BT].set(v_BTGK, mode="drop"),
-        )
+
+        def put(pool_LSGK: jax.Array, new_BTGK: jax.Array) -> jax.Array:
+            place = pool_LSGK.at[page_BT, slot_BT]
+            return place.set(new_BTGK, mode="drop", unique_indices=True)
+
+        return LayerCache(put(self.k_LSGK, k_BTGK), put(self.v_LSGK, v_BTGK))
 
     def read(self, page_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values ``[B, M·S, G, K]`` of some pages; zeros where a number is no page."""

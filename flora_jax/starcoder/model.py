@@ -16,7 +16,7 @@ from flax import nnx
 
 from flora_jax.adapters.product import PROJECTED, apply, product
 from flora_jax.adapters.transposed import Transposed
-from flora_jax.starcoder.attention import attend, causal_mask, split_qkv
+from flora_jax.starcoder.attention import Visible, attend_visible, split_qkv, visible
 from flora_jax.starcoder.cache import Cache, LayerCache, Paging
 from flora_jax.starcoder.cached_attention import attend_cached
 from flora_jax.starcoder.config import StarCoderConfig
@@ -85,7 +85,7 @@ class Attention(nnx.Module):
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
-        seen: jax.Array | Paging,
+        seen: Visible | Paging,
         cache: LayerCache | None,
         adapters: LayerAdapters,
         config: StarCoderConfig,
@@ -96,8 +96,8 @@ class Attention(nnx.Module):
             cache = cache.write(k, v, positions_BT, seen)
             mixed_BTD = attend_cached(q, cache, seen, positions_BT, config)
         else:
-            assert not isinstance(seen, Paging)
-            mixed_BTD = attend(q, k, v, seen, config)
+            assert isinstance(seen, Visible)
+            mixed_BTD = attend_visible(q, k, v, seen, config)
         return _project(mixed_BTD, self.c_proj, adapters, "attn.c_proj"), cache
 
 
@@ -128,7 +128,7 @@ class Block(nnx.Module):
         self,
         x_BTD: jax.Array,
         positions_BT: jax.Array,
-        seen: jax.Array | Paging,
+        seen: Visible | Paging,
         cache: LayerCache | None,
         adapters: LayerAdapters,
         config: StarCoderConfig,
@@ -172,6 +172,7 @@ class StarCoder(nnx.Module):
         segments_BT: jax.Array | None = None,
         adapters: Adapters | None = None,
         remat: Remat = "none",
+        attention: str = "einsum",
     ) -> tuple[jax.Array, Cache | None]:
         """The final normalised activations ``[B, T, D]`` and the cache with these tokens in it.
 
@@ -180,13 +181,12 @@ class StarCoder(nnx.Module):
         padding stands at ``NOWHERE``: its keys are dropped, and its own output means nothing.
 
         ``remat`` trades time for memory in the backward pass: "products" keeps the results of the
-        projections alone, "full" only what enters each block.
+        projections alone, "full" only what enters each block. ``attention`` is that without a cache, of
+        :data:`flora_jax.starcoder.attention.IMPLEMENTATIONS`; with one ``paging`` says it.
         """
-        seen: jax.Array | Paging
+        seen: Visible | Paging
         if cache is None:
-            if segments_BT is None:
-                segments_BT = jnp.ones_like(tokens_BT)
-            seen = causal_mask(positions_BT, segments_BT)
+            seen = visible(positions_BT, segments_BT, attention)
         else:
             assert paging is not None
             seen = paging

@@ -19,9 +19,10 @@ from flax import nnx
 
 from flora_jax.adapters import FLoRA
 from flora_jax.adapters.grouped import grouped_hooks
+from flora_jax.adapters.product import ROUNDED
 from flora_jax.starcoder.model import Remat, StarCoder
 from flora_jax.train.data import Batch
-from flora_jax.train.loss import frozen_head_nll, token_scores
+from flora_jax.train.loss import HeadChunks, frozen_head_nll, token_scores
 from flora_jax.train.step import TrainState
 
 
@@ -53,21 +54,37 @@ def make_optimizer(
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """``accumulate`` splits every adapter's rows into so many parts, run one after another."""
+    """What a step's program is made for.
+
+    Args:
+        accumulate: splits every adapter's rows into so many parts, run one after another.
+        remat: what of a block is computed anew in the backward pass.
+        dropout: of LoRA's inputs.
+        attention: a name of :data:`flora_jax.starcoder.attention.IMPLEMENTATIONS`.
+        rounded: projections give the activations' dtype at once, where their kind allows it.
+        head: the chunks of the loss.
+    """
 
     accumulate: int = 1
     remat: Remat = "none"
     dropout: float = 0.0
+    attention: str = "einsum"
+    rounded: bool = False
+    head: HeadChunks = dataclasses.field(default_factory=HeadChunks)
 
 
 def _hidden(
-    model: StarCoder, batch: GroupedBatch, hooks: Any, remat: Remat
+    model: StarCoder, batch: GroupedBatch, hooks: Any, options: StepOptions
 ) -> tuple[jax.Array, jax.Array]:
     """Activations ``[b·N, T, D]`` and targets ``[b·N, T]``."""
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), batch)
+    if options.rounded:
+        plain = dict.fromkeys(model.config.projections(), ROUNDED)
+        hooks = [plain | layer for layer in hooks or [{}] * model.config.n_layer]
     hidden_BTD, _ = model.hidden(
-        flat.tokens[:, :-1], flat.positions, segments_BT=flat.segments, adapters=hooks, remat=remat
-    )
+        flat.tokens[:, :-1], flat.positions, segments_BT=flat.segments, adapters=hooks,
+        remat=options.remat, attention=options.attention,
+    )  # fmt: skip
     return hidden_BTD, flat.tokens[:, 1:]
 
 
@@ -98,9 +115,9 @@ def make_adapter_step(
         layers: Any, base: Any, part: GroupedBatch, keys_N: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graph, base)
-        hooks = grouped_hooks(layers, keys_N, options.dropout)
-        hidden_BTD, targets_BT = _hidden(model, part, hooks, options.remat)
-        nll_BT = frozen_head_nll(hidden_BTD, model.head(), targets_BT)
+        hooks = grouped_hooks(layers, keys_N, options.dropout, rounded=options.rounded)
+        hidden_BTD, targets_BT = _hidden(model, part, hooks, options)
+        nll_BT = frozen_head_nll(hidden_BTD, model.head(), targets_BT, options.head)
         nll_N = _per_adapter(nll_BT, part.mask)
         # No adapter's rows touch another's factors, so the sum's gradient is each one's own.
         return jnp.sum(nll_N), nll_N
@@ -181,18 +198,21 @@ class Scores(NamedTuple):
     targets: jax.Array
 
 
-def make_scorer(graph: nnx.GraphDef) -> Callable[[Any, Any, GroupedBatch], Scores]:
+def make_scorer(
+    graph: nnx.GraphDef, options: StepOptions | None = None
+) -> Callable[[Any, Any, GroupedBatch], Scores]:
     """A jitted ``(layers, base, batch) → Scores`` without dropout.
 
     ``layers`` as in :func:`make_adapter_step`; ``None`` scores the base alone, as one group of rows
-    for each of the batch's.
+    for each of the batch's. Of ``options`` the attention, the rounding and the head's chunks count.
     """
+    options = dataclasses.replace(options or StepOptions(), remat="none")
 
     def score(layers: Sequence[Mapping[str, Any]] | None, base: Any, batch: GroupedBatch) -> Scores:
         model = nnx.merge(graph, base)
-        hooks = None if layers is None else grouped_hooks(layers)
-        hidden_BTD, targets_BT = _hidden(model, batch, hooks, "none")
-        nll_BT, hit_BT = token_scores(hidden_BTD, model.head(), targets_BT)
+        hooks = None if layers is None else grouped_hooks(layers, rounded=options.rounded)
+        hidden_BTD, targets_BT = _hidden(model, batch, hooks, options)
+        nll_BT, hit_BT = token_scores(hidden_BTD, model.head(), targets_BT, options.head)
         return Scores(
             _per_adapter(nll_BT, batch.mask),
             _per_adapter(hit_BT, batch.mask),

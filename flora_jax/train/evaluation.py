@@ -52,11 +52,18 @@ class Evaluator:
         ]
         sums = np.zeros((3, len(self.names)))
         text_bytes = np.zeros(len(self.names))
+        before: Scores | None = None
         for own in itertools.zip_longest(*streams, fillvalue=empty):
             batch = group(own)
-            sums += np.asarray(self.scorer(layers, self.base, self.place(batch)), np.float64)
+            scores = self.scorer(layers, self.base, self.place(batch))
+            # Read once the device has the next batch to do.
+            if before is not None:
+                sums += np.asarray(before, np.float64)
+            before = scores
             counted = self.piece_bytes[batch.tokens[..., 1:]] * batch.mask
             text_bytes += counted.sum(axis=(0, 2))
+        if before is not None:
+            sums += np.asarray(before, np.float64)
         result = {}
         for number, name in enumerate(self.names):
             if name in self.data:

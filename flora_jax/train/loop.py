@@ -63,7 +63,8 @@ def run_loop(
 
     ``directory/metrics.jsonl`` has a line for the first, every ``log_every``-th, every evaluated and
     the last step, and with ``evaluate_first`` one for step 0; lines past the checkpoint resumed from
-    are cut away.
+    are cut away. The device never waits for the host between two steps, but where one is saved or
+    evaluated: measures are read after the next step was dispatched.
 
     Args:
         state: where to start without a checkpoint; donated.
@@ -121,29 +122,49 @@ def run_loop(
         since = 0
         unseen: dict[int, dict[str, jax.Array]] = {}
         previous = math.nan
+
+        def look(done: int) -> dict[str, np.ndarray]:
+            """The measures of the last of the first ``done`` steps; waits for it."""
+            nonlocal previous
+            own = {number: unseen.pop(number) for number in list(unseen) if number < done}
+            measured, previous = _look(own, previous, blame)
+            return measured
+
+        def report(done: int, steps: int, measured: dict[str, np.ndarray], validate: bool) -> None:
+            nonlocal logged
+            now = time.monotonic()
+            rate = steps * tokens_per_batch / (now - logged)
+            logged = now
+            line = {"step": done, "tokens_per_second": round(rate, 1), **describe(measured)}
+            if evaluate is not None and validate:
+                line["validation"] = evaluate(state.params)
+                logged = time.monotonic()
+            write(line)
+            note = f"loss {previous:.3f}  {rate:,.0f} tokens/s"
+            progress.update(task, completed=done, note=note)
+
+        late: tuple[int, int] | None = None
         for number in range(int(state.step), options.steps):
             state, unseen[number] = train_step(state, batch_at(number))
+            if late is not None:
+                report(*late, look(late[0]), validate=False)
+                late = None
             since += 1
             done = number + 1
             last = done == options.steps
             validate = evaluate is not None and (done % options.evaluate_every == 0 or last)
             save = last or time.monotonic() - saved > options.save_seconds
             save |= options.save_every is not None and done % options.save_every == 0
-            report = done == 1 or done % options.log_every == 0 or validate or last
-            if save or report:
-                measured, previous = _look(unseen, previous, blame)
-                unseen.clear()
-            if report:
-                now = time.monotonic()
-                rate = since * tokens_per_batch / (now - logged)
-                logged, since = now, 0
-                line = {"step": done, "tokens_per_second": round(rate, 1), **describe(measured)}
-                if evaluate is not None and validate:
-                    line["validation"] = evaluate(state.params)
-                    logged = time.monotonic()
-                write(line)
-                note = f"loss {previous:.3f}  {rate:,.0f} tokens/s"
-                progress.update(task, completed=done, note=note)
+            logs = done == 1 or done % options.log_every == 0 or validate or last
+            if save or validate:
+                measured = look(done)
+                if logs:
+                    report(done, since, measured, validate)
+            elif logs:
+                # Read once the device has the next step to do.
+                late = done, since
+            if logs:
+                since = 0
             if save:
                 manager.save(done, args=ocp.args.StandardSave(state))
                 saved = time.monotonic()

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import optax
 
-# Logits of one chunk, in numbers: 64 MiB in float32.
-_CHUNK_NUMBERS = 2**24
+
+@dataclasses.dataclass(frozen=True)
+class HeadChunks:
+    """How the logits of a batch are cut along its positions.
+
+    At most ``numbers`` logits are made at once (64 MiB in float32 by default). ``even``: the chunks are
+    cut equally long, so that the last is not mostly padding.
+    """
+
+    numbers: int = 2**24
+    even: bool = False
+
+    def cut(self, batch: int, length: int, vocabulary: int) -> tuple[int, int]:
+        """How many chunks, and of how many positions each."""
+        step = min(length, max(1, self.numbers // (vocabulary * batch)))
+        count = -(-length // step)
+        return count, -(-length // count) if self.even else step
 
 
 def next_token_loss(
@@ -35,36 +52,46 @@ def bits_per_byte(nll_nats: float, text_bytes: float) -> float:
 
 
 def token_scores(
-    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    chunks: HeadChunks = HeadChunks(),
 ) -> tuple[jax.Array, jax.Array]:
     """Per token the negative log-likelihood in nats, and 1 where the target is the likeliest.
 
     Both float32 ``[B, T]``. The logits of a stretch of positions are made, used and dropped before
-    the next, so that ``[B, T, V]`` never exists.
+    the next, as ``chunks`` says, so that ``[B, T, V]`` never exists.
     """
-    nll_BT, hit_BT, _ = _scan_head(hidden_BTD, head_DV, targets_BT, gradient=False)
+    nll_BT, hit_BT, _ = _scan_head(hidden_BTD, head_DV, targets_BT, chunks, gradient=False)
     return nll_BT, hit_BT
 
 
-@jax.custom_vjp
-def frozen_head_nll(hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def frozen_head_nll(
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    chunks: HeadChunks = HeadChunks(),
+) -> jax.Array:
     """As :func:`token_scores`, the likelihoods alone, with a gradient for ``hidden`` only.
 
     ``head`` is frozen: no gradient reaches it. The gradient of ``hidden`` is made in the forward pass
     beside the loss, as ``(softmax - onehot) headᵀ`` chunk by chunk, so the logits are computed once
     and none is kept.
     """
-    return token_scores(hidden_BTD, head_DV, targets_BT)[0]
+    return token_scores(hidden_BTD, head_DV, targets_BT, chunks)[0]
 
 
 def _forward(
-    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, chunks: HeadChunks
 ) -> tuple[jax.Array, jax.Array]:
-    nll_BT, _, slope_BTD = _scan_head(hidden_BTD, head_DV, targets_BT, gradient=True)
+    nll_BT, _, slope_BTD = _scan_head(hidden_BTD, head_DV, targets_BT, chunks, gradient=True)
     return nll_BT, slope_BTD
 
 
-def _backward(slope_BTD: jax.Array, upstream_BT: jax.Array) -> tuple[jax.Array, None, None]:
+def _backward(
+    chunks: HeadChunks, slope_BTD: jax.Array, upstream_BT: jax.Array
+) -> tuple[jax.Array, None, None]:
     wide_BTD = slope_BTD.astype(jnp.float32) * upstream_BT[..., None]
     return wide_BTD.astype(slope_BTD.dtype), None, None
 
@@ -73,24 +100,30 @@ frozen_head_nll.defvjp(_forward, _backward)
 
 
 def _scan_head(
-    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, gradient: bool
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    targets_BT: jax.Array,
+    chunks: HeadChunks,
+    *,
+    gradient: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Likelihoods, hits and, with ``gradient``, the slope of the first in ``hidden``."""
     batch, length, width = hidden_BTD.shape
     vocabulary = head_DV.shape[1]
-    step = min(length, max(1, _CHUNK_NUMBERS // (vocabulary * batch)))
-    chunks = -(-length // step)
-    padding = chunks * step - length
+    count, step = chunks.cut(batch, length, vocabulary)
+    padding = count * step - length
 
     # Chunks are cut along positions: rows may be split over devices.
     def cut(array: jax.Array) -> jax.Array:
         padded = jnp.pad(array, [(0, 0), (0, padding)] + [(0, 0)] * (array.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, chunks, step, *array.shape[2:]), 1, 0)
+        return jnp.moveaxis(padded.reshape(batch, count, step, *array.shape[2:]), 1, 0)
 
     def join(array: jax.Array) -> jax.Array:
         return jnp.moveaxis(array, 0, 1).reshape(batch, -1, *array.shape[3:])[:, :length]
 
-    def chunk(pieces: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def chunk(
+        carry: None, pieces: tuple[jax.Array, jax.Array]
+    ) -> tuple[None, tuple[jax.Array, jax.Array, jax.Array]]:
         hidden_BtD, targets_Bt = pieces
         logits_BtV = jnp.matmul(hidden_BtD, head_DV, preferred_element_type=jnp.float32)
         top_Bt = jnp.max(logits_BtV, axis=-1)
@@ -100,13 +133,14 @@ def _scan_head(
         nll_Bt = top_Bt + jnp.log(total_Bt) - own_Bt
         hit_Bt = (own_Bt >= top_Bt).astype(jnp.float32)
         if not gradient:
-            return nll_Bt, hit_Bt, jnp.zeros((), hidden_BTD.dtype)
+            return carry, (nll_Bt, hit_Bt, jnp.zeros((), hidden_BTD.dtype))
         chosen_BtV = jnp.arange(vocabulary)[None, None] == targets_Bt[..., None]
         share_BtV = powers_BtV / total_Bt[..., None] - chosen_BtV.astype(jnp.float32)
         slope_BtD = jnp.matmul(
             share_BtV.astype(hidden_BTD.dtype), head_DV.T, preferred_element_type=jnp.float32
         )
-        return nll_Bt, hit_Bt, slope_BtD.astype(hidden_BTD.dtype)
+        return carry, (nll_Bt, hit_Bt, slope_BtD.astype(hidden_BTD.dtype))
 
-    nll, hit, slope = jax.lax.map(chunk, (cut(hidden_BTD), cut(targets_BT)))
+    pieces = cut(hidden_BTD), cut(targets_BT)
+    _, (nll, hit, slope) = jax.lax.scan(chunk, None, pieces)
     return join(nll), join(hit), join(slope) if gradient else jnp.zeros((0, 0, width))

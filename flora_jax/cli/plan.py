@@ -1,0 +1,90 @@
+"""``flora-jax plan``: what a model needs on a GPU, by arithmetic or compiled for it; no GPU is needed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flora_jax.cli.common import source
+from flora_jax.errors import InputError
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|PRESET",
+            help="mini, 164m, 1b, 3b or 15b; a checkpoint's directory or hub id, of which only the "
+            "configuration is read.",
+        ),
+    ],
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100 or l4.")],
+    devices: Annotated[int, typer.Option(help="So many of them, by arithmetic only.")] = 1,
+    max_num_seqs: Annotated[
+        int, typer.Option("--max-num-seqs", "--batch-size", help="Sequences that run at once.")
+    ] = 16,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Prompt and output together. Default all positions.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="flora, lora, ia3, hira, or none.")] = "none",
+    rank: Annotated[int | None, typer.Option(help="Of the adapters.")] = None,
+    resident_adapters: Annotated[
+        int | None, typer.Option(help="Adapters on the device. Default one a sequence.")
+    ] = None,
+    targets: Annotated[str, typer.Option(help="Projections, comma-separated, by name.")] = "c_attn",
+    quantize: Annotated[
+        str, typer.Option(help="int8, int4 or none: the base in 8 or 4 bits, the rest as it is.")
+    ] = "none",
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    compile: Annotated[
+        bool,
+        typer.Option("--compile", help="Compile the real decode program too (extra 'plan')."),
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON object on standard output, nothing else.")
+    ] = False,
+) -> None:
+    """Shows what fits on a GPU and how long a step takes there, modelled; with --compile the program."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Nothing runs, and no GPU is looked for.
+    from flora_jax.adapters.model_adapter import match_targets
+    from flora_jax.plan import summary
+    from flora_jax.plan.cards import card
+    from flora_jax.plan.setting import Setting
+    from flora_jax.starcoder.config import PRESETS
+    from flora_jax.starcoder.describe import read_config
+    from flora_jax.starcoder.sources import resolve
+
+    wanted = card(gpu)
+    if rank is None:
+        rank = {"none": 0, "ia3": 1}.get(kind)
+        if rank is None:
+            raise InputError(f"--kind is {kind} and --rank is missing, expected at least 1")
+    if model in PRESETS:
+        name, config = model, PRESETS[model]
+    else:
+        if "/" not in model and not Path(model).exists():
+            raise InputError(
+                f"MODEL|PRESET is {model!r}, expected one of {', '.join(PRESETS)}, a checkpoint's "
+                "directory or a hub id (owner/name)"
+            )
+        directory = resolve(source(model), weights=False)
+        name, config = directory.name, read_config(directory)
+    setting = Setting(
+        name, config, wanted, devices=devices, dtype=dtype, quantize=quantize, kind=kind, rank=rank,
+        targets=match_targets(targets.split(",")), max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len, resident_adapters=resident_adapters,
+    )  # fmt: skip
+    if compile:
+        summary.check_compiling(setting)
+    found = summary.summarise(setting)
+    if compile:
+        found["decode"] = summary.compile_decode(setting)
+    if json:
+        import json as writer
+
+        print(writer.dumps(found))
+    else:
+        summary.print_tables(found)

@@ -1,0 +1,1 @@
+"""What a model needs on a GPU: memory, modelled times, compiled programs, simulated serving."""

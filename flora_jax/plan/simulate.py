@@ -1,0 +1,262 @@
+"""Serving on a simulated clock: the engine's own scheduler, lattice and choice of pieces, and for every
+dispatch the time that the roofline gives it.
+
+What it says is a model's, not a measurement. It follows the engine's iteration with a GPU's choices:
+sequences enter, prompts are prefilled within the budget of tokens, the others draw a number of tokens,
+and what was dispatched before is read while the device works on. Adapters are always on the device;
+swapping pages of the cache and sampling take no time, and the host none but what ``host_ms`` says.
+Knows nothing of tokens' values or of arrays.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+from collections.abc import Sequence as Many
+from typing import Any, NamedTuple
+
+from flora_jax.adapters.pairs import Form, padded_additive, padded_multiplicative
+from flora_jax.adapters.ragged import GROUP
+from flora_jax.errors import InputError
+from flora_jax.plan import prompts, roofline
+from flora_jax.plan.programs import Residents, options_of
+from flora_jax.plan.setting import Setting
+from flora_jax.platforms import GPU
+from flora_jax.serve.dispatch import Piece
+from flora_jax.serve.flight import Flight
+from flora_jax.serve.pieces import dispatch_prompts
+from flora_jax.serve.programs import DecodeShape, Lattice
+from flora_jax.serve.scheduler import Scheduler, Sequence
+
+
+class Arrival(NamedTuple):
+    """A request: when it comes, in seconds, tokens of its prompt, and tokens that it draws."""
+
+    at_s: float
+    prompt: int
+    output: int
+
+
+class Served(NamedTuple):
+    """A request that ended, times in seconds from the start; ``drawn`` tokens."""
+
+    arrival: Arrival
+    first_s: float
+    end_s: float
+    drawn: int
+
+
+class Outcome(NamedTuple):
+    """What a simulated run brought.
+
+    ``output_throughput``: tokens a second; ``tpot_ms``: mean time per token after a request's first;
+    ``ttft_ms``: mean time to the first; ``dispatches`` of decoding and prefill, ``steps`` of decoding.
+    """
+
+    served: list[Served]
+    duration_s: float
+    output_throughput: float
+    tpot_ms: float
+    ttft_ms: float
+    dispatches: int
+    steps: int
+    preemptions: int
+
+
+class _Flown(NamedTuple):
+    """What was dispatched in an iteration: the engine's own record, the tokens that its rows draw in it,
+    and when the device is through.
+    """
+
+    flight: Flight
+    took: list[int]
+    end_s: float
+
+
+class Simulation:
+    """An engine whose device is a clock.
+
+    Args:
+        setting: model, card, adapters, sizes.
+        ways: implementations that its times are for; the platform table's where it is ``None``.
+        max_num_batched_tokens: of one iteration.
+        cache_tokens: positions of the cache; room for all rows' whole contexts where it is ``None``.
+        host_ms: what a decode step, or a prefill dispatch, takes on the host.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        ways: roofline.Ways | None = None,
+        *,
+        max_num_batched_tokens: int | None = None,
+        cache_tokens: int | None = None,
+        host_ms: float = 0.0,
+    ):
+        self.setting, self.host_ms = setting, host_ms
+        self.ways = ways or roofline.DEFAULT
+        self.options = options_of(
+            setting, max_num_batched_tokens=max_num_batched_tokens, cache_tokens=cache_tokens
+        )
+        self.lattice = Lattice(Residents(setting), self.options, setting.context, GPU)
+        pages = self.options.cache_pages(setting.context)
+        self.scheduler = Scheduler(setting.max_num_seqs, pages, setting.page)
+        self.dispatches = self.steps = 0
+        self._host_s = self._device_s = 0.0
+        self._flown: _Flown | None = None
+        self._first_s: dict[int, float] = {}
+        self._served: list[Served] = []
+        self._gone: set[int] = set()
+        self._cached_ms: dict[Any, float] = {}
+        counts = [setting.count(target) for target in setting.adapted]
+        own = None
+        if counts:
+            own = Form(
+                padded_multiplicative(max(count[0] for count in counts)),
+                padded_additive(max(count[1] for count in counts)),
+                setting.adapted,
+            )
+        self._form = self.lattice.form(own)
+
+    def form_of(self, sequence: Sequence) -> Form:
+        """In which form a prompt is prefilled; all adapters have one."""
+        return self._form
+
+    def prefill(self, pieces: Many[Piece]) -> Any:
+        """What the engine's device does with pieces, on the clock."""
+        lattice = self.lattice
+        rows, length = 1, lattice.long
+        if max(piece.length for piece in pieces) <= lattice.short:
+            rows, length = lattice.piece_rows(len(pieces)), lattice.short
+        span = lattice.prompt_span(max(piece.start + length for piece in pieces))
+        key = (rows, length, span)
+        if key not in self._cached_ms:
+            terms = prompts.prefill(self.setting, rows, length, span, self.ways)
+            self._cached_ms[key] = roofline.total(terms)
+        self._pass(self._cached_ms[key], 1)
+        return pieces if any(piece.last for piece in pieces) else None
+
+    def run(self, arrivals: Many[Arrival]) -> Outcome:
+        """Serves all requests; each draws exactly its tokens.
+
+        Raises:
+            InputError: a request that the context or the cache cannot hold, or none at all.
+        """
+        most = min(self.setting.context, self.scheduler.pages * self.setting.page)
+        for number, arrival in enumerate(arrivals):
+            if arrival.prompt < 1 or arrival.output < 1 or arrival.prompt + arrival.output > most:
+                raise InputError(
+                    f"request {number}: {arrival.prompt} tokens and {arrival.output} more, expected "
+                    f"at least one each and {most} together at most"
+                )
+        if not arrivals:
+            raise InputError("the workload has no requests, expected some")
+        ordered = collections.deque(sorted(arrivals))
+        tickets = itertools.count()
+        while ordered or self._flown or self.scheduler.has_work:
+            if not self._flown and not self.scheduler.has_work:
+                self._host_s = max(self._host_s, ordered[0].at_s)
+            while ordered and ordered[0].at_s <= self._host_s:
+                ticket, own = next(tickets), ordered.popleft()
+                self.scheduler.add(Sequence(ticket, ticket, own.prompt, own.output, own))
+            self._iterate()
+        return self._outcome()
+
+    def _iterate(self) -> None:
+        if self.scheduler.aside:
+            self._land()
+        self.scheduler.resume()
+        self.scheduler.admit(lambda _: "ready")
+        if not self.scheduler.running:
+            self._land()
+            return
+        device: Any = (
+            self  # What asks it wants its lattice, a sequence's form, and the time to pass.
+        )
+        prefilled = dispatch_prompts(self.scheduler.running, device)
+        hurry = prefilled or any(s.stage == "prefill" for s in self.scheduler.running)
+        if not self.scheduler.can_grow():
+            self._land()
+        most = GPU.steps_while_waiting if hurry else self.options.decode_steps
+        rows, steps, _ = self.scheduler.grow(min(most, self.options.decode_steps))
+        if rows:
+            longest = max(sequence.reach for sequence in rows) + steps
+            shape = self.lattice.decode([sequence.ticket for sequence in rows], longest)
+            self._pass(steps * self._step_ms(shape), steps)
+            self.steps += steps
+        took = [min(steps, sequence.left) for sequence in rows]
+        before, self._flown = self._flown, None
+        if rows or prefilled:
+            flight = Flight.of(prefilled, rows, None, steps)
+            self._flown = _Flown(flight, took, self._device_s)
+        if GPU.pipelined:
+            self._read(before)
+        else:
+            self._land()
+
+    def _pass(self, device_ms: float, programs: int) -> None:
+        """A dispatch of so many programs: the host's time, and the device's after what it has begun."""
+        self.dispatches += 1
+        self._host_s += 1e-3 * self.host_ms * programs
+        # The device goes on as soon as the first of them is there.
+        start_s = max(self._device_s, self._host_s - 1e-3 * self.host_ms * (programs - 1))
+        self._device_s = max(start_s + 1e-3 * device_ms, self._host_s)
+
+    def _land(self) -> None:
+        flown, self._flown = self._flown, None
+        self._read(flown)
+
+    def _read(self, flown: _Flown | None) -> None:
+        """The host waits for what was dispatched; sequences that are through leave."""
+        if flown is None:
+            return
+        self._host_s = max(self._host_s, flown.end_s)
+        flight = flown.flight
+        for pieces, _ in flight.prefilled:
+            for piece in pieces:
+                if piece.last:
+                    self._first_s.setdefault(piece.sequence.ticket, self._host_s)
+                    self._end_if_done(piece.sequence)
+        for sequence, number, took in zip(flight.rows, flight.flying, flown.took, strict=True):
+            sequence.flying -= number
+            if sequence.ticket not in self._gone:
+                sequence.drawn += took
+                self._end_if_done(sequence)
+
+    def _end_if_done(self, sequence: Sequence) -> None:
+        if sequence.drawn == sequence.room:
+            self.scheduler.remove(sequence)
+            self._gone.add(sequence.ticket)
+            first_s = self._first_s.pop(sequence.ticket)
+            self._served.append(Served(sequence.content, first_s, self._host_s, sequence.drawn))
+
+    def _step_ms(self, shape: DecodeShape) -> float:
+        if shape not in self._cached_ms:
+            sizes = self.lattice.pair_sizes(shape)
+            work = roofline.Work(
+                {target: pairs for target, (pairs, _) in sizes.items()},
+                {
+                    target: shape.rows * groups.width + GROUP * groups.more
+                    for target, (_, groups) in sizes.items()
+                },
+            )
+            terms = roofline.decode(self.setting, shape.rows, shape.span, work, self.ways)
+            self._cached_ms[shape] = roofline.total(terms)
+        return self._cached_ms[shape]
+
+    def _outcome(self) -> Outcome:
+        served = sorted(self._served, key=lambda one: one.arrival)
+        drawn = sum(one.drawn for one in served)
+        longer = [one for one in served if one.drawn > 1]
+        per_token = [(one.end_s - one.first_s) / (one.drawn - 1) for one in longer]
+        waits = [one.first_s - one.arrival.at_s for one in served]
+        return Outcome(
+            served=served,
+            duration_s=self._host_s,
+            output_throughput=drawn / self._host_s,
+            tpot_ms=1e3 * sum(per_token) / len(per_token) if per_token else 0.0,
+            ttft_ms=1e3 * sum(waits) / len(waits),
+            dispatches=self.dispatches,
+            steps=self.steps,
+            preemptions=self.scheduler.preemptions,
+        )
