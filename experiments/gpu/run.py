@@ -86,7 +86,7 @@ STAGES = (
         "mini 1 auto 2 none 64",
     ),
     Plan("torch-model", 70, "torch_model", ("15b", "10", "32", "8"), ("mini", "1", "2", "2")),
-    Plan("train", 45, "train", ("1b", "0", "lora8,flora8"), ("mini", "1", "lora2")),
+    Plan("train", 60, "train", ("1b", "0", "lora8,flora8"), ("mini", "1", "lora2")),
     Plan("train-peft", 40, "train_peft", ("1b", "0", "8"), ("mini", "1", "2")),
     Plan(
         "engine", 100, "engine", ("1b", "0", "flora8,none,lora8", "32", "256", "128"),
