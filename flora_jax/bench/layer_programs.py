@@ -123,6 +123,8 @@ class Programs:
         self.base = weights(options)
         self.pace = platform()
         self.sets = device_loop.sets_of(self.pace, _bytes(self.base[1]))
+        # Said with the results: a call may then be faster than memory.
+        self.from_cache = self.sets * _bytes(self.base[1]) < self.pace.timed_bytes
         self._bases = device_loop.several(self.base[1:], self.sets)
         self.held = _bytes((self.base[0], self._bases))
         self._compiler = device_loop.Compiler()
