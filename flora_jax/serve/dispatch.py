@@ -30,7 +30,7 @@ from flora_jax.serve.stream import Stream
 from flora_jax.starcoder.attention import cudnn_takes
 from flora_jax.starcoder.cache import Paging
 from flora_jax.starcoder.cached_attention import key_blocks
-from flora_jax.starcoder.model import Definition, Model, leaves_of
+from flora_jax.starcoder.model import Model, definition_of, leaves_of
 
 
 class Job(NamedTuple):
@@ -97,7 +97,7 @@ class Device:
         # The embedding is never quantised.
         leaf = jax.tree.leaves(model.params["wte"])[0]
         self.dtype, self._place = leaf.dtype, _replicated(leaf) if allocate else None
-        self.definition, self.leaves = Definition(model), leaves_of(model)
+        self.definition, self.leaves = definition_of(model), leaves_of(model)
         make = partial(init_state, model.config, self.rows, pages, options.page, self.dtype)
         state = self.beside_parameters(make()) if allocate else jax.eval_shape(make)
         self.cache, self.state_rows = state.cache, state.rows
