@@ -46,7 +46,9 @@ def stage(own: Stage, words: list[str]) -> None:
 def measure(
     model: Any, kind: str, rank: int, count: int, size: tuple[int, int], repeats: int
 ) -> Mapping[str, Any]:
-    """Steps of ``count`` adapters on rows and tokens together, read one by one as a run does."""
+    """Steps of ``count`` adapters on rows and tokens together, as a run does them: with the platform's
+    choices, and a step's loss read once the next is dispatched.
+    """
     import jax
     import jax.numpy as jnp
     import optax
@@ -59,6 +61,7 @@ def measure(
         make_adapter_step,
         make_optimizer,
     )
+    from flora_jax.train.choice import choose
 
     config, (rows, length) = model.config, size
 
@@ -74,7 +77,10 @@ def measure(
     own_layers = jax.jit(layers)()
     with jax.numpy_dtype_promotion("standard"):
         state = jax.jit(lambda own: init_adapter_state(own, optimizer))(own_layers)
-    step = make_adapter_step(model.graph, optimizer, schedule, StepOptions())
+    notes: list[str] = []
+    dtype = jax.tree.leaves(model.params)[0].dtype
+    options = choose(StepOptions(), config, dtype, length, notes.append)
+    step = make_adapter_step(model.graph, optimizer, schedule, options)
     each = rows // count
     tokens = jax.random.randint(
         jax.random.key(1), (each, count, length + 1), 1, config.vocab_size, jnp.int32
@@ -90,17 +96,20 @@ def measure(
     state, measured = step(state, model.params, batch, keys_N)
     jax.block_until_ready(measured)
     compiled_s = time.perf_counter() - began
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
+    ended = time.perf_counter()
+    for _ in range(repeats + 2):
+        before = measured
         state, measured = step(state, model.params, batch, keys_N)
-        loss = float(measured["loss"][0])
-        found.append(time.perf_counter() - began)
-    seconds = statistics.median(found[1:])
+        loss = float(before["loss"][0])
+        found.append(time.perf_counter() - ended)
+        ended += found[-1]
+    seconds = statistics.median(found[2:] or found)
     stats = jax.devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     return {
         "ms": 1e3 * seconds, "tok_s": rows * length / seconds, "loss": loss,
-        "compiled_s": compiled_s, "peak_GB": None if peak is None else peak / 1e9,
+        "attention": options.attention, "notes": notes, "compiled_s": compiled_s,
+        "peak_GB": None if peak is None else peak / 1e9,
     }  # fmt: skip
 
 
