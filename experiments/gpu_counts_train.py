@@ -68,7 +68,7 @@ class Counts:
     def __sub__(self, other: Counts) -> Counts:
         return Counts(*(a - b for a, b in zip(self.values(), other.values(), strict=True)))
 
-    def share(self, parts: int) -> Counts:
+    def share(self, parts: float) -> Counts:
         return Counts(*(value / parts for value in self.values()))
 
     def values(self) -> tuple[float, ...]:
@@ -181,14 +181,24 @@ def _flash(one: Instruction, shapes: dict[str, str]) -> float:
 
 
 def per_layer(
-    preset: str, kind: str, rank: int, adapters: int, options: StepOptions
+    preset: str,
+    kind: str,
+    rank: int,
+    adapters: int,
+    options: StepOptions,
+    layers: tuple[int, int] = (2, 4),
 ) -> tuple[Counts, Counts]:
     """A layer's counts, and those of all that is outside of the layers."""
-    two, four = (
-        count(compile_step(preset, layers, kind, rank, adapters, options)) for layers in (2, 4)
+    few, more = (
+        count(compile_step(preset, number, kind, rank, adapters, options)) for number in layers
     )
-    layer = (four - two).share(2)
-    return layer, two - Counts(*(2 * value for value in layer.values()))
+    layer = (more - few).share(layers[1] - layers[0])
+    return layer, few - layer.share(1 / layers[0])
+
+
+def step_seconds(preset: str, layer: Counts, rest: Counts) -> float:
+    """Of the whole model."""
+    return PRESETS[preset].n_layer * layer.seconds + rest.seconds
 
 
 def main() -> None:
@@ -203,8 +213,7 @@ def main() -> None:
         for kind in chosen.kind:
             for adapters in chosen.adapters:
                 layer, rest = per_layer(chosen.preset, kind, chosen.rank, adapters, OPTIONS[name])
-                depth = PRESETS[chosen.preset].n_layer
-                whole = depth * layer.seconds + rest.seconds
+                whole = step_seconds(chosen.preset, layer, rest)
                 print(json.dumps({
                     "options": name, "kind": kind, "rank": chosen.rank, "adapters": adapters,
                     "launches": layer.launches, "mib": round(layer.bytes / 2**20, 1),

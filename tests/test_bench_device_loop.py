@@ -1,16 +1,18 @@
 """Timing on a device: a run makes all its calls, each from the one before, over different arrays."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from gpu_target import placed_on_h100
 
 from flora_jax.adapters.product import explicit as explicit_weight
 from flora_jax.bench import device_loop, layer_programs, machine
-from flora_jax.bench.layer import measure
+from flora_jax.bench.layer import measure, print_tables
 from flora_jax.bench.layer_options import LayerOptions
 from flora_jax.bench.layer_programs import TARGET, Programs
 from flora_jax.bench.random_arrays import draw, fill, random_model
@@ -112,6 +114,29 @@ def test_a_measurement_says_how_many_calls_a_run_had(monkeypatch):
     assert calls["flora", "einsum", 3] % 2 == 0
     assert all(row["seconds"] > 0 for row in measured["results"])
     assert measured["overhead_seconds"] > 0
+    assert measured["from_cache"] is False
+
+
+def test_weights_too_small_to_leave_the_cache_are_said(monkeypatch, capsys):
+    options = LayerOptions(**SIZES, measure_limits=False, kinds=("base",))
+    as_on_a_gpu(monkeypatch, 1000, 50, layer_programs.work(("base", "plain", None), options)[0])
+    measured = measure(options)
+    assert measured["from_cache"] is True
+    print_tables(measured)
+    assert "weights from the cache" in capsys.readouterr().out
+
+
+def test_on_a_gpu_all_products_are_in_one_loop_of_known_length(optimised):
+    half = dict(dtype=jnp.float16)
+    x, W = jax.ShapeDtypeStruct((32, 2048), **half), jax.ShapeDtypeStruct((2048, 2304), **half)
+    placed = placed_on_h100((x, [(W,)] * 3))
+    program = jax.jit(device_loop.looped(lambda x, W: x @ W, 700)).lower(*placed).compile()
+    text = program.as_text()
+    assert text.count(" while(") == 1
+    # The host need not ask the device before every round.
+    assert '"known_trip_count":{"n":"700"}' in text
+    assert text.count("kind=kCustom") + text.count('custom_call_target="__cublas') >= 3
+    assert not re.search(r"= f16\[2048,2304\]\S* (copy|transpose)\(", text)
 
 
 def test_a_gpu_takes_turns_over_more_than_its_cache_and_runs_for_ten_milliseconds():
@@ -120,6 +145,8 @@ def test_a_gpu_takes_turns_over_more_than_its_cache_and_runs_for_ten_millisecond
     assert sets * weight > 3 * 50e6
     calls = sets * device_loop.rounds_of(GPU, sets, weight, 0)
     assert calls * weight / 3e12 >= 0.01
+    # A program of a thousand calls would compile for minutes.
+    assert device_loop.sets_of(GPU, 1000) == 32
     assert (device_loop.sets_of(CPU, weight), device_loop.rounds_of(CPU, 1, weight, 0)) == (1, 1)
 
 

@@ -34,7 +34,9 @@ def runner(tmp_path):
 
 def test_the_rehearsal_runs_every_stage_and_its_report_has_every_table(tmp_path):
     command = [sys.executable, "experiments/gpu/run.py", "--output", str(tmp_path), "--rehearse"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    # A minute or two on two idle cores; the others' tests may want them as well.
+    command += ["--seconds", "1200"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1300)
     log = (tmp_path / "log.txt").read_text()[-3000:]
     assert done.returncode == 0, done.stderr + log
     lines = lines_of(tmp_path / "results.jsonl")
@@ -199,6 +201,16 @@ def test_ending_the_runner_ends_its_stage(tmp_path):
     assert process.wait(20) == 128 + signal.SIGTERM
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+
+
+def test_the_readme_tells_every_stage_and_its_limit():
+    text = (ROOT / "experiments/gpu/README.md").read_text()
+    told = {}
+    for line in text.splitlines():
+        if line.startswith("| ") and "stage" not in line.split("|")[1]:
+            names, limits = (cell.strip().split(", ") for cell in line.split("|")[1:3])
+            told |= dict(zip(names, map(float, limits), strict=True))
+    assert told == {plan.name: plan.limit_s for plan in run.STAGES}
 
 
 def test_the_runner_needs_nothing_but_the_standard_library():

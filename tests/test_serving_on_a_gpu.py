@@ -84,6 +84,7 @@ def test_nothing_is_compiled_after_the_warm_up():
     options = dataclasses.replace(
         OPTIONS, max_num_seqs=3, batch_invariant=False, host_adapter_bytes=0, cache_tokens=100
     )
+    new = random_adapter("flora", 9, config.projections(), 2, rank=2)
     engine = Engine(init_model(config, 0), adapters, options=options, platform=GPU)
     counter, seen = Compilations(), []
     engine.warm_up(lambda name, done, total: seen.append((name, done, total)))
@@ -94,7 +95,7 @@ def test_nothing_is_compiled_after_the_warm_up():
         for seed in range(40)
     ]
     assert len(list(generate(engine, requests))) == 40
-    engine.pool.register("new", random_adapter("flora", 9, config.projections(), 2, rank=2))
+    engine.pool.register("new", new)
     late = dataclasses.replace(requests[0], adapter="new")
     assert len(list(generate(engine, [late]))) == 1
     assert engine.stats.adapter_evictions

@@ -30,7 +30,7 @@ def stage(own: Stage, words: list[str]) -> None:
     rows, positions = int(row_count), [int(word) for word in spans.split(",")]
     steps = 2 if own.rehearse else 16
     began = time.time()
-    model = engines.load(preset, int(layers), max(positions), engines.half(own.rehearse))
+    model = engines.load(preset, int(layers), max(positions), own.rehearse)
     about: dict[str, Any] = {"preset": preset, "layers": model.config.n_layer, "rows": rows}
     own.put("weights", **about, took_s=round(time.time() - began, 2))
     options = EngineOptions(
@@ -42,7 +42,7 @@ def stage(own: Stage, words: list[str]) -> None:
         """A rig whose programs are compiled, with what that took; or why there is none."""
         try:
             started = time.time()
-            rig = engines.Rig(model, text, options, engines.variant(attention))
+            rig = engines.Rig(model, text, options, engines.variant(attention, own.rehearse))
             for span in positions:
                 step(rig, rig.sequences(start(span, steps)), steps)
             rig.wait()

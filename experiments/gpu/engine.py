@@ -32,7 +32,7 @@ def stage(own: Stage, words: list[str]) -> None:
 
     preset, layers, kinds, *numbers = words
     rows, prompt, new = map(int, numbers)
-    model = engines.load(preset, int(layers), prompt + new, engines.half(own.rehearse))
+    model = engines.load(preset, int(layers), prompt + new, own.rehearse)
     about: dict[str, Any] = {
         "preset": preset, "layers": model.config.n_layer, "rows": rows, "prompt": prompt, "new": new,
     }  # fmt: skip
@@ -51,10 +51,9 @@ def stage(own: Stage, words: list[str]) -> None:
         ]  # fmt: skip
         options = EngineOptions(
             max_num_seqs=rows, max_model_len=prompt + new, row_buckets=(rows,),
-            max_num_batched_tokens=max(2048, rows + prompt),
         )  # fmt: skip
         began = time.perf_counter()
-        engine = Engine(model, adapters, options=options)
+        engine = Engine(model, adapters, options=options, platform=engines.choices(own.rehearse))
         try:
             if not own.rehearse:
                 engine.warm_up()

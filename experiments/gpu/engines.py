@@ -35,13 +35,21 @@ TARGET = "attn.c_attn"
 AUTO = "auto"
 
 
-def load(preset: str, layers: int, positions: int, dtype: str) -> Model:
-    """A random model of a preset's shape with so many layers (0: its own) and positions."""
+def choices(rehearse: bool) -> Platform:
+    """The package's for this platform; a rehearsal has a GPU's, to run the programs that one would."""
+    return platform("gpu") if rehearse else platform()
+
+
+def load(preset: str, layers: int, positions: int, rehearse: bool) -> Model:
+    """A random model of a preset's shape with so many layers (0: its own) and positions, in float16; in
+    a rehearsal in float32, as a CPU computes 16 bits slower.
+    """
     config = PRESETS[preset]
     config = dataclasses.replace(
         config, n_layer=layers or config.n_layer, n_positions=max(positions, 512)
     )
-    model = for_decoding(random_model(config, dtype), consume=True)
+    model = random_model(config, "float32" if rehearse else "float16")
+    model = for_decoding(model, consume=True, platform=choices(rehearse))
     jax.block_until_ready(model.params)
     return model
 
@@ -52,7 +60,7 @@ def kind_and_rank(text: str) -> tuple[str, int]:
     return kind, int(rank or 0)
 
 
-def variant(how: str) -> Platform:
+def variant(how: str, rehearse: bool) -> Platform:
     """The platform's choices with another attention over the cache, another way of stepping, or both.
 
     ``auto`` is the package's own attention, ``loop``, ``gather`` or ``cudnn`` another for steps and
@@ -62,10 +70,10 @@ def variant(how: str) -> Platform:
     Raises:
         Skip: the platform cannot have it.
     """
-    own = platform()
+    own = choices(rehearse)
     attention, _, stepping = how.partition("+")
-    if attention == "cudnn" and own.prompt_attention != "cudnn":
-        raise Skip("a CPU has no cuDNN" if own.timed_seconds == 0 else "no cuDNN on this platform")
+    if attention == "cudnn" and platform().prompt_attention != "cudnn":
+        raise Skip("a CPU has no cuDNN" if rehearse else "no cuDNN on this platform")
     if attention != AUTO:
         own = dataclasses.replace(own, decode_attention=attention, prompt_attention=attention)
     if stepping:
@@ -152,8 +160,3 @@ class Rig(Device):
     def wait(self) -> None:
         """Until the device has done all that was asked of it."""
         jax.block_until_ready((self.cache, self.state_rows))
-
-
-def half(rehearse: bool) -> str:
-    """The dtype of a stage's weights: a CPU computes 16 bits slower than 32."""
-    return "float32" if rehearse else "float16"

@@ -25,7 +25,7 @@ def stage(own: Stage, words: list[str]) -> None:
 
     preset, layers, attentions, kinds, numbers = words
     lengths = [int(word) for word in numbers.split(",")]
-    model = engines.load(preset, int(layers), 2 * max(lengths), engines.half(own.rehearse))
+    model = engines.load(preset, int(layers), 2 * max(lengths), own.rehearse)
     config = model.config
     about: dict[str, Any] = {"preset": preset, "layers": config.n_layer, "rows": 1}
     own.put("weights", **about)
@@ -37,7 +37,7 @@ def stage(own: Stage, words: list[str]) -> None:
                 max_num_seqs=1, max_model_len=length, chunk=length, pieces=1,
                 max_num_batched_tokens=length + 1,
             )  # fmt: skip
-            rig = engines.Rig(model, text, options, engines.variant(attention))
+            rig = engines.Rig(model, text, options, engines.variant(attention, own.rehearse))
             # One token more in the prompt, or the piece would be its last, and draw a token.
             piece = Piece(rig.sequences(0, prompt=length + 1)[0], 0, length)
             rig.prefill([piece])

@@ -254,7 +254,8 @@ def peers(items: Sequence[Line]) -> str:
 
 def training(items: Sequence[Line]) -> str:
     names = {"by": "by", "preset": "model", "layers": "layers", "rows": "rows", "tokens": "tokens",
-             "kind": "kind", "rank": "rank", "adapters": "adapters", "ms": "ms a step",
+             "kind": "kind", "rank": "rank", "adapters": "adapters", "attention": "attention",
+             "ms": "ms a step",
              "tok_s": "tokens/s", "peak_GB": "peak, GB"}  # fmt: skip
     rows = [
         {**row, "by": f"PEFT, {row['how']}" if "how" in row else "flora_jax"}

@@ -69,7 +69,7 @@ STAGES = (
     Plan("ceilings-torch", 30, "ceilings_torch"),
     _decode(
         "decode-attention", 85, "15b 10 gather,loop,gather+looped,cudnn 32 none 512,2048",
-        "mini 1 loop,gather+split,cudnn 2 none 64",
+        "mini 1 loop,gather+looped,cudnn 2 none 64",
     ),
     _decode(
         "decode-ranks", 60, "15b 10 auto 32 none,flora1,flora8,lora8,flora32,lora32,flora2,lora1 2048",
@@ -86,7 +86,7 @@ STAGES = (
         "mini 1 auto 2 none 64",
     ),
     Plan("torch-model", 70, "torch_model", ("15b", "10", "32", "8"), ("mini", "1", "2", "2")),
-    Plan("train", 45, "train", ("1b", "0", "lora8,flora8"), ("mini", "1", "lora2")),
+    Plan("train", 60, "train", ("1b", "0", "lora8,flora8"), ("mini", "1", "lora2")),
     Plan("train-peft", 40, "train_peft", ("1b", "0", "8"), ("mini", "1", "2")),
     Plan(
         "engine", 100, "engine", ("1b", "0", "flora8,none,lora8", "32", "256", "128"),

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from experiments.gpu.items import Stage, main
+from experiments.gpu.items import Skip, Stage, main
 
 
 def stage(own: Stage, words: list[str]) -> None:
     from experiments.gpu import engines
     from flora_jax.bench.random_arrays import random_model
+    from flora_jax.platforms import platform
     from flora_jax.starcoder.config import PRESETS
 
     preset, layers, kinds = words
@@ -31,22 +32,56 @@ def stage(own: Stage, words: list[str]) -> None:
         "preset": preset, "layers": config.n_layer, "rows": rows, "tokens": length,
     }  # fmt: skip
     own.put("weights", **about)
-    for text in kinds.split(","):
+    chosen = {one: step_options(one, own.rehearse) for one in (engines.AUTO, "cudnn", "einsum")}
+    texts = kinds.split(",")
+    cases = [(text, rows, engines.AUTO) for text in texts]
+    if not own.rehearse:
+        cases = [(text, count, engines.AUTO) for text in texts for count in (1, rows)]
+    # What the package does not choose, once.
+    other = "einsum" if platform().training_attention == "cudnn" else "cudnn"
+    cases.append((texts[0], 1, other))
+    for text, count, attention in cases:
         kind, rank = engines.kind_and_rank(text)
-        for count in (rows,) if own.rehearse else (1, rows):
-            run = partial(
-                measure, model, kind, rank, count, (rows, length), 1 if own.rehearse else 6
-            )
-            own.attempt(
-                "train", run, kind=kind, rank=rank, adapters=count,
-                need_s=0 if own.rehearse else 10, **about,
-            )  # fmt: skip
+        run = partial(
+            measure, model, (kind, rank, count), (rows, length), chosen[attention],
+            1 if own.rehearse else 6,
+        )  # fmt: skip
+        own.attempt(
+            "train", run, kind=kind, rank=rank, adapters=count, attention=attention,
+            need_s=0 if own.rehearse else 10, **about,
+        )  # fmt: skip
+
+
+def step_options(attention: str, rehearse: bool) -> Any:
+    """The platform's choices of a step with another attention, ``auto`` its own; ``None`` where it cannot
+    have it.
+    """
+    from experiments.gpu import engines
+    from flora_jax.platforms import platform
+    from flora_jax.train.adapt import StepOptions
+    from flora_jax.train.loss import HeadChunks
+
+    wanted, here = engines.choices(rehearse), platform()
+    if attention == engines.AUTO:
+        attention = here.training_attention
+    elif attention == "cudnn" != here.training_attention:
+        return None
+    return StepOptions(
+        attention=attention, rounded=wanted.rounded_results,
+        head=HeadChunks(wanted.head_numbers, wanted.even_head_chunks),
+    )  # fmt: skip
 
 
 def measure(
-    model: Any, kind: str, rank: int, count: int, size: tuple[int, int], repeats: int
+    model: Any, adapters: tuple[str, int, int], size: tuple[int, int], options: Any, repeats: int
 ) -> Mapping[str, Any]:
-    """Steps of ``count`` adapters on rows and tokens together, read one by one as a run does."""
+    """Steps of adapters (kind, rank, count) on rows and tokens together, read one by one as a run does.
+
+    Raises:
+        Skip: the platform cannot have such a step.
+    """
+    if options is None:
+        raise Skip("a CPU has no cuDNN")
     import jax
     import jax.numpy as jnp
     import optax
@@ -54,13 +89,12 @@ def measure(
     from flora_jax.adapters.model_adapter import init_adapter
     from flora_jax.train.adapt import (
         GroupedBatch,
-        StepOptions,
         init_adapter_state,
         make_adapter_step,
         make_optimizer,
     )
 
-    config, (rows, length) = model.config, size
+    config, (rows, length), (kind, rank, count) = model.config, size, adapters
 
     def layers() -> Any:
         made = init_adapter(
@@ -74,7 +108,7 @@ def measure(
     own_layers = jax.jit(layers)()
     with jax.numpy_dtype_promotion("standard"):
         state = jax.jit(lambda own: init_adapter_state(own, optimizer))(own_layers)
-    step = make_adapter_step(model.graph, optimizer, schedule, StepOptions())
+    step = make_adapter_step(model.graph, optimizer, schedule, options)
     each = rows // count
     tokens = jax.random.randint(
         jax.random.key(1), (each, count, length + 1), 1, config.vocab_size, jnp.int32

@@ -68,15 +68,15 @@ def _factor(left_RX: jax.Array, right_RY: jax.Array, dtype: np.dtype) -> jax.Arr
     product of a factor takes 1.6 times as long as its sum, but gives other bits.)
     """
     if len(left_RX) > _MOST_SUMMED:
-        return _multiplied(left_RX, right_RY)
-    return jax.lax.platform_dependent(left_RX, right_RY, cpu=_multiplied, default=_summed)
+        return multiplied(left_RX, right_RY)
+    return jax.lax.platform_dependent(left_RX, right_RY, cpu=multiplied, default=summed)
 
 
-def _multiplied(left_RX: jax.Array, right_RY: jax.Array) -> jax.Array:
+def multiplied(left_RX: jax.Array, right_RY: jax.Array) -> jax.Array:
     return jnp.einsum("rx,ry->xy", left_RX, right_RY)
 
 
-def _summed(left_RX: jax.Array, right_RY: jax.Array) -> jax.Array:
+def summed(left_RX: jax.Array, right_RY: jax.Array) -> jax.Array:
     return jnp.sum(left_RX[:, :, None] * right_RY[:, None, :], axis=0)
 
 
@@ -96,7 +96,7 @@ def _factor_backward(
     """
 
     def wide(left_RX: jax.Array, right_RY: jax.Array, slope_XY: jax.Array) -> Any:
-        return jax.vjp(_multiplied, left_RX, right_RY)[1](slope_XY)
+        return jax.vjp(multiplied, left_RX, right_RY)[1](slope_XY)
 
     return jax.lax.platform_dependent(
         *held, slope_XY, cpu=wide, default=functools.partial(rounded_slopes, dtype=dtype)

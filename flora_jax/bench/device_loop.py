@@ -23,13 +23,17 @@ from flora_jax.platforms import Platform
 SHARE = 1 / 16
 
 
+# Each set is a call of its own in the program, which takes the longer to compile for it.
+_MOST_SETS = 32
 # What a call's length is guessed by, so that a run has about the length that the platform asks for.
 _BYTES_PER_SECOND, _OPERATIONS_PER_SECOND = 3e12, 6e14
 
 
 def sets_of(own: Platform, held_bytes: float) -> int:
-    """How many sets of arguments, of so many bytes each, take turns."""
-    return max(1, math.ceil(own.timed_bytes / held_bytes))
+    """How many sets of arguments, of so many bytes each, take turns; of small ones too few to exceed the
+    cache.
+    """
+    return min(_MOST_SETS, max(1, math.ceil(own.timed_bytes / held_bytes)))
 
 
 def rounds_of(own: Platform, sets: int, moved: float, operations: float) -> int:

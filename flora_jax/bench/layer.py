@@ -32,7 +32,8 @@ def measure(options: LayerOptions) -> dict[str, Any]:
 
     Returns ``options``; ``limits`` of the machine, or ``None``; ``overhead_seconds``, what of a call's
     time is the measurement's: that of a program that does nothing, or of a round of the loop on the
-    device without a projection in it; ``results``, one for each case; ``eq7``, see :func:`crossovers`.
+    device without a projection in it; ``from_cache``, whether weights so small stay in a GPU's cache,
+    however many take turns; ``results``, one for each case; ``eq7``, see :func:`crossovers`.
 
     A result has the median ``seconds`` of a call, the quartiles, ``calls``, how many of them a run had,
     ``relative`` to the base, and ``share``, the shortest time that the limits allow over the measured
@@ -77,6 +78,7 @@ def measure(options: LayerOptions) -> dict[str, Any]:
         "options": dataclasses.asdict(options),
         "limits": limits,
         "overhead_seconds": statistics.median(times[_OVERHEAD]),
+        "from_cache": made.from_cache,
         "results": results,
         "eq7": crossovers(options, results),
     }
@@ -162,7 +164,8 @@ def print_tables(measured: Mapping[str, Any]) -> None:
         }
         for row in measured["results"]
     ]
-    report.table(title(options), rows, _COLUMNS)
+    where = ", weights from the cache" if measured["from_cache"] else ""
+    report.table(title(options) + where, rows, _COLUMNS)
     if measured["eq7"]:
         report.table("Eq. 7: FLoRA against bmm-LoRA", measured["eq7"], _EQ7_COLUMNS)
 

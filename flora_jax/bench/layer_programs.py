@@ -123,6 +123,8 @@ class Programs:
         self.base = weights(options)
         self.pace = platform()
         self.sets = device_loop.sets_of(self.pace, _bytes(self.base[1]))
+        # Said with the results: a call may then be faster than memory.
+        self.from_cache = self.sets * _bytes(self.base[1]) < self.pace.timed_bytes
         self._bases = device_loop.several(self.base[1:], self.sets)
         self.held = _bytes((self.base[0], self._bases))
         self._compiler = device_loop.Compiler()
@@ -236,7 +238,8 @@ class Programs:
     def _uniform(self, kind: str, rank: int) -> Any:
         if (kind, rank) not in self._params:
             adapters = self.adapters(kind, rank).values()
-            own = stack([adapter.layers[0][TARGET] for adapter in adapters])
+            # In one program, not one for each operation.
+            own = jax.jit(lambda *each: stack(each))(*(a.layers[0][TARGET] for a in adapters))
             self._params[kind, rank] = own
             self.held += _bytes(own)
         return self._params[kind, rank]

@@ -129,7 +129,7 @@ def train(
     if everywhere is not None:
         state = jax.device_put(state, everywhere)
     dropout_N = jnp.stack([jax.random.fold_in(key, 1) for key in keys.values()])
-    program = _step_options(options, config, say)
+    program = step_options(options, config, say)
     step = make_adapter_step(model.graph, optimizer, schedule, program, everywhere)
     place = functools.partial(_place, mesh=mesh)
     packed = {name: found for name, (found, _) in training.items()}
@@ -203,7 +203,7 @@ def _fresh(options: TrainOptions, config: StarCoderConfig, key: jax.Array) -> Mo
     return dataclasses.replace(adapter, settings=settings)
 
 
-def _step_options(
+def step_options(
     options: TrainOptions, config: StarCoderConfig, say: Callable[[str], None]
 ) -> StepOptions:
     """What this platform wants, where the model and the machine allow it."""
