@@ -7,6 +7,7 @@ version of jaxlib. Knows nothing of programs; never imports JAX.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import subprocess
@@ -42,6 +43,20 @@ def set_flags(cache: Path, environment: MutableMapping[str, str] = os.environ) -
     if added:
         environment["XLA_FLAGS"] = " ".join([*given.split(), *added])
     return added
+
+
+def keep_from_missing_gpu(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Keeps JAX on the CPU where there is a compiler for an NVIDIA device and no such device.
+
+    Without it JAX shows a traceback at its start and goes on.
+    """
+    if "JAX_PLATFORMS" in environment or any(Path("/dev").glob("nvidia[0-9]*")):
+        return
+    plugins = importlib.util.find_spec("jax_plugins")
+    places = (plugins.submodule_search_locations if plugins else None) or ()
+    names = {path.name for place in places for path in Path(place).iterdir() if path.is_dir()}
+    if names and all(name.startswith(("xla_cuda", "__")) for name in names):
+        environment["JAX_PLATFORMS"] = "cpu"
 
 
 def is_known(flag: str, cache: Path) -> bool:

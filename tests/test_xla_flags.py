@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -51,6 +52,28 @@ def test_nothing_is_set_once_jax_is_there(monkeypatch, tmp_path):
     monkeypatch.setattr(xla_flags, "_has_gpu", lambda environment: True)
     assert "jax" in sys.modules
     assert set_flags(tmp_path, {}) == []
+
+
+@pytest.mark.parametrize(
+    "plugins, given, kept",
+    [
+        (["xla_cuda13"], {}, "cpu"),
+        (["xla_cuda13"], {"JAX_PLATFORMS": "cuda"}, "cuda"),
+        (["xla_cuda13", "libtpu"], {}, None),
+        ([], {}, None),
+    ],
+)
+def test_a_compiler_for_a_gpu_alone_keeps_jax_on_the_cpu(
+    plugins, given, kept, monkeypatch, tmp_path
+):
+    for name in plugins:
+        (tmp_path / "jax_plugins" / name).mkdir(parents=True)
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "jax_plugins")])
+    monkeypatch.setattr(
+        xla_flags.importlib.util, "find_spec", lambda name: spec if plugins else None
+    )
+    xla_flags.keep_from_missing_gpu(given)
+    assert given.get("JAX_PLATFORMS") == kept
 
 
 @pytest.mark.parametrize("environment", [{"JAX_PLATFORMS": "cpu"}, {"CUDA_VISIBLE_DEVICES": ""}])

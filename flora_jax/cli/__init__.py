@@ -8,7 +8,7 @@ from flora_jax.cli.generate import generate
 from flora_jax.cli.inspect import demo, info
 from flora_jax.cli.plan import plan
 from flora_jax.cli.train import train
-from flora_jax.xla_flags import set_flags
+from flora_jax.xla_flags import keep_from_missing_gpu, set_flags
 
 NAME = "flora-jax"
 app = program.new_app(
@@ -27,5 +27,6 @@ app.add_typer(evaluate.app)
 
 def main() -> None:
     """The entry point."""
+    keep_from_missing_gpu()
     set_flags(cache_directory())
     program.run(app, NAME)
