@@ -16,8 +16,8 @@ fig2_model_ratio.png show them. The last is FLoRA's throughput as a part of that
 products, beside what the paper says of it (figure2.md): above 3 at rank 1, about 2.5 at rank 2, and level
 near rank 8 at 15B.
 
-Receipt: 7 minutes on 2 busy cores, with ShareGPT's lengths (mean 148 and 291 tokens); figure2.md says what
-it shows.
+Receipt: 7 minutes on 2 busy cores, with ShareGPT's lengths (mean 148 and 291 tokens); figure2.md says
+what it shows.
 """
 
 from __future__ import annotations
