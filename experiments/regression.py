@@ -7,7 +7,9 @@ The 164M shape with random weights in float32, a different adapter in every row,
 64 new ones; "whole throughput" is a load of 48 requests on 16 rows, an eighth as long as ShareGPT's.
 Over the same weights there is an engine without room for adapters, the base; one that holds the
 adapters of all contenders, so that nothing differs between them but what a request names; and one for
-"unmerged", the paper's formula in prompts too. Programs run in turns, in another order in every round,
+"unmerged", the paper's formula in prompts too. "Host" is what a decode dispatch of 32 rows, each under
+its own FLoRA of rank 8, costs in Python and in handling arguments at 40 layers, over programs of the
+same arguments that do nothing. Programs run in turns, in another order in every round,
 and the medians of at least five rounds are divided. Every ratio is written so that more is better; only
 ratios are kept, so the bounds of regression_bounds.json hold on machines alike. No peer is needed:
 experiments/peers has those.
@@ -34,11 +36,14 @@ from flora_jax.bench.timing import interleaved
 from flora_jax.cli.common import prepare_jax, say
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError, RunError
+from flora_jax.platforms import CPU, GPU
 from flora_jax.serve.engine import Engine
 
 try:
+    from experiments import regression_host as host
     from experiments import regression_programs as made
 except ModuleNotFoundError:  # Started as a script, whose directory is on the path.
+    import regression_host as host  # type: ignore[no-redef]
     import regression_programs as made  # type: ignore[no-redef]
 
 BOUNDS = Path(__file__).parent / "results" / "regression_bounds.json"
@@ -69,7 +74,12 @@ RATIOS = {
     f"prefill {LONG}, FLoRA r 8 unmerged / base": Ratio("long unmerged 8", "long base", None),
     "whole throughput, FLoRA r 8 / r 1": Ratio("mix flora 8", "mix flora 1", 0.75),
     "whole throughput, FLoRA r 8 unmerged / r 1": Ratio("mix unmerged 8", "mix flora 1", None),
+    "host, 3 ms / a dispatch at 40 layers": Ratio("host", "host allowed", 1.0),
+    "host, 3 ms / a forward pass at 40 layers as a GPU has it": Ratio(
+        "forward", "host allowed", 1.0
+    ),
 }
+HOST_SECONDS = 0.003
 
 
 def measure(
@@ -116,6 +126,8 @@ def measure(
     pairs = [made.step_seconds(engine, rows_1, prompt, 3) for _ in range(max(rounds, 5))]
     found["engine"] = statistics.median(pair[0] for pair in pairs)
     found["bare"] = statistics.median(pair[1] for pair in pairs)
+    found |= {"host allowed": HOST_SECONDS, "host": host.dispatch_seconds(CPU)}
+    found["forward"] = host.dispatch_seconds(GPU)
     return found
 
 

@@ -48,6 +48,7 @@ def ours(model_directory: str, kind: str, rank: int) -> Callable[[], float]:
         init_adapter_state,
         make_adapter_step,
     )
+    from flora_jax.train.choice import choose
 
     model = load_model(model_directory, "float32")
     config = model.config
@@ -55,7 +56,8 @@ def ours(model_directory: str, kind: str, rank: int) -> Callable[[], float]:
     optimizer = optax.adamw(1e-3, weight_decay=0.01)
     with jax.numpy_dtype_promotion("standard"):
         state = init_adapter_state(jax.tree.map(lambda x: x[None], adapter.layers), optimizer)
-    step = make_adapter_step(model.graph, optimizer, optax.constant_schedule(1e-3), StepOptions())
+    options = choose(StepOptions(), config, "float32", LENGTH, print)
+    step = make_adapter_step(model.graph, optimizer, optax.constant_schedule(1e-3), options)
     tokens = np.random.default_rng(0).integers(1, config.vocab_size, (ROWS, 1, LENGTH + 1))
     shape = (ROWS, 1, LENGTH)
     batch = GroupedBatch(

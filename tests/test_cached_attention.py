@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flora_jax.starcoder.attention_trial import fails_on_cache
 from flora_jax.starcoder.cache import NOWHERE, LayerCache, Paging
 from flora_jax.starcoder.cached_attention import IMPLEMENTATIONS, attend_cached
 from flora_jax.starcoder.config import PRESETS
@@ -90,6 +91,15 @@ def test_nothing_behind_a_row_or_of_others_is_ever_multiplied(how):
     spoilt = np.asarray(run(spoilt_k.reshape(k.shape), spoilt_v.reshape(v.shape)))
     assert np.isfinite(spoilt).all()
     np.testing.assert_array_equal(clean[:2], spoilt[:2])
+
+
+def test_what_does_not_work_here_is_told_before_it_is_used(monkeypatch):
+    config, size = config_with(1), (8, 64, PAGE)
+    assert fails_on_cache("loop", config, np.float32, *size) is None
+    gather = IMPLEMENTATIONS["gather"]
+    monkeypatch.setitem(IMPLEMENTATIONS, "wrong", lambda *arguments: 1.1 * gather(*arguments))
+    assert "away from gather's" in fails_on_cache("wrong", config, np.float32, *size)
+    assert fails_on_cache("cudnn", config, np.float16, *size) not in (None, "")
 
 
 def test_an_unknown_implementation_is_an_error():

@@ -96,7 +96,10 @@ def test_2048_tokens_of_prompts_need_little_memory_and_no_scores(kind, rank, mon
     assert found.text.count("__cudnn$fmha") >= 2
     scores = 4 * 48 * 512 * 2048
     assert all(size < scores for size in array_sizes(program))
-    assert found.temporaries <= 720 * MIB
+    more = compiled_prompts(4, kind, rank, monkeypatch)
+    # No layer adds to what another needs.
+    assert more.temporaries <= found.temporaries + 8 * MIB
+    assert found.temporaries <= 480 * MIB
 
 
 def array_sizes(program):

@@ -19,7 +19,7 @@ from flora_jax.serve.layout import make_pool
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.state import init_state
 from flora_jax.serve.versions import version
-from flora_jax.starcoder.attention import cudnn_takes
+from flora_jax.starcoder.attention import cudnn_refuses
 from flora_jax.starcoder.config import PRESETS, StarCoderConfig
 from flora_jax.starcoder.model import abstract_model
 from flora_jax.starcoder.quantize import quantize_abstract
@@ -99,7 +99,7 @@ def test_the_engines_words_are_the_plans():
     assert setting.TARGETS == model_adapter.TARGETS
     for size, dtype in itertools.product((36, 64, 128, 136, 256), setting.ITEMSIZE):
         config = dataclasses.replace(TINY, n_embd=4 * size)
-        taken = cudnn_takes(config, dtype)
+        taken = cudnn_refuses(config, dtype, 512) is None
         assert (plan_of(config, dtype=dtype).prompt_attention == "cudnn") is taken
 
 

@@ -18,10 +18,9 @@ from flora_jax.adapters.transposed import Transposed
 from flora_jax.starcoder import attention, attention_trial
 from flora_jax.starcoder.attention import IMPLEMENTATIONS, attend_visible, cudnn_refuses, visible
 from flora_jax.starcoder.config import PRESETS
-from flora_jax.train import run
+from flora_jax.train import choice
 from flora_jax.train.adapt import StepOptions, init_adapter_state, make_adapter_step, make_scorer
 from flora_jax.train.loss import HeadChunks
-from flora_jax.train.options import make_options
 
 HEADS = {"mqa": True, "mha": False}
 ROWS, LENGTH = 2, 14
@@ -134,31 +133,32 @@ def test_an_attention_that_refuses_or_is_wrong_is_found_out(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "given, config, chosen, said",
+    "dtype, split, chosen, said",
     [
-        ({}, CONFIG, "cudnn", ""),
-        ({"dtype": "float32"}, CONFIG, "einsum", "found float32"),
-        ({"mesh": "data=1,tensor=2"}, CONFIG, "einsum", "split over devices"),
+        ("bfloat16", False, "cudnn", ""),
+        ("float32", False, "einsum", "einsum instead of cudnn (it takes 16-bit"),
+        ("bfloat16", True, "einsum", "split over devices"),
     ],
 )
 def test_a_run_chooses_by_platform_and_says_what_it_could_not(
-    given, config, chosen, said, fused, monkeypatch
+    dtype, split, chosen, said, fused, monkeypatch
 ):
-    monkeypatch.setattr(run, "platform", lambda: platforms.GPU)
-    given = {"dtype": "bfloat16", "seq_len": 24} | given
-    options = make_options({"model": "m", "kind": "lora", "data": {"a": "b"}} | given)
+    monkeypatch.setattr(choice, "platform", lambda: platforms.GPU)
     lines = []
-    found = run.step_options(options, config, lines.append)
-    assert found.attention == chosen
-    assert (found.rounded, found.head) == (True, HeadChunks(1 << 26, even=True))
+    own = StepOptions(2, "full", 0.25)
+    found = choice.choose(own, CONFIG, dtype, 24, lines.append, heads_split=split)
+    assert found == dataclasses.replace(
+        own, attention=chosen, rounded=True, head=HeadChunks(1 << 26, even=True)
+    )
     assert said in "".join(lines)
     assert bool(lines) == bool(said)
 
 
 def test_on_a_cpu_a_step_is_what_it_was():
-    options = make_options({"model": "m", "kind": "lora", "data": {"a": "b"}, "dropout": 0.25})
-    assert run.step_options(options, CONFIG, print) == StepOptions(dropout=0.25)
-    assert StepOptions().head == HeadChunks(1 << 24, even=False)
+    own = StepOptions(2, "full", 0.25)
+    assert choice.choose(own, CONFIG, "bfloat16", 24, print) == own
+    assert own.head == HeadChunks(1 << 24, even=False)
+    assert (own.attention, own.rounded) == ("einsum", False)
 
 
 def test_even_chunks_have_no_more_positions_than_allowed_and_little_padding():

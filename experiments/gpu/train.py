@@ -124,17 +124,20 @@ def measure(
     state, measured = step(state, model.params, batch, keys_N)
     jax.block_until_ready(measured)
     compiled_s = time.perf_counter() - began
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
+    ended = time.perf_counter()
+    for _ in range(repeats + 2):
+        before = measured
         state, measured = step(state, model.params, batch, keys_N)
-        loss = float(measured["loss"][0])
-        found.append(time.perf_counter() - began)
-    seconds = statistics.median(found[1:])
+        loss = float(before["loss"][0])
+        found.append(time.perf_counter() - ended)
+        ended += found[-1]
+    seconds = statistics.median(found[2:] or found)
     stats = jax.devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
     return {
         "ms": 1e3 * seconds, "tok_s": rows * length / seconds, "loss": loss,
-        "compiled_s": compiled_s, "peak_GB": None if peak is None else peak / 1e9,
+        "attention": options.attention, "compiled_s": compiled_s,
+        "peak_GB": None if peak is None else peak / 1e9,
     }  # fmt: skip
 
 

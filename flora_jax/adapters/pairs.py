@@ -18,15 +18,20 @@ def _list_pairs(
     owned: Sequence[Sequence[int]], length: int, most: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows, slots ``[length]`` and each row's own entries ``[rows, most]``, padded."""
-    row = np.zeros(length, np.int32)
-    slot = np.full(length, NOTHING, np.int32)
-    mine = np.full((len(owned), most), length, np.int32)
-    used = 0
-    for number, own in enumerate(owned):
-        for position, component in enumerate(own):
-            row[used], slot[used], mine[number, position] = number, component, used
-            used += 1
-    return row, slot, mine
+    # Lists first: an array's single entries are slow to write, and this is done at every dispatch.
+    row = [number for number, own in enumerate(owned) for _ in own]
+    slot = [component for own in owned for component in own]
+    mine, used = [], 0
+    for own in owned:
+        mine.append([*range(used, used + len(own)), *[length] * (most - len(own))])
+        used += len(own)
+    row += [0] * (length - used)
+    slot += [NOTHING] * (length - used)
+    return (
+        np.array(row, np.int32),
+        np.array(slot, np.int32),
+        np.array(mine, np.int32).reshape(len(owned), most),
+    )
 
 
 def bucket(count: int, lattice: Sequence[int]) -> int:
@@ -86,22 +91,19 @@ def _list_groups(
     owned: Sequence[Sequence[int]], size: Groups, most: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Slots ``[rows, width]``; of the groups rows, slots ``[more, GROUP]`` and whose they are."""
-    first = np.full((len(owned), size.width), NOTHING, np.int32)
-    further = []
-    for number, own in enumerate(owned):
-        head = own[:GROUP]
-        first[number, : len(head)] = head
-        further.append([own[at : at + GROUP] for at in range(GROUP, len(own), GROUP)])
-    row = np.zeros(size.more, np.int32)
-    slot = np.full((size.more, GROUP), NOTHING, np.int32)
-    mine = np.full((len(owned), -(-most // GROUP) - 1 if size.more else 0), size.more, np.int32)
-    used = 0
-    for number, groups in enumerate(further):
-        for position, group in enumerate(groups):
-            row[used], mine[number, position] = number, used
-            slot[used, : len(group)] = group
-            used += 1
-    return first, row, slot, mine
+    heads = [own[:GROUP] for own in owned]
+    first = [[*head, *[NOTHING] * (size.width - len(head))] for head in heads]
+    groups = [[own[at : at + GROUP] for at in range(GROUP, len(own), GROUP)] for own in owned]
+    width = -(-most // GROUP) - 1 if size.more else 0
+    row, _, mine = _list_pairs([range(len(own)) for own in groups], size.more, width)
+    slot = [[*group, *[NOTHING] * (GROUP - len(group))] for own in groups for group in own]
+    slot += [[NOTHING] * GROUP] * (size.more - len(slot))
+    return (
+        np.array(first, np.int32).reshape(len(owned), size.width),
+        row,
+        np.array(slot, np.int32).reshape(size.more, GROUP),
+        mine,
+    )
 
 
 def list_pairs(

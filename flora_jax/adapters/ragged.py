@@ -224,9 +224,14 @@ def _under_own_weights(
     def looped(*rows: jax.Array) -> jax.Array:
         return jax.lax.map(lambda row: one(*row), rows)
 
+    def at_once(*rows: jax.Array) -> jax.Array:
+        # Once the activations are there, and no earlier: nothing else keeps XLA from making the weights
+        # of all layers first, 12.7 GB of them at 15B.
+        return jax.vmap(one)(*jax.lax.optimization_barrier(rows))
+
     if len(x_BTI) > _MOST_AT_ONCE:
         return looped(x_BTI, pre_BJI, post_BJO)
-    return jax.lax.platform_dependent(x_BTI, pre_BJI, post_BJO, cpu=looped, default=jax.vmap(one))
+    return jax.lax.platform_dependent(x_BTI, pre_BJI, post_BJO, cpu=looped, default=at_once)
 
 
 @product.apply.register

@@ -27,10 +27,11 @@ from flora_jax.serve.sampling import Draw
 from flora_jax.serve.scheduler import Sequence as Scheduled
 from flora_jax.serve.state import RESTING, Decoding, Entries, Prompts, Steps, init_state
 from flora_jax.serve.stream import Stream
-from flora_jax.starcoder.attention import cudnn_takes
+from flora_jax.starcoder.attention import cudnn_refuses
+from flora_jax.starcoder.attention_trial import fails_on_cache
 from flora_jax.starcoder.cache import Paging
-from flora_jax.starcoder.cached_attention import key_blocks
-from flora_jax.starcoder.model import Definition, Model, leaves_of
+from flora_jax.starcoder.cached_attention import ALWAYS, key_blocks
+from flora_jax.starcoder.model import Model, definition_of, leaves_of
 
 
 class Job(NamedTuple):
@@ -97,18 +98,30 @@ class Device:
         # The embedding is never quantised.
         leaf = jax.tree.leaves(model.params["wte"])[0]
         self.dtype, self._place = leaf.dtype, _replicated(leaf) if allocate else None
-        self.definition, self.leaves = Definition(model), leaves_of(model)
+        self.definition, self.leaves = definition_of(model), leaves_of(model)
         make = partial(init_state, model.config, self.rows, pages, options.page, self.dtype)
         state = self.beside_parameters(make()) if allocate else jax.eval_shape(make)
         self.cache, self.state_rows = state.cache, state.rows
         self._compiler_options = platform.invariant_options if options.batch_invariant else ()
-        self._prompt_attention = platform.prompt_attention
-        if self._prompt_attention == "cudnn" and not cudnn_takes(model.config, self.dtype):
-            self._prompt_attention = "gather"
+        self.prompt_attention = platform.prompt_attention
+        self.attention_note = self._refused(allocate)
+        if self.attention_note is not None:
+            self.prompt_attention = "gather"
         self._resting = {
             rows: self.beside_parameters(jnp.full((rows, options.decode_steps), RESTING, jnp.int32))
             for rows in lattice.rows
         }
+
+    def _refused(self, allocate: bool) -> str | None:
+        """Why the platform's attention over prompts cannot be used; ``None`` where it can."""
+        wanted, lattice, config = self.prompt_attention, self.lattice, self.config
+        if wanted in ALWAYS:
+            return None
+        why = cudnn_refuses(config, self.dtype, lattice.short)
+        if why is None and allocate:
+            span = lattice.prompt_spans[0]
+            why = fails_on_cache(wanted, config, self.dtype, lattice.short, span, self.options.page)
+        return why
 
     @property
     def may_preempt(self) -> bool:
@@ -166,7 +179,7 @@ class Device:
             start_B[row], count_B[row], names[row] = start, count, job.version
         sequences = [piece.sequence for piece in pieces]
         longest = max((piece.start + piece.length for piece in pieces), default=1)
-        paging = self._paging(sequences, rows, shape.span, longest, self._prompt_attention)
+        paging = self._paging(sequences, rows, shape.span, longest, self.prompt_attention)
         own = row_components(self.pool, names, shape.form)
         work = Prompts(own, paging, tokens_BT, start_B, count_B)
         results = self.lattice.pieces[-1] if self.lattice.few else rows

@@ -120,11 +120,6 @@ def attend(
     return rows_as_tokens(out.astype(dtype), length)
 
 
-def cudnn_takes(config: StarCoderConfig, dtype: Any) -> bool:
-    """Whether cuDNN's flash attention has these heads in this dtype."""
-    return jnp.dtype(dtype).itemsize == 2 and config.head_dim % 8 == 0 and config.head_dim <= 128
-
-
 def softmax_options(dtype: jnp.dtype, config: StarCoderConfig) -> tuple[Any, float, bool]:
     """The scores' dtype, their scale, and whether they are scaled in that dtype."""
     wide = jnp.float32 if config.attention_softmax_in_fp32 else dtype

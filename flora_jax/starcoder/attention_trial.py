@@ -6,6 +6,7 @@ nothing of parameters, adapters or platforms.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.starcoder.attention import attend_visible, visible
+from flora_jax.starcoder.cache import LayerCache, Paging
+from flora_jax.starcoder.cached_attention import attend_cached
 from flora_jax.starcoder.config import StarCoderConfig
 
 _ROWS = 2
@@ -50,13 +53,46 @@ def fails(attention: str, config: StarCoderConfig, dtype: Any, length: int) -> s
         slopes, out_BTD = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(queries, keys, values)
         return [np.asarray(array, np.float32) for array in (out_BTD, *slopes)]
 
+    names = ["result", *(f"gradient of {name}" for name in "qkv")]
+    return _differs(run, attention, "einsum", names)
+
+
+def fails_on_cache(
+    attention: str, config: StarCoderConfig, dtype: Any, length: int, span: int, page: int
+) -> str | None:
+    """The same over a cache, for pieces of ``length`` tokens and tables of ``span`` positions.
+
+    Results of two rows that end at different places are compared with those of "gather".
+    """
+    rng = np.random.default_rng(0)
+    width = -(-span // page)
+    shape = (_ROWS * width, page, config.kv_heads, config.head_dim)
+    cache = LayerCache(*(jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for _ in "kv"))
+    table_BM = rng.permutation(_ROWS * width).reshape(_ROWS, width).astype(np.int32)
+    q_shape = (_ROWS, length, config.n_head, config.head_dim)
+    queries = jnp.asarray(rng.standard_normal(q_shape, np.float32), dtype)
+    last_B1 = np.array([[span - 1], [span // 2]])
+    positions_BT = np.maximum(last_B1 - np.arange(length)[None, ::-1], 0).astype(np.int32)
+
+    def run(name: str) -> list[np.ndarray]:
+        paging = Paging(jnp.asarray(table_BM), attention=name)
+        whole = jax.jit(attend_cached, static_argnums=4)
+        out = whole(queries, cache, paging, jnp.asarray(positions_BT), config)
+        return [np.asarray(out, np.float32)]
+
+    return _differs(run, attention, "gather", ["result"])
+
+
+def _differs(
+    run: Callable[[str], list[np.ndarray]], attention: str, reference: str, names: list[str]
+) -> str | None:
+    """What of the results of two implementations differs, or why the first gives none."""
     try:
         found = run(attention)
     except Exception as refusal:  # Whatever the library and what it stands on make of it.
         return str(refusal).strip().split("\n")[0] or type(refusal).__name__
-    for name, own, right in zip(("result", "q", "k", "v"), found, run("einsum"), strict=True):
+    for name, own, right in zip(names, found, run(reference), strict=True):
         error = float(np.abs(own - right).max() / np.abs(right).max())
         if not error < _TOLERANCE:
-            what = name if name == "result" else f"gradient of {name}"
-            return f"its {what} is {error:.2g} of the largest number away from einsum's"
+            return f"its {name} is {error:.2g} of the largest number away from {reference}'s"
     return None

@@ -143,7 +143,7 @@ def _cudnn(
 ) -> jax.Array:
     """The same positions through cuDNN's flash attention under an explicit mask: no scores in memory.
 
-    On a GPU alone, in 16 bits, with heads as :func:`flora_jax.starcoder.attention.cudnn_takes` says.
+    On a GPU alone, in 16 bits, with heads as :func:`flora_jax.starcoder.attention.cudnn_refuses` says.
     """
     k_BSGK, v_BSGK, at_S = _read_own(cache, paging, positions_BT)
     _, scale, _ = softmax_options(q_BTHK.dtype, config)
@@ -159,6 +159,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "gather": _gather,
     "cudnn": _cudnn,
 }
+# Those that every device has.
+ALWAYS = ("loop", "gather")
 
 
 def _read_own(

@@ -19,9 +19,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, match_targets
 from flora_jax.errors import InputError
-from flora_jax.platforms import platform
-from flora_jax.starcoder.attention import cudnn_refuses
-from flora_jax.starcoder.attention_trial import fails
 from flora_jax.starcoder.checkpoint import describe, load_model
 from flora_jax.starcoder.config import StarCoderConfig
 from flora_jax.starcoder.sharding import make_mesh
@@ -36,6 +33,7 @@ from flora_jax.train.adapt import (
     make_optimizer,
     make_scorer,
 )
+from flora_jax.train.choice import choose
 from flora_jax.train.directory import (
     check_directory,
     claim_directory,
@@ -44,7 +42,6 @@ from flora_jax.train.directory import (
 )
 from flora_jax.train.evaluation import Evaluator
 from flora_jax.train.loop import LoopOptions, run_loop
-from flora_jax.train.loss import HeadChunks
 from flora_jax.train.options import TrainOptions
 from flora_jax.train.results import write_results
 from flora_jax.train.step import warmup_then
@@ -129,7 +126,10 @@ def train(
     if everywhere is not None:
         state = jax.device_put(state, everywhere)
     dropout_N = jnp.stack([jax.random.fold_in(key, 1) for key in keys.values()])
-    program = step_options(options, config, say)
+    program = choose(
+        StepOptions(options.accumulate, options.remat, options.dropout), config, options.dtype,
+        options.seq_len, say, heads_split=options.devices()[1] > 1,
+    )  # fmt: skip
     step = make_adapter_step(model.graph, optimizer, schedule, program, everywhere)
     place = functools.partial(_place, mesh=mesh)
     packed = {name: found for name, (found, _) in training.items()}
@@ -201,26 +201,6 @@ def _fresh(options: TrainOptions, config: StarCoderConfig, key: jax.Array) -> Mo
     if options.kind == "flora":
         settings["init"] = options.init
     return dataclasses.replace(adapter, settings=settings)
-
-
-def step_options(
-    options: TrainOptions, config: StarCoderConfig, say: Callable[[str], None]
-) -> StepOptions:
-    """What this platform wants, where the model and the machine allow it."""
-    wanted = platform()
-    attention = wanted.training_attention
-    if attention != "einsum":
-        why = cudnn_refuses(config, options.dtype, options.seq_len)
-        if options.devices()[1] > 1:
-            why = "the heads are split over devices"
-        why = why or fails(attention, config, options.dtype, options.seq_len)
-        if why is not None:
-            say(f"attention: einsum instead of {attention} ({why})")
-            attention = "einsum"
-    return StepOptions(
-        options.accumulate, options.remat, options.dropout, attention, wanted.rounded_results,
-        HeadChunks(wanted.head_numbers, wanted.even_head_chunks),
-    )  # fmt: skip
 
 
 def _mesh(options: TrainOptions) -> Mesh | None:
