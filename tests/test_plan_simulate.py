@@ -60,11 +60,12 @@ def test_one_request_takes_what_the_roofline_says():
     found = own.run([Arrival(0.0, 5, 40)])
     step_ms = roofline.total(roofline.decode(own.setting, 1, 256))
     prompt_ms = roofline.total(prompts.prefill(own.setting, 1, 256, 256))
-    # A dispatch runs all of its steps, though a row ends within; the first comes with the prompt's.
-    assert 39 <= found.steps < 39 + own.options.decode_steps
+    # The first token is read with those of the steps that were dispatched beside the prompt.
+    assert found.steps == 39
     assert 1e3 * found.duration_s == pytest.approx(prompt_ms + found.steps * step_ms)
     assert found.ttft_ms == pytest.approx(prompt_ms + GPU.steps_while_waiting * step_ms)
-    assert found.tpot_ms >= step_ms
+    after = 39 - GPU.steps_while_waiting
+    assert found.tpot_ms == pytest.approx(after * step_ms / 39)
 
 
 def test_dearer_adapters_serve_fewer_tokens():
