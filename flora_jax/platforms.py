@@ -35,6 +35,7 @@ class Platform:
         padded_rows: decode dispatches of up to so many rows have one shape.
         chunk: tokens of a short piece of a prompt.
         pieces: short pieces of one prefill dispatch at most.
+        merged_from: tokens of a piece from which explicit weights are cheaper than further products.
         long_pieces: whether ``chunk · pieces`` tokens of one prompt make a shape of their own.
         few_shapes: fewer, larger shapes instead of the closest.
         steps_while_waiting: of a decode dispatch while prompts wait.
@@ -61,6 +62,7 @@ class Platform:
     padded_rows: int
     chunk: int
     pieces: int
+    merged_from: int
     long_pieces: bool
     few_shapes: bool
     steps_while_waiting: int
@@ -98,6 +100,7 @@ CPU = Platform(
     padded_rows=1,
     chunk=64,
     pieces=4,
+    merged_from=1,
     long_pieces=True,
     few_shapes=False,
     steps_while_waiting=1,
@@ -124,6 +127,7 @@ GPU = Platform(
     padded_rows=128,  # below some 128 rows a step waits for the weights alone
     chunk=512,  # a piece of 256 tokens reads 31 GB of weights at 15B for 12 ms of arithmetic
     pieces=4,
+    merged_from=64,  # equal there at rank 8 on c_attn of 15B
     long_pieces=False,
     few_shapes=True,  # a program takes some 15 s to compile
     steps_while_waiting=4,

@@ -113,14 +113,17 @@ class Device:
         }
 
     def _refused(self, allocate: bool) -> str | None:
-        """Why the platform's attention over prompts cannot be used; ``None`` where it can."""
+        """Why the platform's attention over prompts cannot be used; ``None`` where it can.
+
+        Tried on a few tokens where there is a device, for a library may refuse, or be wrong, only there.
+        """
         wanted, lattice, config = self.prompt_attention, self.lattice, self.config
         if wanted in ALWAYS:
             return None
         why = cudnn_refuses(config, self.dtype, lattice.short)
         if why is None and allocate:
-            span = lattice.prompt_spans[0]
-            why = fails_on_cache(wanted, config, self.dtype, lattice.short, span, self.options.page)
+            length, span = min(lattice.short, 128), min(lattice.prompt_spans[0], 512)
+            why = fails_on_cache(wanted, config, self.dtype, length, span, self.options.page)
         return why
 
     @property

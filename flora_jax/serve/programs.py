@@ -73,6 +73,7 @@ class Lattice:
         if options.batch_invariant:
             self.pieces = (sizes.pieces,)
         self.short = min(sizes.chunk, context)
+        self.merged = options.merge_prompts and self.short >= platform.merged_from
         self.long = self.short
         if platform.long_pieces:
             self.long = min(sizes.chunk * sizes.pieces, context)
@@ -125,7 +126,7 @@ class Lattice:
             sizes = {(padded_multiplicative(n), 0) for n in range(1, mul + 1)}
             sizes |= {(1, padded_additive(n)) for n in range(1, add + 1)}
         adapted = [
-            Form(own_mul, own_add, group, self.options.merge_prompts)
+            Form(own_mul, own_add, group, self.merged)
             for group in self.groups
             for own_mul, own_add in sorted(sizes)
         ]
@@ -140,7 +141,7 @@ class Lattice:
             return BASE_FORM
         fitting = [group for group in self.groups if set(own.targets) <= set(group)]
         targets = min(fitting, key=len)
-        return own._replace(targets=targets, merged=self.options.merge_prompts)
+        return own._replace(targets=targets, merged=self.merged)
 
     def piece_rows(self, pieces: int) -> int:
         """Rows of a dispatch of short pieces."""
