@@ -41,7 +41,8 @@ class EngineOptions:
         host_adapter_bytes: bound of the host's cache of adapters that are ready to be written; those
             read ahead for who comes next, at most 4 · ``max_num_seqs``, are not counted.
         merge_prompts: prompts under two or more multiplicative components go through their explicit
-            weight, where pieces are long enough for the platform; else by the paper's formula (Eq. 6), as decoding does: more products and no weight.
+            weight, where pieces are long enough for the platform; else by the paper's formula (Eq. 6), as
+            decoding does: more products and no weight.
         batch_invariant: always use the largest shapes, so that a row has the same bits in any company.
         seed: of requests that have none of their own.
 
