@@ -13,7 +13,7 @@ from flora_jax.starcoder.cached_attention import IMPLEMENTATIONS, attend_cached
 from flora_jax.starcoder.config import PRESETS
 
 HEADS, HEAD_DIM, PAGE, WIDTH = 6, 8, 4, 70
-ON_A_CPU = [name for name in IMPLEMENTATIONS if name != "cudnn"]
+ON_A_CPU = [name for name in IMPLEMENTATIONS if not name.startswith("cudnn")]
 
 
 def config_with(groups, **changes):

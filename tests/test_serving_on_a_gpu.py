@@ -210,6 +210,16 @@ def test_sixteen_bits_for_additive_vectors_keep_the_logits(monkeypatch):
     assert np.abs(wide - narrow)[0].max() <= 2e-3 * np.abs(wide[0]).max()
 
 
+@pytest.mark.parametrize("dtype, reason", [(jnp.float32, "16-bit"), (jnp.float16, "cudnn_masked")])
+def test_attention_over_prompts_falls_back_with_the_reason(dtype, reason):
+    """float32 is refused by its name, float16 on a CPU by trying."""
+    options = EngineOptions(max_num_seqs=2, max_model_len=64, page=4)
+    engine = Engine(init_model(CONFIG, 5, dtype), options=options, platform=GPU)
+    assert engine.device.prompt_attention == "gather"
+    assert reason in engine.device.attention_note
+    assert make_engine(platform=CPU).device.attention_note is None
+
+
 def test_a_platform_that_the_table_does_not_know_gets_a_gpus_choices_without_cudnn():
     other = platform("tpu")
     assert (other.name, other.prompt_attention, other.few_shapes) == ("tpu", "gather", True)

@@ -112,7 +112,7 @@ def generate(
         options = dataclasses.replace(options, row_buckets=(rows,))
     engine = Engine(loaded, adapters, tokenizer=tokenizer, options=options, platform=choices)
     if (why := engine.device.attention_note) is not None:
-        say(f"prompts: attention by gather instead of {choices.prompt_attention} ({why})")
+        say(f"prompts: attention by {engine.device.prompt_attention} ({why})")
     started, tokens = time.perf_counter(), 0
     if choices.few_shapes:
         with compiling() as report:

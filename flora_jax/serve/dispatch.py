@@ -30,7 +30,7 @@ from flora_jax.serve.stream import Stream
 from flora_jax.starcoder.attention import cudnn_refuses
 from flora_jax.starcoder.attention_trial import fails_on_cache
 from flora_jax.starcoder.cache import Paging
-from flora_jax.starcoder.cached_attention import ALWAYS, key_blocks
+from flora_jax.starcoder.cached_attention import OTHERWISE, key_blocks
 from flora_jax.starcoder.model import Model, definition_of, leaves_of
 
 
@@ -103,28 +103,31 @@ class Device:
         state = self.beside_parameters(make()) if allocate else jax.eval_shape(make)
         self.cache, self.state_rows = state.cache, state.rows
         self._compiler_options = platform.invariant_options if options.batch_invariant else ()
-        self.prompt_attention = platform.prompt_attention
-        self.attention_note = self._refused(allocate)
-        if self.attention_note is not None:
-            self.prompt_attention = "gather"
+        self.prompt_attention, self.attention_note = self._choose_attention(allocate)
         self._resting = {
             rows: self.beside_parameters(jnp.full((rows, options.decode_steps), RESTING, jnp.int32))
             for rows in lattice.rows
         }
 
-    def _refused(self, allocate: bool) -> str | None:
-        """Why the platform's attention over prompts cannot be used; ``None`` where it can.
+    def _choose_attention(self, allocate: bool) -> tuple[str, str | None]:
+        """The attention over prompts that can be used, and why it is not what the platform wants.
 
-        Tried on a few tokens where there is a device, for a library may refuse, or be wrong, only there.
+        Tried on a few tokens where there is a device: a library may refuse, or be wrong, only there.
         """
-        wanted, lattice, config = self.prompt_attention, self.lattice, self.config
-        if wanted in ALWAYS:
-            return None
-        why = cudnn_refuses(config, self.dtype, lattice.short)
-        if why is None and allocate:
-            length, span = min(lattice.short, 128), min(lattice.prompt_spans[0], 512)
-            why = fails_on_cache(wanted, config, self.dtype, length, span, self.options.page)
-        return why
+        wanted, lattice, config = self.platform.prompt_attention, self.lattice, self.config
+        length, span = min(lattice.short, 128), min(lattice.prompt_spans[0], 512)
+        reasons: list[str] = []
+        for name in (wanted, *OTHERWISE.get(wanted, ())):
+            why = None
+            if name in OTHERWISE:
+                why = cudnn_refuses(config, self.dtype, lattice.short)
+                if why is None and allocate:
+                    page = self.options.page
+                    why = fails_on_cache(name, config, self.dtype, length, span, page)
+            if why is None:
+                return name, "; ".join(reasons) or None
+            reasons.append(f"{name}: {why}")
+        raise AssertionError("the last one is on every device")
 
     @property
     def may_preempt(self) -> bool:

@@ -7,6 +7,7 @@ be NaN). ``Paging.attention`` names the one to use. Knows nothing of parameters,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -140,27 +141,37 @@ def _cudnn(
     paging: Paging,
     positions_BT: jax.Array,
     config: StarCoderConfig,
+    *,
+    bounded: bool,
 ) -> jax.Array:
     """The same positions through cuDNN's flash attention under an explicit mask: no scores in memory.
 
-    On a GPU alone, in 16 bits, with heads as :func:`flora_jax.starcoder.attention.cudnn_refuses` says.
+    ``bounded`` tells it each row's length as well, so that it leaves out what lies behind. On a GPU
+    alone, in 16 bits, with heads as :func:`flora_jax.starcoder.attention.cudnn_refuses` says.
     """
+    batch, length = q_BTHK.shape[:2]
     k_BSGK, v_BSGK, at_S = _read_own(cache, paging, positions_BT)
     _, scale, _ = softmax_options(q_BTHK.dtype, config)
     mask_B1TS = (at_S[None, None] <= positions_BT[:, :, None])[:, None]
+    queries_B = keys_B = None
+    if bounded:
+        queries_B = jnp.full(batch, length, jnp.int32)
+        keys_B = jnp.maximum(jnp.max(positions_BT, axis=1) + 1, 1).astype(jnp.int32)
     out_BTHK = jax.nn.dot_product_attention(
-        q_BTHK, k_BSGK, v_BSGK, mask=mask_B1TS, scale=scale, implementation="cudnn"
-    )
-    return out_BTHK.reshape(*q_BTHK.shape[:2], -1)
+        q_BTHK, k_BSGK, v_BSGK, mask=mask_B1TS, scale=scale, implementation="cudnn",
+        query_seq_lengths=queries_B, key_value_seq_lengths=keys_B,
+    )  # fmt: skip
+    return out_BTHK.reshape(batch, length, -1)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "loop": _loop,
     "gather": _gather,
-    "cudnn": _cudnn,
+    "cudnn": functools.partial(_cudnn, bounded=True),
+    "cudnn_masked": functools.partial(_cudnn, bounded=False),
 }
-# Those that every device has.
-ALWAYS = ("loop", "gather")
+# Those that only some devices and models have, and what to try after each, in order.
+OTHERWISE = {"cudnn": ("cudnn_masked", "gather"), "cudnn_masked": ("gather",)}
 
 
 def _read_own(
