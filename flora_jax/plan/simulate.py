@@ -22,7 +22,7 @@ from flora_jax.plan import prompts, roofline
 from flora_jax.plan.programs import Residents, options_of
 from flora_jax.plan.setting import Setting
 from flora_jax.platforms import GPU
-from flora_jax.serve.dispatch import Piece
+from flora_jax.serve.dispatch import Piece, most_left
 from flora_jax.serve.flight import Flight
 from flora_jax.serve.pieces import dispatch_prompts
 from flora_jax.serve.programs import DecodeShape, Lattice
@@ -180,6 +180,7 @@ class Simulation:
         most = GPU.steps_while_waiting if hurry else self.options.decode_steps
         rows, steps, _ = self.scheduler.grow(min(most, self.options.decode_steps))
         if rows:
+            steps = min(steps, most_left(rows))
             longest = max(sequence.reach for sequence in rows) + steps
             shape = self.lattice.decode([sequence.ticket for sequence in rows], longest)
             self._pass(steps * self._step_ms(shape), steps)

@@ -212,7 +212,7 @@ class Device:
         how = _least_draw([sequence.content.request for sequence in sequences])
         packed, rows_B = jax.device_put((pack(work), work.rows_B))
         tokens_BN = self.resting(shape.rows)
-        for _ in range(number):
+        for _ in range(min(number, most_left(sequences))):
             self.cache, logits_BV = self.forward_call(packed).run()
             draw = self.draw_call(logits_BV, rows_B, tokens_BN, how)
             self.state_rows, tokens_BN = draw.run()
@@ -299,6 +299,11 @@ def _replicated(leaf: jax.Array) -> Any:
     if isinstance(leaf.sharding, NamedSharding):
         return NamedSharding(leaf.sharding.mesh, PartitionSpec())
     return leaf.sharding
+
+
+def most_left(sequences: Sequence[Scheduled]) -> int:
+    """How many tokens any of them may still draw; the host dispatches no step beyond."""
+    return max(max(1, sequence.left) for sequence in sequences)
 
 
 def _least_draw(requests: Sequence[Request]) -> Draw:

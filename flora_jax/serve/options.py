@@ -10,6 +10,8 @@ from flora_jax.platforms import Platform
 
 # Tokens of a dispatch at most while a row is free and an adapter for it is being read.
 WHILE_READING = 4
+# Tokens of a piece that there is room for at least where the options name no chunk.
+LEAST_CHUNK = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,8 @@ class EngineOptions:
     def __post_init__(self) -> None:
         least = {
             "max_num_seqs": 1, "page": 1, "chunk": 1, "pieces": 1, "decode_steps": 1,
-            "max_num_batched_tokens": self.max_num_seqs + (self.chunk or 1), "resident_adapters": 1,
+            "max_num_batched_tokens": self.max_num_seqs + (self.chunk or LEAST_CHUNK),
+            "resident_adapters": 1,
             "max_model_len": 1, "cache_tokens": self.page, "max_components": 1,
             "host_adapter_bytes": 0, "seed": 0,
         }  # fmt: skip

@@ -210,15 +210,13 @@ class Scheduler:
         return self._wanted(1) is not None
 
     def grow(self, steps: int) -> tuple[list[Sequence], int, list[tuple[Sequence, list[int]]]]:
-        """Pages for the next tokens of all decoding sequences, up to ``steps`` of each.
+        """Pages for the next tokens of all decoding sequences.
 
         Returns:
             Who decodes, for how many steps at most, and who was set aside for it, with the pages that
             hold what they have cached: to be copied before anybody writes.
         """
         set_aside: list[tuple[Sequence, list[int]]] = []
-        decoding = (sequence.left for sequence in self.running if sequence.stage == "decode")
-        steps = max(1, min(steps, max(decoding, default=1)))
         while True:
             for tried in dict.fromkeys((steps, 1)):
                 wanted = self._wanted(tried)
