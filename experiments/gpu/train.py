@@ -136,7 +136,7 @@ def measure(
     peak = stats.get("peak_bytes_in_use")
     return {
         "ms": 1e3 * seconds, "tok_s": rows * length / seconds, "loss": loss,
-        "attention": options.attention, "compiled_s": compiled_s,
+        "attention_used": options.attention, "compiled_s": compiled_s,
         "peak_GB": None if peak is None else peak / 1e9,
     }  # fmt: skip
 
