@@ -74,11 +74,8 @@ RATIOS = {
     f"prefill {LONG}, FLoRA r 8 unmerged / base": Ratio("long unmerged 8", "long base", None),
     "whole throughput, FLoRA r 8 / r 1": Ratio("mix flora 8", "mix flora 1", 0.75),
     "whole throughput, FLoRA r 8 unmerged / r 1": Ratio("mix unmerged 8", "mix flora 1", None),
-    "host, 3 ms / a dispatch at 40 layers": Ratio("host", "host allowed", 1.0),
-    "host, 3 ms / a forward pass at 40 layers as a GPU has it": Ratio(
-        "forward", "host allowed", 1.0
-    ),
 }
+# Of a decode dispatch at 40 layers, whatever the machine; not a ratio.
 HOST_SECONDS = 0.003
 
 
@@ -126,8 +123,6 @@ def measure(
     pairs = [made.step_seconds(engine, rows_1, prompt, 3) for _ in range(max(rounds, 5))]
     found["engine"] = statistics.median(pair[0] for pair in pairs)
     found["bare"] = statistics.median(pair[1] for pair in pairs)
-    found |= {"host allowed": HOST_SECONDS, "host": host.dispatch_seconds(CPU)}
-    found["forward"] = host.dispatch_seconds(GPU)
     return found
 
 
@@ -160,6 +155,14 @@ def missed(found: Mapping[str, float], bounds: Mapping[str, float]) -> list[str]
         for name, bound in bounds.items()
         if not found[name] >= bound
     ]
+
+
+def host_seconds() -> dict[str, float]:
+    """What a decode dispatch costs the host, by whether the device or the host loops over the steps."""
+    return {
+        "host, a dispatch at 40 layers": host.dispatch_seconds(CPU),
+        "host, a step at 40 layers as a GPU has it": host.dispatch_seconds(GPU),
+    }
 
 
 def main(
@@ -197,7 +200,15 @@ def main(
         for name, value in found.items()
     ]
     report.table(f"{preset} on {machine.describe()['cpu']}", rows, [*rows[0]])
+    own = host_seconds()
+    most = 1e3 * HOST_SECONDS
+    report.table("host", [{"what": name, "ms": 1e3 * s} for name, s in own.items()], ["what", "ms"])
     below = missed(found, least)
+    below += [
+        f"{name}: {1e3 * seconds:.2f} ms, expected at most {most:.0f}"
+        for name, seconds in own.items()
+        if seconds > HOST_SECONDS
+    ]
     for line in below:
         say(f"regression: {line}")
     if below:

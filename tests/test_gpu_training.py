@@ -37,7 +37,10 @@ def counted(kind, adapters):
 
 
 # Launches and MiB a layer: 52 and 4,374 before, of which attention's scores were a third.
-@pytest.mark.parametrize("kind, launches, mib", [("lora", 36, 1600), ("flora", 34, 1550)])
+@pytest.mark.parametrize(
+    "kind, launches, mib",
+    [("lora", 36, 1600), pytest.param("flora", 34, 1550, marks=pytest.mark.slow)],
+)
 def test_a_layer_of_training_has_few_launches_and_no_scores(kind, launches, mib):
     layer, rest = counted(kind, 1)
     print(kind, layer, rest)
@@ -47,14 +50,14 @@ def test_a_layer_of_training_has_few_launches_and_no_scores(kind, launches, mib)
     assert rest.temporaries <= 600 * MIB
 
 
-@pytest.mark.parametrize("kind", ["lora", "flora"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("flora", marks=pytest.mark.slow)])
 def test_every_large_product_is_of_16_bit_arrays(kind):
     layer, rest = counted(kind, 1)
     assert layer.wide_products <= 0.001 * layer.half_products
     assert rest.wide_products <= 0.001 * rest.half_products
 
 
-@pytest.mark.parametrize("kind", ["lora", "flora"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("flora", marks=pytest.mark.slow)])
 def test_a_step_waits_for_no_host_and_attention_is_flash(kind):
     text = compiled(LAYERS[1], kind, 1).text
     launches = Program(text).launches()
@@ -124,6 +127,7 @@ def test_the_base_gets_no_gradient_and_is_not_copied():
     assert Program(compiled(LAYERS[1], "lora", 1).text).copies_of(kernels) == []
 
 
+@pytest.mark.slow
 def test_without_the_options_attention_writes_its_scores():
     """What the other tests look for is found where it is."""
     placed_on_h100(())

@@ -24,6 +24,8 @@ def script(monkeypatch):
     names = {n for r in script.RATIOS.values() for n in (r.measured, r.reference)}
     script.seconds = dict.fromkeys(names, 1.0)
     monkeypatch.setattr(script, "measure", lambda *_: script.seconds)
+    script.host = {"host, a dispatch": 0.001}
+    monkeypatch.setattr(script, "host_seconds", lambda: script.host)
     return script
 
 
@@ -47,6 +49,18 @@ def test_a_contender_that_became_slower_than_its_bound_fails_with_its_name(
     assert stopped.value.code == 1
     assert capsys.readouterr().err == (
         "regression: decode, FLoRA r 1 / base: 0.800, expected at least 0.900\n"
+    )
+
+
+def test_a_host_that_became_slow_fails_with_its_milliseconds(script, tmp_path, capsys):
+    path = tmp_path / "bounds.json"
+    run(script, path, update=True)
+    script.host["host, a dispatch"] = 0.0041
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(script, path)
+    assert capsys.readouterr().err == (
+        "regression: host, a dispatch: 4.10 ms, expected at most 3\n"
     )
 
 

@@ -47,30 +47,30 @@ def alone():
 def test_any_schedule_gives_every_request_its_tokens_alone(engine, alone):
     """With dispatches that nobody has read when the next one leaves; bits are equal."""
     before, completions = engine.stats, 0
-    for seed in range(250):
+    for seed in range(120):
         for request, content, completion in run_schedule(engine, 9000 + seed):
             assert completion == alone(request, content), (seed, request)
             completions += 1
     after = engine.stats
-    assert completions > 1000
+    assert completions > 500
     assert after.preemptions > before.preemptions
-    assert after.adapter_evictions > before.adapter_evictions + 50
+    assert after.adapter_evictions > before.adapter_evictions + 25
     assert (after.running, after.waiting, after.cache_usage) == (0, 0, 0.0)
 
 
 def test_without_batch_invariance_small_models_differ_nowhere_either(alone):
     engine = make_engine(platform=GPU, batch_invariant=False)
-    found = [result for seed in range(40) for result in run_schedule(engine, seed)]
-    assert len(found) > 200
+    found = [result for seed in range(25) for result in run_schedule(engine, seed)]
+    assert len(found) > 100
     assert all(completion == alone(request, content) for request, content, completion in found)
 
 
 def test_the_tokens_are_those_of_a_cpus_choices(alone):
     """Greedy and sampled; in float32 the two differ by roundings, so by a near tie at most."""
     other = Alone(platform=CPU)
-    requests = [random_request(seed) for seed in range(60)]
+    requests = [random_request(seed) for seed in range(40)]
     equal = sum(alone(request, 0) == other(request, 0) for request in requests)
-    assert equal >= 59
+    assert equal >= 39
 
 
 def test_nothing_is_compiled_after_the_warm_up():
