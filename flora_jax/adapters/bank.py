@@ -270,6 +270,14 @@ def sum_of(prepared: Sequence[Prepared]) -> dict[str, Count]:
     }
 
 
+def room_for(most: Mapping[str, Count], residents: int) -> dict[str, Count]:
+    """By target the room for so many adapters of the largest size, the reserved slots included."""
+    return {
+        target: Count(*(reserved + residents * n for reserved, n in zip(RESERVED, count)))
+        for target, count in most.items()
+    }
+
+
 def build_bank(
     adapters: Mapping[str, ModelAdapter], projections: Mapping[str, tuple[int, int]], layers: int
 ) -> Bank:

@@ -6,6 +6,7 @@ Factors may be wider than the activations: products are accumulated in float32 a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from functools import singledispatch
 from typing import Any
 
@@ -134,6 +135,14 @@ class Rounded:
 
 
 ROUNDED = Rounded()
+
+
+def rounding_others(
+    hooks: Sequence[Mapping[str, Any]], targets: Iterable[str]
+) -> list[dict[str, Any]]:
+    """The hooks of every layer, and :data:`ROUNDED` for those of the targets that have none."""
+    plain = dict.fromkeys(targets, ROUNDED)
+    return [plain | dict(own) for own in hooks]
 
 
 @apply.register

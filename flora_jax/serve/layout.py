@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flora_jax.adapters.bank import RESERVED, Count, Prepared, most_of, sum_of
+from flora_jax.adapters.bank import Count, Prepared, most_of, room_for, sum_of
 from flora_jax.adapters.model_adapter import TARGETS, match_targets
 from flora_jax.errors import InputError
 from flora_jax.serve.options import EngineOptions
@@ -65,10 +65,7 @@ def make_pool(
     number = options.resident_adapters
     if number is not None or more is not None or options.targets:
         number = number or max(len(prepared), options.max_num_seqs)
-        room = {
-            target: Count(*(reserved + number * n for reserved, n in zip(RESERVED, count)))
-            for target, count in most.items()
-        }
+        room = room_for(most, number)
     targets = [target for target in TARGETS if target in most]
     pool = AdapterPool(
         config,

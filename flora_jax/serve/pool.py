@@ -25,6 +25,7 @@ from flora_jax.adapters.bank import (
     Slots,
     empty_layers,
     patch,
+    room_for,
     write,
 )
 from flora_jax.errors import InputError
@@ -101,11 +102,7 @@ class AdapterPool:
         cls, config: StarCoderConfig, most: Mapping[str, Count], residents: int, **options: Any
     ) -> AdapterPool:
         """A pool with room for so many adapters of the largest size ``most`` by target."""
-        room = {
-            target: Count(*(reserved + residents * n for reserved, n in zip(RESERVED, count)))
-            for target, count in most.items()
-        }
-        return cls(config, room, most, **options)
+        return cls(config, room_for(most, residents), most, **options)
 
     def register(self, name: str, source: Source, *, pinned: bool = False) -> Version:
         """Makes an adapter known, or replaces what the name stood for; may be called by any thread.

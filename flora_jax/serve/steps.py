@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.adapters.product import ROUNDED
+from flora_jax.adapters.product import rounding_others
 from flora_jax.adapters.ragged import BankLayers, ragged_hooks, row_wise_hooks
 from flora_jax.platforms import Platform
 from flora_jax.serve.packing import Packed
@@ -61,7 +61,7 @@ def _with_others(hooks: Hooks, model: StarCoder, platform: Platform) -> Hooks:
     """The hooks, and those of the projections that the bank has no room for."""
     if not platform.rounded_results:
         return hooks
-    return [dict.fromkeys(model.config.projections(), ROUNDED) | own for own in hooks]
+    return rounding_others(hooks, model.config.projections())
 
 
 def _draw(logits_BV: jax.Array, rows: Rows, how: Draw) -> jax.Array:

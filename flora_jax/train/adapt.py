@@ -19,7 +19,7 @@ from flax import nnx
 
 from flora_jax.adapters import FLoRA
 from flora_jax.adapters.grouped import grouped_hooks
-from flora_jax.adapters.product import ROUNDED
+from flora_jax.adapters.product import rounding_others
 from flora_jax.starcoder.model import Remat, StarCoder
 from flora_jax.train.data import Batch
 from flora_jax.train.loss import HeadChunks, frozen_head_nll, token_scores
@@ -79,8 +79,8 @@ def _hidden(
     """Activations ``[b·N, T, D]`` and targets ``[b·N, T]``."""
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), batch)
     if options.rounded:
-        plain = dict.fromkeys(model.config.projections(), ROUNDED)
-        hooks = [plain | layer for layer in hooks or [{}] * model.config.n_layer]
+        layers = hooks or [{}] * model.config.n_layer
+        hooks = rounding_others(layers, model.config.projections())
     hidden_BTD, _ = model.hidden(
         flat.tokens[:, :-1], flat.positions, segments_BT=flat.segments, adapters=hooks,
         remat=options.remat, attention=options.attention,
