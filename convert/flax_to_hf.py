@@ -14,10 +14,10 @@ from typing import Annotated
 
 import typer
 
+from flora_jax.checkpoints.checkpoint import load_model, save_hf
+from flora_jax.checkpoints.sources import resolve
 from flora_jax.cli.program import run_function
 from flora_jax.files import require_new
-from flora_jax.starcoder.checkpoint import load_model, save_hf
-from flora_jax.starcoder.sources import resolve
 
 
 def main(

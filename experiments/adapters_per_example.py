@@ -30,8 +30,8 @@ from typing import Annotated, Any
 
 import typer
 
-from flora_jax.bench import report
-from flora_jax.bench.layer_options import parse_ranks
+from flora_jax.bench.layer.options import parse_ranks
+from flora_jax.bench.receipts import report
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 
@@ -52,8 +52,8 @@ def explicit(kind: str, rank: int, adapters: int, x_XI: Any, W_IO: Any, bias_O: 
     import jax.numpy as jnp
 
     from flora_jax.adapters import stack
-    from flora_jax.adapters.product import finish, product
-    from flora_jax.bench.layer_programs import TARGET, make_adapters, merge_rows
+    from flora_jax.bench.layer.programs import TARGET, make_adapters, merge_rows
+    from flora_jax.weights.product import finish, product
 
     inputs, outputs = W_IO.shape
     made = make_adapters(kind, rank, inputs, outputs, adapters).values()
@@ -82,11 +82,11 @@ def projection_programs(
     import jax.numpy as jnp
 
     from flora_jax.adapters import apply
-    from flora_jax.adapters.bank import build_bank
-    from flora_jax.adapters.pairs import list_pairs
-    from flora_jax.adapters.ragged import Ragged
-    from flora_jax.bench.layer_options import LayerOptions
-    from flora_jax.bench.layer_programs import TARGET, make_adapters, weights
+    from flora_jax.bench.layer.options import LayerOptions
+    from flora_jax.bench.layer.programs import TARGET, make_adapters, weights
+    from flora_jax.mixing.bank import build_bank
+    from flora_jax.mixing.pairs import list_pairs
+    from flora_jax.mixing.ragged import Ragged
 
     rows, length = shape
     x_BTI, W_IO, bias_O = weights(LayerOptions(*size, batch=rows, length=length))
@@ -116,13 +116,13 @@ def pass_programs(
     import numpy as np
     from flax import nnx
 
-    from flora_jax.adapters.bank import build_bank
     from flora_jax.adapters.model_adapter import init_adapter, randomise
-    from flora_jax.adapters.pairs import list_pairs
-    from flora_jax.adapters.ragged import ragged_hooks
-    from flora_jax.starcoder.config import PRESETS
-    from flora_jax.starcoder.model import init_model
-    from flora_jax.starcoder.transpose import for_decoding
+    from flora_jax.mixing.bank import build_bank
+    from flora_jax.mixing.pairs import list_pairs
+    from flora_jax.mixing.ragged import ragged_hooks
+    from flora_jax.models.starcoder.config import PRESETS
+    from flora_jax.models.starcoder.model import init_model
+    from flora_jax.models.transpose import for_decoding
 
     config = PRESETS[preset]
     model = for_decoding(init_model(config), consume=True)
@@ -166,8 +166,8 @@ def main(
     output: Path = RESULTS,
 ) -> None:
     """Runs the three sweeps, prints the table and draws the picture."""
-    from flora_jax.bench.layer_options import projection_of
-    from flora_jax.bench.timing import interleaved
+    from flora_jax.bench.layer.options import projection_of
+    from flora_jax.bench.receipts.timing import interleaved
 
     started = time.perf_counter()
     report.check_output(output)

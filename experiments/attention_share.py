@@ -28,8 +28,8 @@ from typing import Annotated, Any
 
 import typer
 
-from flora_jax.bench import report
-from flora_jax.bench.layer_options import parse_ranks
+from flora_jax.bench.layer.options import parse_ranks
+from flora_jax.bench.receipts import report
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 
@@ -43,9 +43,9 @@ def parts_of(model: Any, rows: int, tokens: int, seen: int) -> dict[str, Callabl
     import jax.numpy as jnp
     from flax import nnx
 
-    from flora_jax.adapters.product import apply
-    from flora_jax.starcoder.attention import attend, split_qkv
-    from flora_jax.starcoder.model import layer_norm
+    from flora_jax.models.attention import attend, split_qkv
+    from flora_jax.models.starcoder.model import layer_norm
+    from flora_jax.weights.product import apply
 
     config = model.config
     keys = jax.random.split(jax.random.key(0), 2 + 2 * config.n_layer)
@@ -135,10 +135,10 @@ def main(
     output: Path = RESULTS,
 ) -> None:
     """Times all parts at all lengths, prints the table and draws the picture."""
-    from flora_jax.bench.timing import interleaved
-    from flora_jax.starcoder.config import PRESETS
-    from flora_jax.starcoder.model import init_model
-    from flora_jax.starcoder.transpose import for_decoding
+    from flora_jax.bench.receipts.timing import interleaved
+    from flora_jax.models.starcoder.config import PRESETS
+    from flora_jax.models.starcoder.model import init_model
+    from flora_jax.models.transpose import for_decoding
 
     started = time.perf_counter()
     report.check_output(output)

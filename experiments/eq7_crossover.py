@@ -6,9 +6,10 @@ One projection, c_attn of each preset (widths 256, 768, 2048, 2816 and 6144), wi
 in every row; FLoRA and LoRA in the paper's form (two batched products), the base weight in float32, on
 a GPU in float16 with factors of that dtype, and in int8, since the paper says that quantisation moves
 the crossover up. Two shapes: 16 rows of one token (decoding), and one row of 128 tokens (a prompt).
-Each curve's c1 and c2 are fitted to the same times (flora_jax/bench/eq7.py has the derivation). A point
-is missing where there is no crossing within the ranks measured; the table then says which of the two is
-cheaper. Every measurement is a line of experiments/results/eq7_crossover.jsonl at once, and is not made
+Each curve's c1 and c2 are fitted to the same times (flora_jax/bench/layer/eq7.py has the derivation). A
+point is missing where there is no crossing within the ranks measured; the table then says which of the
+two is cheaper. Every measurement is a line of experiments/results/eq7_crossover.jsonl at once, and is not
+made
 again; the picture, over those of this command, is beside it (.png).
 
 Receipt: 3 minutes on 2 cores of an AMD EPYC (Zen 4); experiments/figure2.md has the table.
@@ -25,8 +26,8 @@ from typing import Annotated, Any
 import jax
 import typer
 
-from flora_jax.bench import collected, report
-from flora_jax.bench.layer_options import LayerOptions, parse_ranks, projection_of
+from flora_jax.bench.layer.options import LayerOptions, parse_ranks, projection_of
+from flora_jax.bench.receipts import collected, report
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 from flora_jax.platforms import platform
@@ -78,7 +79,7 @@ def main(
     output: Path = RESULTS,
 ) -> None:
     """Measures every curve, prints the table and draws the picture."""
-    from flora_jax.bench import layer
+    from flora_jax.bench.layer import measure as layer
 
     started = time.perf_counter()
     report.check_output(output)

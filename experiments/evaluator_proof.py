@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/proof"))
     arguments = parser.parse_args()
     from flora_jax.evaluate.doctor import examine
-    from flora_jax.evaluate.sandbox import Sandbox
+    from flora_jax.sandbox.sandbox import Sandbox
 
     findings = examine(Sandbox()).findings
     languages = [one.language for one in findings if one.state == "ready"]

@@ -24,14 +24,14 @@ from typing import Annotated, Any
 import jax
 import typer
 
-from flora_jax.bench import collected, report
-from flora_jax.bench import serving_setup as setup
-from flora_jax.bench.serving import run_latency, run_throughput
-from flora_jax.bench.workload import WorkloadOptions
+from flora_jax.bench.receipts import collected, report
+from flora_jax.bench.serving import setup
+from flora_jax.bench.serving.drive import run_latency, run_throughput
+from flora_jax.bench.serving.workload import WorkloadOptions
 from flora_jax.cli.common import prepare_jax, say
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
-from flora_jax.starcoder.model import Model
+from flora_jax.models.starcoder.model import Model
 
 RESULTS = Path(__file__).parent / "results" / "fig2_latency.jsonl"
 PARTS = (0.5, 0.9)

@@ -29,16 +29,16 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from flora_jax.bench import report
-from flora_jax.bench.layer_options import parse_ranks
-from flora_jax.bench.workload import WorkloadOptions, draw_arrivals, draw_lengths
+from flora_jax.bench.layer.options import parse_ranks
+from flora_jax.bench.receipts import report
+from flora_jax.bench.serving.workload import WorkloadOptions, draw_arrivals, draw_lengths
 from flora_jax.cli.common import say
 from flora_jax.cli.program import run_function
+from flora_jax.models.starcoder.config import PRESETS
 from flora_jax.plan.cards import card
 from flora_jax.plan.roofline import Lora, Ways
 from flora_jax.plan.setting import Setting
 from flora_jax.plan.simulate import Arrival, Outcome, Simulation
-from flora_jax.starcoder.config import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = ("1b", "3b", "15b")

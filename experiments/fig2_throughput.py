@@ -31,13 +31,13 @@ from typing import Annotated, Any
 import jax
 import typer
 
-from flora_jax.bench import collected, report
-from flora_jax.bench import serving_setup as setup
-from flora_jax.bench.workload import WorkloadOptions
+from flora_jax.bench.receipts import collected, report
+from flora_jax.bench.serving import setup
+from flora_jax.bench.serving.workload import WorkloadOptions
 from flora_jax.cli.common import prepare_jax, say
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
-from flora_jax.starcoder.model import Model
+from flora_jax.models.starcoder.model import Model
 
 RESULTS = Path(__file__).parent / "results" / "fig2_throughput.jsonl"
 ALL_RANKS = (1, 2, 4, 8, 16, 32)

@@ -40,19 +40,19 @@ import numpy as np
 import typer
 from flax import nnx
 
-from flora_jax.adapters.grouped import grouped_hooks
 from flora_jax.adapters.model_adapter import ModelAdapter
-from flora_jax.adapters.peft_io import read_adapter
+from flora_jax.checkpoints.checkpoint import load_model
+from flora_jax.checkpoints.tokenizer import load_tokenizer
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
-from flora_jax.starcoder.checkpoint import load_model
-from flora_jax.starcoder.model import Model
-from flora_jax.starcoder.tokenizer import load_tokenizer
-from flora_jax.train.data import PackedTokens
+from flora_jax.mixing.grouped import grouped_hooks
+from flora_jax.models.starcoder.model import Model
+from flora_jax.peft.read import read_adapter
+from flora_jax.train.data.packing import PackedTokens
+from flora_jax.train.data.tokens import piece_bytes, tokenize
 from flora_jax.train.loss import token_scores
 from flora_jax.train.options import TrainOptions, make_options
 from flora_jax.train.run import train
-from flora_jax.train.tokens import piece_bytes, tokenize
 
 LANGUAGES = ("d", "perl", "ruby", "rust", "racket", "swift", "lua")
 RATES = {

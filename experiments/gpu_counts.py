@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from flora_jax.bench import report
+from flora_jax.bench.receipts import report
+from flora_jax.models.starcoder.config import PRESETS
 from flora_jax.plan import programs
 from flora_jax.plan.ahead import check_compiler, compile_lowered, find_toolkit, one_device
 from flora_jax.plan.cards import CARDS
 from flora_jax.plan.setting import Setting
 from flora_jax.serve import ahead
-from flora_jax.starcoder.config import PRESETS
 
 try:
     from experiments.gpu_counts_train import CUDNN_VERSION, Counts, count

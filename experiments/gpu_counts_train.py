@@ -27,12 +27,12 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax.adapters.model_adapter import init_adapter
+from flora_jax.models.starcoder.config import PRESETS
+from flora_jax.models.starcoder.model import abstract_model
 from flora_jax.plan.ahead import Compiled, compile_lowered, placed
 from flora_jax.plan.cards import CARDS
 from flora_jax.plan.launches import Instruction, Program
 from flora_jax.platforms import CPU, GPU
-from flora_jax.starcoder.config import PRESETS
-from flora_jax.starcoder.model import abstract_model
 from flora_jax.train.adapt import GroupedBatch, StepOptions, init_adapter_state, make_adapter_step
 from flora_jax.train.loss import HeadChunks
 

@@ -27,17 +27,17 @@ import typer
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from flora_jax.checkpoints.checkpoint import load_model, save_hf
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 from flora_jax.files import whole_path
-from flora_jax.starcoder.checkpoint import load_model, save_hf
-from flora_jax.starcoder.config import PRESETS
-from flora_jax.starcoder.model import Model, init_model
+from flora_jax.models.starcoder.config import PRESETS
+from flora_jax.models.starcoder.model import Model, init_model
 from flora_jax.train import loss, step
-from flora_jax.train.data import windows_at
-from flora_jax.train.documents import Document, read_documents
+from flora_jax.train.data.documents import Document, read_documents
+from flora_jax.train.data.packing import windows_at
+from flora_jax.train.data.tokens import pack, piece_bytes
 from flora_jax.train.loop import LoopOptions, run_loop
-from flora_jax.train.tokens import pack, piece_bytes
 
 END = "<|endoftext|>"
 # What counts as source in a directory that is not a corpus.

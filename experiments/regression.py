@@ -30,9 +30,9 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import typer
 
-from flora_jax.bench import machine, report
-from flora_jax.bench.products import products_alone
-from flora_jax.bench.timing import interleaved
+from flora_jax.bench.layer.products import products_alone
+from flora_jax.bench.receipts import machine, report
+from flora_jax.bench.receipts.timing import interleaved
 from flora_jax.cli.common import prepare_jax, say
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError, RunError

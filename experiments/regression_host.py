@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.adapters.model_adapter import init_adapter
+from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.starcoder.model import init_model
 from flora_jax.platforms import Platform
 from flora_jax.serve import steps
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Request
 from flora_jax.serve.scheduler import Sequence
-from flora_jax.starcoder.config import StarCoderConfig
-from flora_jax.starcoder.model import init_model
 
 LAYERS, ROWS, ADAPTERS, RANK, VOCABULARY = 40, 32, 4, 8, 64
 CONFIG = StarCoderConfig(

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from flora_jax.bench import serving_setup as setup
-from flora_jax.bench.serving import run_throughput
-from flora_jax.bench.workload import WorkloadOptions
+from flora_jax.bench.serving import setup
+from flora_jax.bench.serving.drive import run_throughput
+from flora_jax.bench.serving.workload import WorkloadOptions
 from flora_jax.errors import RunError
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions

@@ -41,15 +41,15 @@ import typer
 from flax import nnx
 
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, match_targets, randomise
-from flora_jax.bench import report
+from flora_jax.bench.receipts import report
+from flora_jax.checkpoints.checkpoint import load_model
 from flora_jax.cli.common import ASSETS, prepare_jax, say
 from flora_jax.cli.program import run_function
+from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.starcoder.model import Model
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Request
-from flora_jax.starcoder.checkpoint import load_model
-from flora_jax.starcoder.config import StarCoderConfig
-from flora_jax.starcoder.model import Model
 
 ADAPTERS, RESIDENT, LARGEST = 100, 16, 8
 PROMPT, OUTPUT, ROWS, IN_ENGINE = 64, 32, 16, 64

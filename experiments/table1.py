@@ -34,6 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flora_jax.checkpoints.sources import resolve
 from flora_jax.cli.common import ASSETS, dtype_of, prepare_jax, source
 from flora_jax.errors import InputError, RunError
 from flora_jax.evaluate.doctor import examine
@@ -42,9 +43,8 @@ from flora_jax.evaluate.generations import Generation
 from flora_jax.evaluate.local import Job, Local
 from flora_jax.evaluate.multipl_e import evaluate
 from flora_jax.evaluate.problems import Problem, first, read_problems
-from flora_jax.evaluate.sandbox import Sandbox
+from flora_jax.sandbox.sandbox import Sandbox
 from flora_jax.serve.versions import digest
-from flora_jax.starcoder.sources import resolve
 
 try:
     from experiments import table1_report

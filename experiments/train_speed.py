@@ -41,7 +41,7 @@ def ours(model_directory: str, kind: str, rank: int) -> Callable[[], float]:
     import optax
 
     from flora_jax.adapters.model_adapter import init_adapter
-    from flora_jax.starcoder.checkpoint import load_model
+    from flora_jax.checkpoints.checkpoint import load_model
     from flora_jax.train.adapt import (
         GroupedBatch,
         StepOptions,
@@ -122,9 +122,9 @@ def worker(name: str, model_directory: str, dropout: bool) -> None:
 
 def make_model(directory: Path) -> None:
     """Random weights of the 164M shape, as Hugging Face stores them."""
-    from flora_jax.starcoder.checkpoint import save_hf
-    from flora_jax.starcoder.config import PRESETS
-    from flora_jax.starcoder.model import init_model
+    from flora_jax.checkpoints.checkpoint import save_hf
+    from flora_jax.models.starcoder.config import PRESETS
+    from flora_jax.models.starcoder.model import init_model
 
     save_hf(init_model(PRESETS["164m"]), directory)
 

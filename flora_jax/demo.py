@@ -11,14 +11,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from flora_jax.adapters.model_adapter import ModelAdapter
-from flora_jax.adapters.peft_io import read_adapter
+from flora_jax.checkpoints.checkpoint import load_model
+from flora_jax.checkpoints.tokenizer import load_tokenizer
+from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.peft.read import read_adapter
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Completion, Defaults, Request, parse_request
-from flora_jax.starcoder.checkpoint import load_model
-from flora_jax.starcoder.config import StarCoderConfig
-from flora_jax.starcoder.tokenizer import load_tokenizer
 
 # The same function's head in each language, by the name of its adapter.
 PROMPTS = {

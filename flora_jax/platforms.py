@@ -18,10 +18,10 @@ class Platform:
 
     Args:
         name: as ``jax.default_backend()`` has it.
-        decode_attention: of :data:`flora_jax.starcoder.cached_attention.IMPLEMENTATIONS`.
+        decode_attention: of :data:`flora_jax.models.cached_attention.IMPLEMENTATIONS`.
         prompt_attention: the same for pieces of prompts; "cudnn" falls back to "gather" where cuDNN
             does not take the dtype or the heads.
-        training_attention: of :data:`flora_jax.starcoder.attention.IMPLEMENTATIONS`; "cudnn" falls back
+        training_attention: of :data:`flora_jax.models.attention.IMPLEMENTATIONS`; "cudnn" falls back
             to "einsum" likewise.
         weights_by_outputs: hold kernels ``[O, I]`` for decoding.
         rounded_results: projections without room for adapters give the activations' dtype at once.

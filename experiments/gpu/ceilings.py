@@ -17,7 +17,7 @@ def stage(own: Stage, _: list[str]) -> None:
     import jax
     import jax.numpy as jnp
 
-    from flora_jax.bench import machine
+    from flora_jax.bench.receipts import machine
 
     devices = [f"{device.platform}: {device.device_kind}" for device in jax.devices()]
     own.put("devices", devices=devices, jax=jax.__version__)

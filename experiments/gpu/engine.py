@@ -24,8 +24,8 @@ def stage(own: Stage, words: list[str]) -> None:
     import numpy as np
 
     from experiments.gpu import engines
-    from flora_jax.bench.serving import run_throughput
-    from flora_jax.bench.serving_setup import Contender, make_adapters
+    from flora_jax.bench.serving.drive import run_throughput
+    from flora_jax.bench.serving.setup import Contender, make_adapters
     from flora_jax.serve.engine import Engine
     from flora_jax.serve.options import EngineOptions
     from flora_jax.serve.request import Request

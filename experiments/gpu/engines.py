@@ -15,9 +15,12 @@ import jax
 import numpy as np
 
 from experiments.gpu.items import Skip
-from flora_jax.adapters.bank import RESERVED, Count, Slots
-from flora_jax.adapters.ragged import IDENTITY, NOTHING, TargetBank
-from flora_jax.bench.random_arrays import fill, random_model
+from flora_jax.bench.receipts.random_arrays import fill, random_model
+from flora_jax.mixing.bank import RESERVED, Count, Slots
+from flora_jax.mixing.ragged import IDENTITY, NOTHING, TargetBank
+from flora_jax.models.starcoder.config import PRESETS, StarCoderConfig
+from flora_jax.models.starcoder.model import Model
+from flora_jax.models.transpose import for_decoding
 from flora_jax.platforms import Platform, platform
 from flora_jax.serve.dispatch import Device, Job
 from flora_jax.serve.options import EngineOptions
@@ -26,9 +29,6 @@ from flora_jax.serve.programs import Lattice
 from flora_jax.serve.request import Request
 from flora_jax.serve.scheduler import Sequence as Scheduled
 from flora_jax.serve.stream import Stream
-from flora_jax.starcoder.config import PRESETS, StarCoderConfig
-from flora_jax.starcoder.model import Model
-from flora_jax.starcoder.transpose import for_decoding
 
 TARGET = "attn.c_attn"
 # What the package chooses for the platform.

@@ -46,8 +46,8 @@ TINY = (
 def stage(own: Stage, _: list[str]) -> None:
     import jax
 
-    from flora_jax.bench import layer
-    from flora_jax.bench.layer_options import LayerOptions, projection_of
+    from flora_jax.bench.layer import measure as layer
+    from flora_jax.bench.layer.options import LayerOptions, projection_of
 
     for shape in TINY if own.rehearse else SHAPES:
         for ranks in shape.ranks:

@@ -27,11 +27,12 @@ import typer
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from flora_jax.bench import eq7, report
+from flora_jax.bench.layer import eq7
+from flora_jax.bench.receipts import report
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 from flora_jax.files import whole_file
-from flora_jax.starcoder.config import PRESETS
+from flora_jax.models.starcoder.config import PRESETS
 
 PAPER = Path(__file__).with_name("paper.csv")
 # What the paper says of its Figure 2 in words, as experiments/figure2.md quotes it.

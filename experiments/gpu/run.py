@@ -35,7 +35,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from experiments.gpu import items  # noqa: E402
-from flora_jax.bench import machine  # noqa: E402
+from flora_jax.bench.receipts import machine  # noqa: E402
 
 # A stage is not begun with less time left, and is asked to end so long before it is killed.
 LEAST_S, GRACE_S = 12.0, 4.0

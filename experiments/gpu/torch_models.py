@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flora_jax.starcoder.config import PRESETS
+from flora_jax.models.starcoder.config import PRESETS
 
 
 def gpt_big_code(preset: str, layers: int, positions: int, dtype: Any, device: str) -> Any:

@@ -17,9 +17,9 @@ from experiments.gpu.items import Skip, Stage, main
 
 def stage(own: Stage, words: list[str]) -> None:
     from experiments.gpu import engines
-    from flora_jax.bench.random_arrays import random_model
+    from flora_jax.bench.receipts.random_arrays import random_model
+    from flora_jax.models.starcoder.config import PRESETS
     from flora_jax.platforms import platform
-    from flora_jax.starcoder.config import PRESETS
 
     preset, layers, kinds = words
     rows, length = (2, 16) if own.rehearse else (8, 512)

@@ -1,7 +1,8 @@
 """The weight products of a decode step alone: what no engine of ours can be faster than.
 
-See flora_jax/bench/products.py; the prefill has B times the prompt's rows, and B in the head. It also
-says what the machine itself allows: flora_jax/bench/shares.py. See protocol.py for the rest.
+See flora_jax/bench/layer/products.py; the prefill has B times the prompt's rows, and B in the head. It
+also says what the machine itself allows: flora_jax/bench/receipts/shares.py. See protocol.py for
+the rest.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ def main(say: Callable[[dict[str, Any]], None]) -> None:
     options = protocol.read_options()
     import jax
 
-    from flora_jax.bench.machine import limits
-    from flora_jax.bench.products import products_alone
-    from flora_jax.bench.shares import least_decode_seconds, least_prefill_seconds
-    from flora_jax.starcoder.checkpoint import load_model
-    from flora_jax.starcoder.transpose import for_decoding
+    from flora_jax.bench.layer.products import products_alone
+    from flora_jax.bench.receipts.machine import limits
+    from flora_jax.bench.receipts.shares import least_decode_seconds, least_prefill_seconds
+    from flora_jax.checkpoints.checkpoint import load_model
+    from flora_jax.models.transpose import for_decoding
 
     loaded = for_decoding(load_model(options.model, "float32"), consume=True)
 

@@ -16,12 +16,12 @@ import numpy as np
 import typer
 
 from flora_jax.adapters.model_adapter import init_adapter, match_targets, randomise
-from flora_jax.adapters.peft_io import write_adapter
+from flora_jax.checkpoints.checkpoint import save_hf
 from flora_jax.cli.program import run_function
 from flora_jax.files import whole_directory
-from flora_jax.starcoder.checkpoint import save_hf
-from flora_jax.starcoder.config import PRESETS
-from flora_jax.starcoder.model import Model, init_model
+from flora_jax.models.starcoder.config import PRESETS
+from flora_jax.models.starcoder.model import Model, init_model
+from flora_jax.peft.read import write_adapter
 
 TARGETS = ("c_fc", "c_attn")
 

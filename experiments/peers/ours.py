@@ -17,11 +17,11 @@ def main(say: Callable[[dict[str, Any]], None]) -> None:
         rank=dict(type=int, default=8, help="of random adapters"),
         target=dict(default="attn.c_attn", help="of random adapters"),
     )
-    from flora_jax.adapters.peft_io import read_adapter
+    from flora_jax.checkpoints.checkpoint import load_model
+    from flora_jax.models.transpose import for_decoding
+    from flora_jax.peft.read import read_adapter
     from flora_jax.serve.engine import Engine, EngineOptions
     from flora_jax.serve.request import Request
-    from flora_jax.starcoder.checkpoint import load_model
-    from flora_jax.starcoder.transpose import for_decoding
 
     model = for_decoding(load_model(options.model, "float32"), consume=True)
     config = model.config

@@ -11,7 +11,7 @@ from typing import Any
 
 from load import machine
 
-from flora_jax.bench.machine import now, versions
+from flora_jax.bench.receipts.machine import now, versions
 
 # Who is divided by whom, and whether both should say the same.
 PAIRS = (

@@ -10,7 +10,7 @@ from flora_jax.adapters.hira import HiRA
 from flora_jax.adapters.ia3 import IA3
 from flora_jax.adapters.kind import Components, Kind, apply_vmap, stack
 from flora_jax.adapters.lora import LoRA
-from flora_jax.adapters.product import Weight, apply
+from flora_jax.weights.product import Weight, apply
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (lora.KIND, flora.KIND, ia3.KIND, hira.KIND)}
 _KIND_OF = {kind.type: kind for kind in KINDS.values()}

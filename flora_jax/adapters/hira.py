@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters import multiplicative, product
+from flora_jax.adapters import multiplicative
 from flora_jax.adapters.kind import Components, Kind, ones, uniform_fan_in, zeros
 from flora_jax.shapes import check_shapes
+from flora_jax.weights import product
 
 
 @jax.tree_util.register_dataclass

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters import product
 from flora_jax.adapters.kind import Components, Kind, ones, zeros
 from flora_jax.adapters.multiplicative import scale_inputs
 from flora_jax.shapes import check_shapes
+from flora_jax.weights import product
 
 Side = Literal["output", "input"]
 

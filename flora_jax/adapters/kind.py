@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters.product import Weight
+from flora_jax.weights.product import Weight
 
 
 @dataclasses.dataclass(frozen=True)

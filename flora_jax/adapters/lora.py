@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters import product
 from flora_jax.adapters.kind import Components, Kind, ones, uniform_fan_in
 from flora_jax.shapes import check_shapes
+from flora_jax.weights import product
 
 
 @jax.tree_util.register_dataclass

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters.product import Weight, explicit, product
-from flora_jax.adapters.transposed import Transposed
+from flora_jax.weights.product import Weight, explicit, product
+from flora_jax.weights.transposed import Transposed
 
 # Components up to which a sum of outer products is less work for a GPU than a float32 product.
 _MOST_SUMMED = 16

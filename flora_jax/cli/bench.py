@@ -56,8 +56,8 @@ def layer(
     plot: Annotated[Path | None, typer.Option(help="PNG file for the picture.")] = None,
 ) -> None:
     """Times one projection under every kind of adapter, form and rank, and checks the paper's Eq. 7."""
-    from flora_jax.bench import report
-    from flora_jax.bench.layer_options import LayerOptions, parse_ranks, projection_of
+    from flora_jax.bench.layer.options import LayerOptions, parse_ranks, projection_of
+    from flora_jax.bench.receipts import report
     from flora_jax.platforms import platform
 
     if inputs is not None and outputs is not None and preset is None and target is None:
@@ -87,7 +87,7 @@ def layer(
         if path is not None:
             report.check_output(path, option)
 
-    from flora_jax.bench import layer as bench_layer
+    from flora_jax.bench.layer import measure as bench_layer
 
     measured = bench_layer.measure(options)
     if output is not None:

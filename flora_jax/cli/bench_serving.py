@@ -139,7 +139,7 @@ def latency(
 ) -> None:
     """Latencies in milliseconds where requests arrive in real time, each with a random adapter."""
     given = locals()
-    from flora_jax.bench.latency_metrics import parse_goodput
+    from flora_jax.bench.serving.latency_metrics import parse_goodput
 
     if max_concurrency is not None and max_concurrency < 1:
         raise InputError(f"--max-concurrency is {max_concurrency}, expected at least 1")
@@ -184,8 +184,8 @@ def _run(
     **workload: Any,
 ) -> list[dict[str, Any]]:
     """Checks everything that can be checked, then measures a line for each rank."""
-    from flora_jax.bench import report
-    from flora_jax.bench.workload import WorkloadOptions
+    from flora_jax.bench.receipts import report
+    from flora_jax.bench.serving.workload import WorkloadOptions
 
     if kind == "none":
         _refuse_adapter_options(targets, resident_adapters, workload)
@@ -196,7 +196,7 @@ def _run(
         if path is not None:
             report.check_output(path, option)
     prepare_jax()
-    from flora_jax.bench import serving_setup as setup
+    from flora_jax.bench.serving import setup
 
     contenders = [
         setup.Contender(kind, number, tuple(targets.split(",")))
@@ -212,7 +212,7 @@ def _run(
         decode_steps=decode_steps, resident_adapters=resident_adapters,
     )  # fmt: skip
     loaded = setup.load_base(base, dtype_of(dtype), options.seed)
-    from flora_jax.bench import machine, shares
+    from flora_jax.bench.receipts import machine, shares
 
     lines = []
     about = setup.describe_run(benchmark, base, loaded, options, drawn, engine)
@@ -253,7 +253,7 @@ def _show(
     plot: Path | None,
     panels: dict[str, list[str]],
 ) -> None:
-    from flora_jax.bench import report
+    from flora_jax.bench.receipts import report
 
     report.table(benchmark, lines, columns)
     if plot is not None:
@@ -271,7 +271,7 @@ def _show(
 
 
 def _ranks(kind: str, rank: int | None, ranks: str | None) -> tuple[int, ...]:
-    from flora_jax.bench.layer_options import parse_ranks
+    from flora_jax.bench.layer.options import parse_ranks
 
     if rank is not None and ranks is not None:
         raise InputError(f"--rank is {rank} and --ranks is {ranks}, expected one of them")

@@ -55,7 +55,7 @@ def named_paths(values: list[str], option: str, form: str = "NAME=PATH") -> dict
 
 
 def read_adapters(directories: dict[str, Path], config: Any) -> dict[str, ModelAdapter]:
-    from flora_jax.adapters.peft_io import read_adapter
+    from flora_jax.peft.read import read_adapter
 
     return {
         name: read_adapter(directory, config.projections(), config.n_layer)

@@ -25,7 +25,7 @@ app.command("multipl-e")(multipl_e)
 def doctor(unsafe: Unsafe = False, root: Root = Path("/")) -> None:
     """Says which toolchains are there, in which version, and how to install the others."""
     from flora_jax.evaluate.doctor import describe_user, examine
-    from flora_jax.evaluate.sandbox import Sandbox
+    from flora_jax.sandbox.sandbox import Sandbox
 
     report = examine(Sandbox(str(root), unsafe))
     if report.sandbox:

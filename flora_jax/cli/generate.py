@@ -50,10 +50,10 @@ def generate(
     ] = False,
 ) -> None:
     """Completes every request of a file, each with its own adapter, settings and seed."""
+    from flora_jax.checkpoints.checkpoint import describe, load_model
+    from flora_jax.checkpoints.sources import resolve
+    from flora_jax.checkpoints.tokenizer import load_tokenizer
     from flora_jax.serve.request import Defaults, parse_requests
-    from flora_jax.starcoder.checkpoint import describe, load_model
-    from flora_jax.starcoder.sources import resolve
-    from flora_jax.starcoder.tokenizer import load_tokenizer
 
     defaults = Defaults(max_tokens, temperature, top_k, top_p)
     if not 0 <= seed < 2**32:
@@ -85,11 +85,11 @@ def generate(
         defaults=defaults,
     )
     prepare_jax()
+    from flora_jax.models.transpose import for_decoding
     from flora_jax.platforms import platform
     from flora_jax.serve.engine import Engine
     from flora_jax.serve.generate import generate as complete
     from flora_jax.serve.options import EngineOptions
-    from flora_jax.starcoder.transpose import for_decoding
 
     loaded = load_model(
         directory, dtype_of(dtype), quantize=None if quantize == "none" else cast(Any, quantize)

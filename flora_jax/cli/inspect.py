@@ -18,7 +18,7 @@ def info(
     from rich.table import Table
     from rich.text import Text
 
-    from flora_jax.report import describe_rows
+    from flora_jax.cli.info_rows import describe_rows
 
     table = Table(show_header=False, box=None)
     for name, value in describe_rows(source(path)):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from flora_jax.evaluate.generate import Complete, Sampling
     from flora_jax.evaluate.generations import Generation
     from flora_jax.evaluate.problems import Problem
-    from flora_jax.evaluate.sandbox import Sandbox
+    from flora_jax.sandbox.sandbox import Sandbox
 
 Unsafe = Annotated[
     bool, typer.Option("--unsafe", help="Run programs without a sandbox, with your own rights.")
@@ -98,7 +98,7 @@ def multipl_e(
 ) -> None:
     """Completes problems, runs the programs against their tests and computes pass@k."""
     from flora_jax.evaluate.languages import LANGUAGES, select
-    from flora_jax.evaluate.sandbox import Sandbox
+    from flora_jax.sandbox.sandbox import Sandbox
 
     for name, number in (("workers", workers), ("limit", limit)):
         if number is not None and number < 1:
@@ -211,7 +211,7 @@ def _local(
     sampling: Sampling,
 ) -> tuple[Complete, dict[str, Any]]:
     """The engine, and what it is for the record; a model is loaded when it has to complete."""
-    from flora_jax.starcoder.sources import resolve
+    from flora_jax.checkpoints.sources import resolve
 
     rows = 16 if engine["batch_size"] is None else engine["batch_size"]
     if not 1 <= rows <= 256:

@@ -50,12 +50,12 @@ def plan(
     """Shows what fits on a GPU and how long a step takes there, modelled; with --compile the program."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Nothing runs, and no GPU is looked for.
     from flora_jax.adapters.model_adapter import match_targets
+    from flora_jax.checkpoints.describe import read_config
+    from flora_jax.checkpoints.sources import resolve
+    from flora_jax.models.starcoder.config import PRESETS
     from flora_jax.plan import summary
     from flora_jax.plan.cards import card
     from flora_jax.plan.setting import Setting
-    from flora_jax.starcoder.config import PRESETS
-    from flora_jax.starcoder.describe import read_config
-    from flora_jax.starcoder.sources import resolve
 
     wanted = card(gpu)
     if rank is None:

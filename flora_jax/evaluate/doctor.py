@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flora_jax.errors import InputError
 from flora_jax.evaluate import toolchains
 from flora_jax.evaluate.languages import LANGUAGES
-from flora_jax.evaluate.sandbox import Sandbox
+from flora_jax.sandbox.sandbox import Sandbox
 
 
 @dataclass(frozen=True)

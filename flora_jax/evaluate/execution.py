@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-from flora_jax.evaluate import supervise
-from flora_jax.evaluate.jsonl import Journal
 from flora_jax.evaluate.languages import (
     ARTEFACT,
     EXCEPTION,
@@ -28,7 +26,9 @@ from flora_jax.evaluate.languages import (
     TIMEOUT,
     Toolchain,
 )
-from flora_jax.evaluate.sandbox import Sandbox
+from flora_jax.jsonl import Journal
+from flora_jax.sandbox import supervise
+from flora_jax.sandbox.sandbox import Sandbox
 
 _ENDINGS = {"timeout": TIMEOUT, "output": OUTPUT_LIMIT, "memory": MEMORY_LIMIT}
 _TAIL = 500  # Characters of an error message that are kept.

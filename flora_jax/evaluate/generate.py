@@ -15,9 +15,9 @@ from typing import Any, Protocol
 
 from flora_jax.errors import InputError, RunError
 from flora_jax.evaluate.generations import Generation, parse, read_generations
-from flora_jax.evaluate.jsonl import Journal
 from flora_jax.evaluate.problems import Problem
 from flora_jax.files import whole_file
+from flora_jax.jsonl import Journal
 
 GENERATIONS, PARTIAL, SETTINGS = (
     "generations.jsonl",

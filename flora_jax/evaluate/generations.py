@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from flora_jax.errors import InputError
-from flora_jax.evaluate.jsonl import read_objects, text, texts
 from flora_jax.evaluate.languages import LANGUAGES
 from flora_jax.evaluate.problems import Problem
 from flora_jax.files import whole_directory
+from flora_jax.jsonl import read_objects, text, texts
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from flora_jax.checkpoints.checkpoint import describe, load_model
+from flora_jax.checkpoints.tokenizer import load_tokenizer
 from flora_jax.errors import InputError, RunError
 from flora_jax.evaluate.generate import Sampling
 from flora_jax.evaluate.generations import Generation
 from flora_jax.evaluate.problems import Problem
+from flora_jax.models.transpose import for_decoding
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Defaults, Request, RequestError, parse_request
-from flora_jax.starcoder.checkpoint import describe, load_model
-from flora_jax.starcoder.tokenizer import load_tokenizer
-from flora_jax.starcoder.transpose import for_decoding
 
 _STEP = 64  # The longest sequence is rounded up to it.
 

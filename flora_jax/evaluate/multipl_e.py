@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from flora_jax.errors import InputError
-from flora_jax.evaluate import supervise, toolchains
+from flora_jax.evaluate import toolchains
 from flora_jax.evaluate.execution import Memory, Progress, Task, cores, run_all
 from flora_jax.evaluate.generate import GENERATIONS, PARTIAL, SETTINGS
 from flora_jax.evaluate.generations import Generation
-from flora_jax.evaluate.jsonl import Journal
 from flora_jax.evaluate.languages import LANGUAGES
 from flora_jax.evaluate.results import Result, summarise
-from flora_jax.evaluate.sandbox import Sandbox
 from flora_jax.files import is_part, whole_file
+from flora_jax.jsonl import Journal
+from flora_jax.sandbox import supervise
+from flora_jax.sandbox.sandbox import Sandbox
 
 EXECUTIONS, RESULTS, SUMMARY, RUN = "executions.jsonl", "results.jsonl", "summary.json", "run.json"
 _OURS = {EXECUTIONS, RESULTS, SUMMARY, RUN, GENERATIONS, PARTIAL, SETTINGS}

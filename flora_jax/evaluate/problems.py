@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flora_jax.errors import InputError
-from flora_jax.evaluate.jsonl import read_objects, text, texts
+from flora_jax.jsonl import read_objects, text, texts
 
 DATASET = "nuprl/MultiPL-E"
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from flora_jax.errors import InputError, listing
 from flora_jax.evaluate import pass_at_k as metric
-from flora_jax.evaluate.jsonl import read_objects, text, texts
 from flora_jax.evaluate.languages import OK
+from flora_jax.jsonl import read_objects, text, texts
 
 KS = (1, 10, 100)
 

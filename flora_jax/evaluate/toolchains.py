@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from flora_jax.errors import InputError, listing
 from flora_jax.evaluate.execution import Task, execute
 from flora_jax.evaluate.languages import LANGUAGES, OK, Toolchain
-from flora_jax.evaluate.sandbox import Sandbox
+from flora_jax.sandbox.sandbox import Sandbox
 
 _SEARCH = ("sh", "-c", 'for p; do command -v "$p" || exit 1; done', "sh")
 _SECONDS = 30.0  # For saying a version; a busy machine's first start is slow.

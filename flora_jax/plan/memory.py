@@ -3,7 +3,7 @@
 Weights, cache (the whole state that steps take and return) and bank are exactly what the engine's trees
 add up to; a test compares them. Temporaries are the larger of the phases' own buffers, one layer at a
 time, of the largest decode and prefill programs: real programs, compiled, say it exactly. With several
-devices weights are split as :mod:`flora_jax.starcoder.sharding` has them, keys and values by their heads
+devices weights are split as :mod:`flora_jax.models.sharding` has them, keys and values by their heads
 where there are several, and the rest is whole on each. Knows nothing of time.
 """
 

@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters.bank import Count, Slots
-from flora_jax.adapters.quantized import Method
+from flora_jax.mixing.bank import Count, Slots
+from flora_jax.models.quantize import quantize_abstract
+from flora_jax.models.starcoder.model import Model, abstract_model
 from flora_jax.plan.setting import Setting
 from flora_jax.platforms import GPU
 from flora_jax.serve.ahead import abstract_device, lower_for
 from flora_jax.serve.dispatch import Device
 from flora_jax.serve.options import EngineOptions
-from flora_jax.starcoder.model import Model, abstract_model
-from flora_jax.starcoder.quantize import quantize_abstract
+from flora_jax.weights.quantized import Method
 
 _HLO_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int8": "s8", "uint8": "u8"}
 
@@ -33,11 +33,11 @@ class Residents:
         self._counts = {target: setting.count(target)[:2] for target in self.targets}
 
     def most(self, target: str) -> tuple[int, int]:
-        """See :class:`flora_jax.adapters.bank.Residents`."""
+        """See :class:`flora_jax.mixing.bank.Residents`."""
         return self._counts[target]
 
     def of(self, name: Any, target: str) -> Slots:
-        """See :class:`flora_jax.adapters.bank.Residents`."""
+        """See :class:`flora_jax.mixing.bank.Residents`."""
         multiplicative, additive = self._counts[target]
         return Slots(tuple(range(2, 2 + multiplicative)), tuple(range(1, 1 + additive)))
 

@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Mapping
 
 from flora_jax.errors import InputError
+from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.plan.cards import Card
 from flora_jax.platforms import GPU
-from flora_jax.starcoder.config import StarCoderConfig
 
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 KINDS = ("none", "flora", "lora", "ia3", "hira")

@@ -15,9 +15,9 @@ import itertools
 from collections.abc import Sequence as Many
 from typing import Any, NamedTuple
 
-from flora_jax.adapters.pairs import Form, padded_additive, padded_multiplicative
-from flora_jax.adapters.ragged import GROUP
 from flora_jax.errors import InputError
+from flora_jax.mixing.pairs import Form, padded_additive, padded_multiplicative
+from flora_jax.mixing.ragged import GROUP
 from flora_jax.plan import prompts, roofline
 from flora_jax.plan.programs import Residents, options_of
 from flora_jax.plan.setting import Setting

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters.bank import Count
+from flora_jax.mixing.bank import Count
+from flora_jax.models.starcoder.model import Model
 from flora_jax.platforms import Platform
 from flora_jax.serve.dispatch import Call, Device
 from flora_jax.serve.options import EngineOptions
@@ -22,7 +23,6 @@ from flora_jax.serve.packing import pack
 from flora_jax.serve.pool import AdapterPool
 from flora_jax.serve.programs import DecodeShape, Lattice, PrefillShape
 from flora_jax.serve.sampling import Draw
-from flora_jax.starcoder.model import Model
 
 
 class Program(NamedTuple):
@@ -102,7 +102,7 @@ def abstract_device(
     """A device with shapes in place of arrays: nothing is allocated, and its programs can be lowered.
 
     Args:
-        model: as of :func:`flora_jax.starcoder.model.abstract_model`.
+        model: as of :func:`flora_jax.models.starcoder.model.abstract_model`.
         options: the engine's.
         platform: whose choices the programs follow.
         most: by target the most components of one adapter.

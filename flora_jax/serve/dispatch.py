@@ -14,7 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flora_jax.adapters.pairs import Form, form, list_pairs, row_components
+from flora_jax.mixing.pairs import Form, form, list_pairs, row_components
+from flora_jax.models.attention import cudnn_refuses
+from flora_jax.models.attention_trial import fails_on_cache
+from flora_jax.models.cache import Paging
+from flora_jax.models.cached_attention import OTHERWISE, key_blocks
+from flora_jax.models.starcoder.model import Model, definition_of, leaves_of
 from flora_jax.platforms import Platform
 from flora_jax.serve import steps
 from flora_jax.serve.entries import list_entries
@@ -27,11 +32,6 @@ from flora_jax.serve.sampling import Draw
 from flora_jax.serve.scheduler import Sequence as Scheduled
 from flora_jax.serve.state import RESTING, Decoding, Entries, Prompts, Steps, init_state
 from flora_jax.serve.stream import Stream
-from flora_jax.starcoder.attention import cudnn_refuses
-from flora_jax.starcoder.attention_trial import fails_on_cache
-from flora_jax.starcoder.cache import Paging
-from flora_jax.starcoder.cached_attention import OTHERWISE, key_blocks
-from flora_jax.starcoder.model import Model, definition_of, leaves_of
 
 
 class Job(NamedTuple):

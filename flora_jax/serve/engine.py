@@ -15,8 +15,10 @@ from typing import Any
 
 import jax
 
-from flora_jax.adapters.bank import Prepared
 from flora_jax.errors import InputError, RunError
+from flora_jax.mixing.bank import Prepared
+from flora_jax.models.starcoder.model import Model
+from flora_jax.models.transpose import for_decoding
 from flora_jax.platforms import Platform
 from flora_jax.platforms import platform as platform_of
 from flora_jax.serve.ahead import compile_all
@@ -34,8 +36,6 @@ from flora_jax.serve.state import BROKEN
 from flora_jax.serve.stream import Stream
 from flora_jax.serve.updates import Stats, Update
 from flora_jax.serve.versions import Source, Version, version
-from flora_jax.starcoder.model import Model
-from flora_jax.starcoder.transpose import for_decoding
 
 
 class Engine:
@@ -43,7 +43,7 @@ class Engine:
 
     Args:
         model: the base. On a CPU a copy of its kernels is held by outputs, unless it comes from
-            :func:`~flora_jax.starcoder.transpose.for_decoding` already.
+            :func:`~flora_jax.models.transpose.for_decoding` already.
         adapters: in memory, or folders, by the names that requests use. All are read at once, and what
             they need bounds later ones too, unless ``options`` ask for more.
         tokenizer: a ``tokenizers.Tokenizer``; without one completions have no text.

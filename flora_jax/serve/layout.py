@@ -7,15 +7,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flora_jax.adapters.bank import Count, Prepared, most_of, room_for, sum_of
 from flora_jax.adapters.model_adapter import TARGETS, match_targets
 from flora_jax.errors import InputError
+from flora_jax.mixing.bank import Count, Prepared, most_of, room_for, sum_of
+from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.pool import AdapterPool
 from flora_jax.serve.request import MAX_STOP_TOKENS
 from flora_jax.serve.state import MAX_STOPS
 from flora_jax.serve.versions import Version
-from flora_jax.starcoder.config import StarCoderConfig
 
 
 def longest_sequence(config: StarCoderConfig, options: EngineOptions) -> int:

@@ -17,7 +17,8 @@ from typing import Any
 
 import jax
 
-from flora_jax.adapters.bank import (
+from flora_jax.errors import InputError
+from flora_jax.mixing.bank import (
     BASE,
     RESERVED,
     Count,
@@ -28,11 +29,10 @@ from flora_jax.adapters.bank import (
     room_for,
     write,
 )
-from flora_jax.errors import InputError
+from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.serve.scheduler import Admission
 from flora_jax.serve.versions import Source, Version
 from flora_jax.serve.versions import version as version_of
-from flora_jax.starcoder.config import StarCoderConfig
 
 # Numbers of slots by target and side (multiplicative, additive, bias), none of them 0.
 Held = collections.Counter[tuple[str, int]]

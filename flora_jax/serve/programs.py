@@ -9,8 +9,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from flora_jax.adapters.bank import Residents
-from flora_jax.adapters.pairs import (
+from flora_jax.mixing.bank import Residents
+from flora_jax.mixing.pairs import (
     BASE_FORM,
     Form,
     Groups,

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.adapters.ragged import Pairs, RowComponents
+from flora_jax.mixing.ragged import Pairs, RowComponents
+from flora_jax.models.cache import Cache, Paging, init_cache
+from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.serve.sampling import Sampling
-from flora_jax.starcoder.cache import Cache, Paging, init_cache
-from flora_jax.starcoder.config import StarCoderConfig
 
 MAX_STOPS = 16
 # In place of a token: nothing was drawn, or nothing could be.

@@ -19,14 +19,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.adapters.product import rounding_others
-from flora_jax.adapters.ragged import BankLayers, ragged_hooks, row_wise_hooks
+from flora_jax.mixing.ragged import BankLayers, ragged_hooks, row_wise_hooks
+from flora_jax.models.cache import NOWHERE, Cache, LayerCache, Paging
+from flora_jax.models.starcoder.model import Definition, StarCoder
 from flora_jax.platforms import Platform
 from flora_jax.serve.packing import Packed
 from flora_jax.serve.sampling import Draw, sample
 from flora_jax.serve.state import BROKEN, RESTING, Decoding, Entries, Prompts, Rows, Steps
-from flora_jax.starcoder.cache import NOWHERE, Cache, LayerCache, Paging
-from flora_jax.starcoder.model import Definition, StarCoder
+from flora_jax.weights.product import rounding_others
 
 Leaves = Sequence[jax.Array]
 Hooks = Sequence[dict[str, Any]]

@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from flora_jax.adapters.bank import Prepared, prepare
 from flora_jax.adapters.model_adapter import ModelAdapter
-from flora_jax.adapters.peft_io import read_adapter
 from flora_jax.errors import InputError
-from flora_jax.starcoder.config import StarCoderConfig
+from flora_jax.mixing.bank import Prepared, prepare
+from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.peft.read import read_adapter
 
 Source = ModelAdapter | Path | str
 

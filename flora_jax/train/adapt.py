@@ -18,18 +18,18 @@ import optax
 from flax import nnx
 
 from flora_jax.adapters import FLoRA
-from flora_jax.adapters.grouped import grouped_hooks
-from flora_jax.adapters.product import rounding_others
-from flora_jax.starcoder.model import Remat, StarCoder
-from flora_jax.train.data import Batch
+from flora_jax.mixing.grouped import grouped_hooks
+from flora_jax.models.starcoder.model import Remat, StarCoder
+from flora_jax.train.data.packing import Batch
 from flora_jax.train.loss import HeadChunks, frozen_head_nll, token_scores
 from flora_jax.train.step import TrainState
+from flora_jax.weights.product import rounding_others
 
 
 class GroupedBatch(NamedTuple):
     """Rows ``b`` of each of ``N`` adapters: ``tokens [b, N, T + 1]``, the others ``[b, N, T]``.
 
-    Integers are int32, ``mask`` is float32; see :class:`flora_jax.train.data.Batch`.
+    Integers are int32, ``mask`` is float32; see :class:`flora_jax.train.data.packing.Batch`.
     """
 
     tokens: Any
@@ -60,7 +60,7 @@ class StepOptions:
         accumulate: splits every adapter's rows into so many parts, run one after another.
         remat: what of a block is computed anew in the backward pass.
         dropout: of LoRA's inputs.
-        attention: a name of :data:`flora_jax.starcoder.attention.IMPLEMENTATIONS`.
+        attention: a name of :data:`flora_jax.models.attention.IMPLEMENTATIONS`.
         rounded: projections give the activations' dtype at once, where their kind allows it.
         head: the chunks of the loss.
     """

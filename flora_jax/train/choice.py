@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from flora_jax.models.attention import cudnn_refuses
+from flora_jax.models.attention_trial import fails
+from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.platforms import platform
-from flora_jax.starcoder.attention import cudnn_refuses
-from flora_jax.starcoder.attention_trial import fails
-from flora_jax.starcoder.config import StarCoderConfig
 from flora_jax.train.adapt import StepOptions
 from flora_jax.train.loss import HeadChunks
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from flora_jax.errors import InputError
 from flora_jax.files import is_part, require_new, whole_file
-from flora_jax.train.data import PackedTokens
+from flora_jax.train.data.packing import PackedTokens
 from flora_jax.train.options import TrainOptions, read_file
 
 CONFIG, DATA = "config.json", "data.json"

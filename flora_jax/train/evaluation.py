@@ -12,7 +12,7 @@ import numpy as np
 
 from flora_jax.errors import RunError
 from flora_jax.train.adapt import GroupedBatch, Scores, group
-from flora_jax.train.data import Batch, PackedTokens
+from flora_jax.train.data.packing import Batch, PackedTokens
 from flora_jax.train.loss import bits_per_byte
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from flora_jax.adapters.model_adapter import ModelAdapter
-from flora_jax.adapters.peft_write import write_adapter
 from flora_jax.files import whole_path
+from flora_jax.peft.write import write_adapter
 from flora_jax.train.options import TrainOptions
 
 _CARD = """# {name}: {kind} of rank {rank} for {model}

@@ -18,12 +18,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, match_targets
+from flora_jax.checkpoints.checkpoint import describe, load_model
+from flora_jax.checkpoints.sources import resolve
+from flora_jax.checkpoints.tokenizer import load_tokenizer
 from flora_jax.errors import InputError
-from flora_jax.starcoder.checkpoint import describe, load_model
-from flora_jax.starcoder.config import StarCoderConfig
-from flora_jax.starcoder.sharding import make_mesh
-from flora_jax.starcoder.sources import resolve
-from flora_jax.starcoder.tokenizer import load_tokenizer
+from flora_jax.models.sharding import make_mesh
+from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.train.adapt import (
     GroupedBatch,
     StepOptions,
@@ -34,6 +34,7 @@ from flora_jax.train.adapt import (
     make_scorer,
 )
 from flora_jax.train.choice import choose
+from flora_jax.train.data.tokens import piece_bytes, tokenize, tokenizing
 from flora_jax.train.directory import (
     check_directory,
     claim_directory,
@@ -45,7 +46,6 @@ from flora_jax.train.loop import LoopOptions, run_loop
 from flora_jax.train.options import TrainOptions
 from flora_jax.train.results import write_results
 from flora_jax.train.step import warmup_then
-from flora_jax.train.tokens import piece_bytes, tokenize, tokenizing
 
 
 def train(

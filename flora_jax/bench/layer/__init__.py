@@ -1,0 +1,1 @@
+"""What one adapted projection costs, and the paper's Eq. 7."""

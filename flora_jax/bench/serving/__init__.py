@@ -1,0 +1,1 @@
+"""What the engine costs under a load of requests."""

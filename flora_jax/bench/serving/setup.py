@@ -1,0 +1,313 @@
+"""What a serving benchmark runs: a base model, random adapters, and an engine that is warmed up."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from flora_jax.adapters.model_adapter import (
+    ModelAdapter,
+    init_adapter,
+    match_targets,
+    randomise,
+)
+from flora_jax.bench.serving.drive import run_latency, run_throughput
+from flora_jax.bench.serving.workload import Workload, WorkloadOptions, longest, make_workload
+from flora_jax.checkpoints.checkpoint import describe, load_model
+from flora_jax.checkpoints.sources import resolve
+from flora_jax.errors import InputError, RunError
+from flora_jax.models.starcoder.config import PRESETS, StarCoderConfig
+from flora_jax.models.starcoder.model import Model, init_model
+from flora_jax.models.transpose import for_decoding
+from flora_jax.serve.engine import Engine
+from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.request import Request
+
+KINDS = ("flora", "lora", "ia3", "hira", "none", "sequential", "unmerged")
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """What a line of the results is about: adapters of a kind and rank on some projections.
+
+    "none" is the base alone. "sequential" is the paper's other baseline, adapters served one after
+    another: FLoRA adapters, of which the engine runs one at a time, with all of its requests that have
+    arrived; if every request has its own, that is a batch of one. The adapter stays factored, as the
+    engine serves it: a server that merges each into a copy of the weights instead saves the factors'
+    cost (at rank 1 none) and pays for the merge, which is another pass over all weights a request.
+    "unmerged" is FLoRA by the paper's formula (Eq. 6) in prompts too, where the engine builds ``W_i``.
+
+    Raises:
+        InputError: an unknown kind or target, or a rank that the kind cannot have.
+    """
+
+    kind: str
+    rank: int = 1
+    targets: tuple[str, ...] = ("c_attn",)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"--kind is {self.kind!r}, expected one of {', '.join(KINDS)}")
+        fixed = {"none": 0, "ia3": 1}.get(self.kind)
+        if self.rank < 1 if fixed is None else self.rank != fixed:
+            expected = "at least 1" if fixed is None else f"{fixed} with --kind {self.kind}"
+            raise InputError(f"--rank is {self.rank}, expected {expected}")
+        match_targets(self.targets)
+
+    @property
+    def adapter_kind(self) -> str | None:
+        return {"none": None, "sequential": "flora", "unmerged": "flora"}.get(self.kind, self.kind)
+
+
+class Base(NamedTuple):
+    """A model's configuration before it is loaded; ``directory`` is ``None`` for random weights."""
+
+    name: str
+    config: StarCoderConfig
+    directory: Path | None
+
+
+def find_base(model: str | None, preset: str | None) -> Base:
+    """The base that is meant, nothing loaded yet.
+
+    Raises:
+        InputError: not exactly one of both is given, an unknown preset, or no checkpoint.
+    """
+    if (model is None) == (preset is None):
+        raise InputError(f"MODEL is {model}, --preset is {preset}, expected exactly one of them")
+    if preset is not None:
+        if preset not in PRESETS:
+            raise InputError(f"--preset is {preset!r}, expected one of {', '.join(PRESETS)}")
+        return Base(preset, PRESETS[preset], None)
+    directory = resolve(str(model))
+    return Base(directory.name, describe(directory).config, directory)
+
+
+def plan_workload(base: Base, options: WorkloadOptions, adapted: bool) -> tuple[Workload, Base]:
+    """The workload, and the base with room for its longest request.
+
+    A preset gets as many positions as it needs, since its weights are random anyway.
+
+    Raises:
+        InputError: a request longer than a checkpoint's context; see also ``make_workload``.
+    """
+    config = base.config
+    workload = make_workload(options, config.vocab_size, config.eos_token_ids, adapted)
+    most = longest(workload.requests)
+    if most > config.n_positions:
+        if base.directory is not None:
+            raise InputError(
+                f"--max-total is {options.max_total}, and the longest request has {most} tokens, "
+                f"expected at most the {config.n_positions} positions of {base.directory}"
+            )
+        base = base._replace(config=dataclasses.replace(config, n_positions=most))
+    return workload, base
+
+
+def load_base(base: Base, dtype: str | None, seed: int = 0) -> Model:
+    """The checkpoint in ``dtype`` (``None``: its own), or random weights (``None``: float32)."""
+    if base.directory is not None:
+        return for_decoding(load_model(base.directory, dtype), consume=True)
+    return for_decoding(init_model(base.config, seed, dtype or "float32"), consume=True)
+
+
+def make_adapters(
+    config: StarCoderConfig,
+    contender: Contender,
+    names: Sequence[str],
+    seed: int = 0,
+    contents: int | None = None,
+) -> dict[str, ModelAdapter]:
+    """Random adapters far from the identity, a different one for every name; none for "none".
+
+    With ``contents`` they repeat after so many, and share memory: no product takes longer or shorter for
+    that, and each name is loaded by itself all the same.
+    """
+    if contender.adapter_kind is None:
+        return {}
+    fresh = init_adapter(
+        jax.random.key(seed), contender.adapter_kind, config.projections(), config.n_layer,
+        rank=contender.rank, targets=match_targets(contender.targets),
+    )  # fmt: skip
+    made = [
+        randomise(fresh, seed + number) for number in range(min(len(names), contents or len(names)))
+    ]
+    return {name: made[number % len(made)] for number, name in enumerate(names)}
+
+
+def start_engine(
+    model: Model,
+    adapters: Mapping[str, ModelAdapter],
+    options: EngineOptions,
+    on_compile: Progress | None = None,
+) -> Engine:
+    """An engine that has compiled everything.
+
+    All adapters lie on the device already, unless ``resident_adapters`` says that there is room for
+    fewer: then it starts without any there, and loads them as they are asked for.
+    """
+    names = list(adapters)
+    first = names[: options.resident_adapters]
+    engine = Engine(model, {name: adapters[name] for name in first}, options=options)
+    for name in names[len(first) :]:
+        engine.pool.register(name, adapters[name])
+    engine.warm_up(on_compile)
+    if options.resident_adapters is None:
+        for name in names:
+            preload(engine, name)
+    return engine
+
+
+def preload(engine: Engine, name: str) -> None:
+    """Writes an adapter into the device's bank, as its first request would."""
+    version = engine.pool.current(name)
+    while (found := engine.pool.acquire(version)) != "ready":
+        if found == "full":
+            raise RunError(f"no room on the device for adapter {name!r}, expected room for all")
+        engine.pool.wait([version])
+    engine.pool.release(version)
+
+
+def rehearse(engine: Engine, requests: Sequence[Request]) -> None:
+    """Runs the first two requests for some tokens, untimed: a first run touches memory anew."""
+    for request in requests[:2]:
+        engine.add(dataclasses.replace(request, max_tokens=min(4, request.max_tokens)))
+    while engine.has_work:
+        engine.step()
+
+
+@contextmanager
+def running(
+    model: Model,
+    contender: Contender,
+    workload: Workload,
+    options: EngineOptions,
+    seed: int = 0,
+    on_compile: Progress | None = None,
+) -> Iterator[tuple[Engine, dict[str, Any]]]:
+    """A rehearsed engine for a contender, closed at the end, and the beginning of its result line.
+
+    With ``resident_adapters`` there are no more different contents than that: a thousand adapters of a
+    large model would fill the host.
+    """
+    names, resident = workload.adapters, options.resident_adapters
+    adapters = make_adapters(model.config, contender, names, seed, resident)
+    if contender.kind == "unmerged":
+        options = dataclasses.replace(options, merge_prompts=False)
+    began = time.perf_counter()
+    engine = start_engine(model, adapters, options, on_compile)
+    try:
+        rehearse(engine, workload.requests)
+        line = {
+            "kind": contender.kind,
+            "rank": contender.rank,
+            "targets": list(contender.targets) if adapters else [],
+            "adapters": len({request.adapter for request in workload.requests} - {None}),
+            "adapter_bytes": next(iter(adapters.values())).bytes() if adapters else 0,
+            "merge_prompts": options.merge_prompts,
+            "warm_up_s": time.perf_counter() - began,
+        }
+        yield engine, line
+    finally:
+        engine.close()
+
+
+def measure(
+    benchmark: str,
+    model: Model,
+    contender: Contender,
+    workload: Workload,
+    options: EngineOptions,
+    seed: int = 0,
+    on_compile: Progress | None = None,
+    on_end: Callable[[], None] = lambda: None,
+    **asked: Any,
+) -> dict[str, Any]:
+    """One result line of "throughput" or "latency"; ``asked`` goes to ``run_latency``.
+
+    Raises:
+        InputError: options that no engine can have.
+        RunError: no request completed.
+    """
+    one = contender.kind == "sequential"
+    with running(model, contender, workload, options, seed, on_compile) as (engine, line):
+        requests = workload.requests
+        if benchmark == "throughput":
+            found = run_throughput(engine, requests, one_adapter_at_a_time=one, on_end=on_end)
+        else:
+            found = run_latency(
+                engine, requests, workload.arrivals_s, one_adapter_at_a_time=one, on_end=on_end,
+                **asked,
+            )  # fmt: skip
+    return line | found
+
+
+def engine_options(requests: Sequence[Request], **given: Any) -> EngineOptions:
+    """The engine's options, with room for the longest request in every row; ``None`` is a default.
+
+    Raises:
+        InputError: options that no engine can have.
+    """
+    values = {name: value for name, value in given.items() if value is not None}
+    return EngineOptions(**({"max_model_len": longest(requests)} | values))
+
+
+@contextmanager
+def bars(what: str, requests: int) -> Iterator[tuple[Progress, Callable[[], None]]]:
+    """Two bars on standard error, gone at the end: programs compiled, and requests that ended."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+    from rich.progress import Progress as Rich
+
+    columns = [*Rich.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()]
+    with Rich(*columns, console=Console(stderr=True), transient=True) as shown:
+        compiling = shown.add_task(f"{what}: compile", total=None)
+        serving = shown.add_task(f"{what}: requests", total=requests)
+        yield (
+            lambda name, done, total: shown.update(
+                compiling, completed=done, total=total, description=f"{what}: compiled {name}"
+            ),
+            lambda: shown.advance(serving),
+        )
+
+
+def arrival_fields(options: WorkloadOptions) -> dict[str, Any]:
+    """How requests arrived, under vLLM's names."""
+    raw = options.to_dict()
+    return {name: raw[name] for name in ("request_rate", "burstiness")}
+
+
+def describe_run(
+    benchmark: str,
+    base: Base,
+    model: Model,
+    options: WorkloadOptions,
+    workload: Workload,
+    engine: EngineOptions,
+) -> dict[str, Any]:
+    """What a result file says beside its lines."""
+    requests = workload.requests
+    lengths = {
+        "mean_input_tokens": sum(len(request.token_ids) for request in requests) / len(requests),
+        "mean_output_tokens": sum(request.max_tokens for request in requests) / len(requests),
+        "longest": longest(requests),
+    }
+    if workload.file_rows is not None:
+        read, kept = workload.file_rows
+        lengths |= {"lengths_rows": read, "lengths_rows_kept": kept}
+    return {
+        "benchmark": benchmark,
+        "model": base.name,
+        "weights": "random" if base.directory is None else "checkpoint",
+        "positions": base.config.n_positions,
+        "dtype": str(jax.tree.leaves(model.params["wte"])[0].dtype),
+        "workload": options.to_dict() | lengths,
+        "engine": dataclasses.asdict(engine),
+    }

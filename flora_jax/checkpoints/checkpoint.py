@@ -1,0 +1,245 @@
+"""Checkpoints of a StarCoder: read from and written to Hugging Face's files or our orbax directories.
+
+A directory of ours has config.json as Hugging Face's, the marker flora_jax.json, and the parameters in
+``params/`` (orbax). Knows nothing of the forward pass or of tokenizers, whose files it only copies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from flora_jax.checkpoints import orbax_io
+from flora_jax.checkpoints.describe import (
+    DTYPES,
+    MARKER,
+    VERSION,
+    Description,
+    Source,
+    describe,
+    is_ours,
+    parameter_dtype,
+    read_config,
+)
+from flora_jax.checkpoints.match import match_tensors
+from flora_jax.checkpoints.sources import copy_companions, resolve
+from flora_jax.checkpoints.tensor_files import (
+    FLOATS,
+    CheckpointError,
+    read_array,
+    stored_dtype,
+    stored_tensors,
+    write_safetensors,
+)
+from flora_jax.files import whole_directory
+from flora_jax.models.quantize import quantize_abstract, quantizer
+from flora_jax.models.sharding import named_leaves
+from flora_jax.models.sharding import shardings as mesh_shardings
+from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.starcoder.model import Model, abstract_model
+from flora_jax.models.starcoder.names import HFTensor, hf_tensors
+from flora_jax.weights.product import explicit
+from flora_jax.weights.quantized import Method, Quantized
+from flora_jax.weights.transposed import Transposed
+
+__all__ = ["CheckpointError", "Description", "describe", "load_model", "save_hf", "save_orbax"]
+
+
+def load_model(
+    source: Source,
+    dtype: Any = None,
+    *,
+    quantize: Method | None = None,
+    mesh: Mesh | None = None,
+    shardings: Any = None,
+) -> Model:
+    """The model of a Hugging Face directory, a directory of :func:`save_orbax`, or a hub id.
+
+    Tensors are read, cast and placed one at a time, the largest first, so that the process holds
+    little more than the model itself.
+
+    Args:
+        source: where the checkpoint is.
+        dtype: of all parameters: float32, bfloat16 or float16; None for config.json's.
+        quantize: "int8" or "int4" quantises the projections' kernels as they are read, from the
+            precision in which they are stored (:mod:`flora_jax.models.quantize`).
+        mesh: places every parameter by :func:`flora_jax.models.sharding.shardings`.
+        shardings: instead of ``mesh``, a tree like ``Model.params`` with a sharding at every leaf.
+
+    Raises:
+        CheckpointError: not a checkpoint; another architecture; a damaged file; tensors missing,
+            unexpected, mis-shaped or not floating point; values too large for ``dtype``.
+        InputError: ``quantize`` is another word, or int4 cannot take a kernel's number of inputs.
+    """
+    if quantize not in (None, *get_args(Method)):
+        raise CheckpointError(f"quantize is {quantize!r}, expected 'int8', 'int4' or None")
+    directory = resolve(source)
+    config = read_config(directory)
+    wanted = parameter_dtype(dtype, config)
+    dense = abstract_model(config, wanted)
+    abstract = dense if quantize is None else quantize_abstract(dense, quantize)
+    if mesh is not None:
+        if shardings is not None:
+            raise CheckpointError("load_model: mesh and shardings are both given, expected one")
+        shardings = mesh_shardings(abstract, mesh)
+    leaves, structure = named_leaves(abstract.params)
+    placed = dict(zip(leaves, _places(shardings), strict=True)) if shardings else {}
+    convert = {
+        path: quantizer(leaf.method, leaf.dtype.name, placed.get(path))
+        for path, leaf in leaves.items()
+        if isinstance(leaf, Quantized)
+    }
+    # A weight lies where its values will, until it is quantised.
+    first = {path: at.values if path in convert else at for path, at in placed.items()}
+    if is_ours(directory):
+        device = SingleDeviceSharding(jax.local_devices()[0])
+        arrays = orbax_io.restore_params(
+            directory / "params",
+            {path: leaf.shape for path, leaf in leaves.items()},
+            wanted,
+            first or dict.fromkeys(leaves, device),
+            convert,
+        )
+    else:
+        arrays = _load_hf(directory, config, wanted, first, convert)
+    params = jax.tree.unflatten(structure, [arrays[path] for path in leaves])
+    return Model(config, abstract.graph, params)
+
+
+def _places(shardings: Any) -> list[Any]:
+    return jax.tree.leaves(shardings, is_leaf=lambda place: isinstance(place, Quantized))
+
+
+def _load_hf(
+    directory: Path,
+    config: StarCoderConfig,
+    dtype: np.dtype,
+    placed: Mapping[str, Any],
+    convert: Mapping[str, Callable[[jax.Array], Any]],
+) -> dict[str, Any]:
+    table = hf_tensors(config)
+    stored = match_tensors(directory, stored_tensors(directory), config)
+
+    def load(path: str) -> Any:
+        own = stored_dtype(stored[path].dtype) if path in convert else dtype
+        host = read_array(stored[path], own, table[path].transposed)
+        array = jax.device_put(host, placed.get(path))
+        # A transfer still under way would keep the host's copy beside the next one's.
+        return jax.block_until_ready(convert[path](array) if path in convert else array)
+
+    by_size = sorted(table, key=lambda path: -math.prod(table[path].shape))
+    return {path: load(path) for path in by_size}
+
+
+def save_hf(
+    model: Model,
+    directory: Source,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    companions: Source | None = None,
+) -> None:
+    """Writes config.json and safetensors as transformers does, in the parameters' dtype.
+
+    Args:
+        model: to be written.
+        directory: is new or empty, and appears only when all is written.
+        max_shard_bytes: beyond these, several files and an index; a larger tensor has its own file.
+        companions: a directory whose tokenizer files and generation_config.json are copied along.
+
+    Raises:
+        CheckpointError: ``directory`` is not empty, or the parameters are not those of the config.
+    """
+    leaves = _checked_leaves(model)
+    table = hf_tensors(model.config)
+    shards: list[list[str]] = [[]]
+    size = 0
+    for path in table:
+        if shards[-1] and size + leaves[path].nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(path)
+        size += leaves[path].nbytes
+    names = [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    with whole_directory(directory) as part:
+        for name, paths in zip(names, shards):
+            entries = [_entry(table[path], leaves[path]) for path in paths]
+            write_safetensors(part / name, entries)
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(leaves[path].nbytes for path in table)},
+                "weight_map": {
+                    table[path].name: name for name, paths in zip(names, shards) for path in paths
+                },
+            }
+            _write_json(part / "model.safetensors.index.json", index)
+        _write_config(model, part)
+        copy_companions(companions, part)
+
+
+def _entry(
+    wanted: HFTensor, leaf: jax.Array
+) -> tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]:
+    def get() -> np.ndarray:
+        host = np.asarray(leaf)
+        return host.T if wanted.transposed else host
+
+    return wanted.name, wanted.shape, np.dtype(leaf.dtype), get
+
+
+def save_orbax(model: Model, directory: Source, *, companions: Source | None = None) -> None:
+    """Writes a directory that :func:`load_model` restores straight into a dtype and a sharding.
+
+    ``directory`` is new or empty, and appears only when all is written; the tokenizer files and
+    generation_config.json of the directory ``companions`` are copied along.
+
+    Raises:
+        CheckpointError: ``directory`` is not empty, or the parameters are not those of the config.
+    """
+    leaves = _checked_leaves(model)
+    with whole_directory(directory) as part:
+        orbax_io.save_params(leaves, part / "params")
+        _write_config(model, part)
+        _write_json(part / MARKER, {"format": "flora_jax", "version": VERSION})
+        copy_companions(companions, part)
+
+
+def _checked_leaves(model: Model) -> dict[str, jax.Array]:
+    leaves, _ = named_leaves(model.params)
+    leaves = {p: explicit(v) if isinstance(v, Transposed) else v for p, v in leaves.items()}
+    expected = {
+        path: tensor.shape[::-1] if tensor.transposed else tensor.shape
+        for path, tensor in hf_tensors(model.config).items()
+    }
+    for path in expected.keys() | leaves.keys():
+        leaf = leaves.get(path)
+        if isinstance(leaf, Quantized):
+            raise CheckpointError(
+                f"save: parameter {path} is {leaf.method}, expected full precision"
+            )
+        found = None if leaf is None else (leaf.shape, np.dtype(leaf.dtype))
+        if found is None or found[0] != expected.get(path) or found[1] not in FLOATS[:3]:
+            seen = "missing" if found is None else f"{found[1]} of shape {found[0]}"
+            raise CheckpointError(
+                f"save: parameter {path} is {seen}, expected {' or '.join(DTYPES)} of shape "
+                f"{expected.get(path)}"
+            )
+    return leaves
+
+
+def _write_config(model: Model, directory: Path) -> None:
+    leaves, _ = named_leaves(model.params)
+    config = dataclasses.replace(model.config, dtype=np.dtype(leaves["wte.embedding"].dtype).name)
+    _write_json(directory / "config.json", config.to_dict())
+
+
+def _write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n")

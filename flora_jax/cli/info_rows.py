@@ -1,0 +1,59 @@
+"""What a checkpoint or an adapter folder is, as rows of text for ``flora-jax info``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+Row = tuple[str, str]
+# As safetensors and as the rest of the program name them.
+_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+def describe_rows(path: str) -> Iterator[Row]:
+    """Name and value of each fact about a model or, where adapter_config.json is, an adapter.
+
+    Raises:
+        ValueError: it is neither, or damaged.
+    """
+    if (Path(path) / "adapter_config.json").exists():
+        yield from _adapter_rows(path)
+    else:
+        yield from _model_rows(path)
+
+
+def _model_rows(path: str) -> Iterator[Row]:
+    from flora_jax.checkpoints.checkpoint import describe
+    from flora_jax.checkpoints.tokenizer import load_tokenizer
+    from flora_jax.models.cache import cache_bytes_per_token
+
+    found = describe(path)
+    config = found.config
+    heads = "multi-query" if config.multi_query else "multi-head"
+    yield "model", f"GPTBigCode (StarCoder), {found.format}"
+    yield "parameters", f"{found.parameters:,}"
+    yield "bytes", f"{found.bytes:,} as {config.dtype}"
+    yield "layers", f"{config.n_layer} x {config.n_embd} wide, {config.n_head} heads, {heads}"
+    yield "context", f"{config.n_positions:,} positions"
+    yield "vocabulary", f"{config.vocab_size:,}"
+    yield "cache", f"{cache_bytes_per_token(config, config.dtype):,} bytes a token"
+    if found.format != "hub":
+        tokenizer = load_tokenizer(Path(path), config.vocab_size)
+        yield "tokenizer", "none" if tokenizer is None else f"{tokenizer.get_vocab_size():,} pieces"
+    for target, (inputs, outputs) in config.projections().items():
+        yield f"target {target}", f"{inputs:,} -> {outputs:,}"
+
+
+def _adapter_rows(path: str) -> Iterator[Row]:
+    from flora_jax.peft.read import describe_adapter
+
+    found = describe_adapter(path)
+    yield "adapter", found.kind + (f", reduction {found.reduction}" if found.reduction else "")
+    yield "base", found.base_model_name_or_path or "not named"
+    yield "parameters", f"{found.parameters:,}"
+    yield "bytes", f"{found.bytes:,} as {', '.join(_DTYPES[name] for name in found.dtypes)}"
+    yield "layers", ", ".join(map(str, found.layers))
+    for target in found.targets:
+        ranks = ", ".join(map(str, found.ranks[target]))
+        inputs, outputs = ("?" if side is None else f"{side:,}" for side in found.widths[target])
+        yield f"target {target}", f"rank {ranks}, {inputs} -> {outputs}"

@@ -1,0 +1,1 @@
+"""What the families of models share: attention, key/value cache, sharding, quantisation."""

@@ -1,0 +1,201 @@
+"""Attention over the paged cache, in one implementation for every way that a platform wants it.
+
+All of them see the cached positions up to each token's own and give ``[B, T, D]`` in the queries' dtype.
+What stands in a page from an earlier owner never reaches a result, not even multiplied by zero (it could
+be NaN). ``Paging.attention`` names the one to use. Knows nothing of parameters, adapters or platforms.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.models.attention import queries_as_rows, rows_as_tokens, softmax_options
+from flora_jax.models.cache import LayerCache, Paging
+from flora_jax.models.starcoder.config import StarCoderConfig
+
+# Positions of one step over a cached row's keys. Fixed, and longer rows take more steps, so that what a
+# row sees is added up in the same order whatever the longest row of its batch is.
+KEY_BLOCK = 128
+
+
+def attend_cached(
+    q_BTHK: jax.Array,
+    cache: LayerCache,
+    paging: Paging,
+    positions_BT: jax.Array,
+    config: StarCoderConfig,
+) -> jax.Array:
+    """Attention over cached positions up to each token's own, ``[B, T, D]`` in the queries' dtype.
+
+    Raises:
+        KeyError: ``paging.attention`` names no implementation.
+    """
+    return IMPLEMENTATIONS[paging.attention](q_BTHK, cache, paging, positions_BT, config)
+
+
+def _loop(
+    q_BTHK: jax.Array,
+    cache: LayerCache,
+    paging: Paging,
+    positions_BT: jax.Array,
+    config: StarCoderConfig,
+) -> jax.Array:
+    """Keys in blocks of :data:`KEY_BLOCK` positions with a running maximum and sum.
+
+    Memory does not grow with the length, and a block behind a row's last position changes none of the
+    row's bits. Right for a CPU; a GPU pays nine kernels for every block.
+    """
+    batch, length, heads, head_dim = q_BTHK.shape
+    page, groups = cache.k_LSGK.shape[1:3]
+    dtype = q_BTHK.dtype
+    wide, scale, late = softmax_options(dtype, config)
+    q_BGXK = queries_as_rows(q_BTHK, groups, 1.0 if late else scale)
+    width = paging.table_BM.shape[1]
+    pages = min(width, _block_pages(page))
+    blocks = -(-width // pages)
+    table_BM = jnp.pad(
+        paging.table_BM,
+        ((0, 0), (0, blocks * pages - width)),
+        constant_values=cache.k_LSGK.shape[0],
+    )
+    last_B = jnp.max(positions_BT, axis=1)
+
+    def step(number: int | jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        most_BGX, sum_BGX, out_BGXK = carry
+        start = jnp.asarray(number, jnp.int32) * pages
+        k_BSGK, v_BSGK = cache.read(jax.lax.dynamic_slice_in_dim(table_BM, start, pages, axis=1))
+        at_S = start * page + jnp.arange(pages * page)
+        v_BSGK = jnp.where((at_S[None] <= last_B[:, None])[:, :, None, None], v_BSGK, 0)
+        scores = jnp.einsum("bgxk,bsgk->bgxs", q_BGXK, k_BSGK, preferred_element_type=wide)
+        if late:
+            scores = scores * scale
+        seen_B1XS = _seen_by_rows(at_S, positions_BT, heads // groups)
+        scores = jnp.where(seen_B1XS, scores.astype(jnp.float32), -jnp.inf)
+        new_BGX = jnp.maximum(most_BGX, jnp.max(scores, axis=-1))
+        share_BGXS = jnp.exp(scores - new_BGX[..., None])
+        kept_BGX = jnp.exp(most_BGX - new_BGX)
+        mixed_BGXK = jnp.einsum(
+            "bgxs,bsgk->bgxk", share_BGXS.astype(dtype), v_BSGK, preferred_element_type=jnp.float32
+        )
+        return (
+            new_BGX,
+            sum_BGX * kept_BGX + jnp.sum(share_BGXS, axis=-1),
+            out_BGXK * kept_BGX[..., None] + mixed_BGXK,
+        )
+
+    rows = (batch, groups, q_BGXK.shape[2])
+    carry: tuple[jax.Array, ...] = (
+        # Finite, so that a token that sees nothing stays finite too.
+        jnp.full(rows, jnp.finfo(jnp.float32).min),
+        jnp.zeros(rows),
+        jnp.zeros((*rows, head_dim)),
+    )
+    if blocks == 1:
+        carry = step(0, carry)
+    else:
+        looked_at = blocks if paging.blocks is None else jnp.minimum(paging.blocks, blocks)
+        carry = jax.lax.fori_loop(0, looked_at, step, carry)
+    _, sum_BGX, out_BGXK = carry
+    out_BGXK = out_BGXK / jnp.maximum(sum_BGX, jnp.finfo(jnp.float32).tiny)[..., None]
+    return rows_as_tokens(out_BGXK.astype(dtype), length)
+
+
+def _gather(
+    q_BTHK: jax.Array,
+    cache: LayerCache,
+    paging: Paging,
+    positions_BT: jax.Array,
+    config: StarCoderConfig,
+) -> jax.Array:
+    """The whole table's positions in one gather, two batched products and a float32 softmax.
+
+    A constant number of kernels whatever the length, so a GPU puts a step into one graph. The scores of
+    all positions are in memory, and a row's bits follow from the table's width.
+    """
+    length, heads = q_BTHK.shape[1:3]
+    groups = cache.k_LSGK.shape[2]
+    dtype = q_BTHK.dtype
+    wide, scale, late = softmax_options(dtype, config)
+    q_BGXK = queries_as_rows(q_BTHK, groups, 1.0 if late else scale)
+    k_BSGK, v_BSGK, at_S = _read_own(cache, paging, positions_BT)
+    scores = jnp.einsum("bgxk,bsgk->bgxs", q_BGXK, k_BSGK, preferred_element_type=wide)
+    if late:
+        scores = scores * scale
+    seen_B1XS = _seen_by_rows(at_S, positions_BT, heads // groups)
+    # Finite, so that a token that sees nothing stays finite too.
+    least = jnp.finfo(jnp.float32).min
+    weights = jax.nn.softmax(jnp.where(seen_B1XS, scores.astype(jnp.float32), least), axis=-1)
+    out_BGXK = jnp.einsum(
+        "bgxs,bsgk->bgxk", weights.astype(dtype), v_BSGK, preferred_element_type=jnp.float32
+    )
+    return rows_as_tokens(out_BGXK.astype(dtype), length)
+
+
+def _cudnn(
+    q_BTHK: jax.Array,
+    cache: LayerCache,
+    paging: Paging,
+    positions_BT: jax.Array,
+    config: StarCoderConfig,
+    *,
+    bounded: bool,
+) -> jax.Array:
+    """The same positions through cuDNN's flash attention under an explicit mask: no scores in memory.
+
+    ``bounded`` tells it each row's length as well, so that it leaves out what lies behind. On a GPU
+    alone, in 16 bits, with heads as :func:`flora_jax.models.attention.cudnn_refuses` says.
+    """
+    batch, length = q_BTHK.shape[:2]
+    k_BSGK, v_BSGK, at_S = _read_own(cache, paging, positions_BT)
+    _, scale, _ = softmax_options(q_BTHK.dtype, config)
+    mask_B1TS = (at_S[None, None] <= positions_BT[:, :, None])[:, None]
+    queries_B = keys_B = None
+    if bounded:
+        queries_B = jnp.full(batch, length, jnp.int32)
+        keys_B = jnp.maximum(jnp.max(positions_BT, axis=1) + 1, 1).astype(jnp.int32)
+    out_BTHK = jax.nn.dot_product_attention(
+        q_BTHK, k_BSGK, v_BSGK, mask=mask_B1TS, scale=scale, implementation="cudnn",
+        query_seq_lengths=queries_B, key_value_seq_lengths=keys_B,
+    )  # fmt: skip
+    return out_BTHK.reshape(batch, length, -1)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "loop": _loop,
+    "gather": _gather,
+    "cudnn": functools.partial(_cudnn, bounded=True),
+    "cudnn_masked": functools.partial(_cudnn, bounded=False),
+}
+# Those that only some devices and models have, and what to try after each, in order.
+OTHERWISE = {"cudnn": ("cudnn_masked", "gather"), "cudnn_masked": ("gather",)}
+
+
+def _read_own(
+    cache: LayerCache, paging: Paging, positions_BT: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Keys and values ``[B, S, G, K]`` of all the table's positions, and those ``[S]``; zeros behind a
+    row's last one.
+    """
+    k_BSGK, v_BSGK = cache.read(paging.table_BM)
+    at_S = jnp.arange(k_BSGK.shape[1])
+    own_BS11 = (at_S[None] <= jnp.max(positions_BT, axis=1)[:, None])[:, :, None, None]
+    return jnp.where(own_BS11, k_BSGK, 0), jnp.where(own_BS11, v_BSGK, 0), at_S
+
+
+def _seen_by_rows(at_S: jax.Array, positions_BT: jax.Array, shared: int) -> jax.Array:
+    """``[B, 1, X, S]``: the rows of ``X`` are the queries of ``T`` for each of ``shared`` heads."""
+    seen_BTS = at_S[None, None] <= positions_BT[:, :, None]
+    return jnp.tile(seen_BTS, (1, shared, 1))[:, None]
+
+
+def key_blocks(length: int, page: int) -> int:
+    """How many steps the loop takes over so many positions in pages of such a size."""
+    return -(-length // (_block_pages(page) * page))
+
+
+def _block_pages(page: int) -> int:
+    return max(1, KEY_BLOCK // page)

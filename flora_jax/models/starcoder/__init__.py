@@ -1,0 +1,1 @@
+"""StarCoder (GPTBigCode) in flax.nnx: configuration, model, names of its tensors."""

@@ -1,0 +1,133 @@
+"""Which modules of a GPTBigCode model an adapter_config.json means, by PEFT's rules.
+
+Knows module paths, not arrays or files: ``transformer.h.N.attn.c_attn`` and its like.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+from flora_jax.adapters.model_adapter import TARGETS
+from flora_jax.errors import listing
+from flora_jax.peft.config import AdapterConfig, AdapterError
+
+EMBEDDINGS = ("lm_head", "transformer.wte", "transformer.wpe")
+EMBEDDINGS_REFUSED = "embedding/lm_head adapters are not supported"
+_OTHER = ("transformer", "transformer.drop", "transformer.h", "transformer.ln_f")
+_OTHER_IN_BLOCK = (
+    "",
+    ".ln_1",
+    ".attn",
+    ".attn.resid_dropout",
+    ".ln_2",
+    ".mlp",
+    ".mlp.act",
+    ".mlp.dropout",
+)
+
+Value = TypeVar("Value")
+
+
+def module_path(layer: int, target: str) -> str:
+    """``transformer.h.<layer>.<target>``, as ``named_modules`` of the torch model has it."""
+    return f"transformer.h.{layer}.{target}"
+
+
+def adapted_modules(config: AdapterConfig, n_layer: int) -> list[tuple[int, str]]:
+    """The ``(layer, target)`` pairs that the configuration adapts, in the order of the model.
+
+    Raises:
+        AdapterError: a target or a layer that the base model does not have, a target that is no
+            linear projection of a block, or nothing left to adapt.
+    """
+    projections = {
+        module_path(layer, target): (layer, target)
+        for layer in range(n_layer)
+        for target in TARGETS
+    }
+    others = [*_OTHER, *EMBEDDINGS] + [
+        f"transformer.h.{layer}{name}" for layer in range(n_layer) for name in _OTHER_IN_BLOCK
+    ]
+    if isinstance(config.targets, str) and config.targets.lower() == "all-linear":
+        # PEFT's shorthand for every linear layer but the output layer.
+        chosen = [path for path in projections if not _excluded(config, path)]
+        problems = []
+    else:
+        chosen = [path for path in projections if _targeted(config, path)]
+        problems = [_no_projection(path) for path in others if _targeted(config, path)]
+    if not isinstance(config.targets, str):
+        problems += [
+            f"target_modules names {name!r}, which is in no layer of the base model"
+            for name in config.targets
+            if not any(_suffix(path, name) for path in (*projections, *others))
+        ]
+    problems += [
+        f"layers_to_transform names layer {layer}, the base model has {n_layer} layers"
+        for layer in config.layers
+        if not 0 <= layer < n_layer
+    ]
+    if not chosen and not problems:
+        problems.append(f"target_modules {config.targets!r} leave no module to adapt")
+    if problems:
+        raise AdapterError(listing(f"{config.path}: target_modules do not fit", problems))
+    return [projections[path] for path in chosen]
+
+
+def pattern_value(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
+    """The value of the first key that matches the end of a module's path, as PEFT looks it up."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def is_feedforward(config: AdapterConfig, module: str) -> bool:
+    """Whether IA3 scales this module's input; suffixes need no dot before them here, as in PEFT."""
+    if isinstance(config.feedforward, str):
+        return re.fullmatch(config.feedforward, module) is not None
+    return module.endswith(config.feedforward)
+
+
+def is_embedding(tensor: str) -> bool:
+    """Whether a tensor's name belongs to the embeddings or the output head."""
+    return not {"lm_head", "wte", "wpe"}.isdisjoint(tensor.split("."))
+
+
+def _suffix(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _excluded(config: AdapterConfig, path: str) -> bool:
+    if isinstance(config.excluded, str):
+        return bool(config.excluded) and re.fullmatch(config.excluded, path) is not None
+    return any(_suffix(path, name) for name in config.excluded)
+
+
+def _targeted(config: AdapterConfig, path: str) -> bool:
+    if _excluded(config, path):
+        return False
+    if isinstance(config.targets, str):
+        return re.fullmatch(config.targets, path) is not None
+    # PEFT does not look at the layer of a module that is named by its whole path.
+    if path in config.targets:
+        return True
+    if not any(_suffix(path, name) for name in config.targets):
+        return False
+    return not config.layers or _layer_of(config, path) in config.layers
+
+
+def _layer_of(config: AdapterConfig, path: str) -> int | None:
+    expressions = [rf"(?:^|.*?\.){p}\.(?P<layer>\d+)\." for p in config.layers_pattern]
+    for expression in expressions or [r".*?\.[^.]*\.(?P<layer>\d+)\."]:
+        match = re.match(expression, path)
+        if match is not None:
+            return int(match["layer"])
+    return None
+
+
+def _no_projection(path: str) -> str:
+    if path in EMBEDDINGS:
+        return f"target_modules match {path!r}: {EMBEDDINGS_REFUSED}"
+    return f"target_modules match {path!r}, which is not a linear projection of a block"

@@ -1,1 +1,0 @@
-"""StarCoder (GPTBigCode) in flax.nnx: configuration, model, cache, checkpoints, sharding."""

@@ -1,0 +1,190 @@
+"""Documents → packed tokens, once: the result is kept in a cache named by all that decides it.
+
+Knows nothing of batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flora_jax.errors import InputError
+from flora_jax.files import whole_path
+from flora_jax.train.data.documents import Document, content_digest, read_documents
+from flora_jax.train.data.packing import PackedTokens
+
+# Part of a cache file's name: to be raised when the same input would give another file.
+FORMAT = 1
+# Documents and bytes encoded at once: enough to keep the tokenizer's threads busy.
+BATCH = 256
+BATCH_BYTES = 4_000_000
+
+Progress = Callable[[int, int], None]
+
+
+def tokenize(
+    source: str | Path,
+    tokenizer: Any,
+    end_id: int,
+    *,
+    column: str | None = None,
+    cache: Path | None = None,
+    limit_bytes: int | None = None,
+    progress: Progress | None = None,
+    max_corrupt: float = 0.01,
+) -> tuple[PackedTokens, list[str]]:
+    """The documents of ``source`` (see :func:`.documents.read_documents`) as packed tokens, and the
+    places and reasons of what was skipped.
+
+    ``tokenizer`` is a ``tokenizers.Tokenizer``; each document is closed by ``end_id``. ``cache`` is
+    a directory (``None``: nothing is kept) for a file whose name is a hash of the data's content, the
+    tokenizer, ``end_id``, ``column`` and the limits; a damaged one is made anew. A hub data set is
+    kept by its revision, where the hub tells it. ``progress(documents, bytes)`` is called with what
+    is tokenised so far; not at all where the cache has it.
+
+    Raises:
+        InputError: see :func:`.documents.read_documents`; or the tokenizer is set to cut or pad.
+    """
+    if tokenizer.truncation is not None or tokenizer.padding is not None:
+        raise InputError("the tokenizer is set to cut or to pad, which would spoil documents")
+    kept = None
+    if cache is not None and (digest := content_digest(source)) is not None:
+        parts = [FORMAT, digest, tokenizer.to_str(), end_id, column, limit_bytes, max_corrupt]
+        kept = Path(cache) / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npz"
+        if (found := _load_whole(kept)) is not None:
+            return found
+    skipped: list[str] = []
+    documents = read_documents(
+        source, column=column, max_corrupt=max_corrupt, corrupt=skipped, limit_bytes=limit_bytes
+    )
+    packed = pack(documents, tokenizer, end_id, progress)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        save_packed(kept, packed, skipped)
+    return packed, skipped
+
+
+def pack(
+    documents: Iterable[Document], tokenizer: Any, end_id: int, progress: Progress | None = None
+) -> PackedTokens:
+    """The documents' tokens end to end, each closed by ``end_id``; uint16 where all ids fit."""
+    highest = max([end_id, *tokenizer.get_vocab().values()])
+    dtype = np.uint16 if highest <= np.iinfo(np.uint16).max else np.uint32
+    pieces: list[np.ndarray] = [np.zeros(0, dtype)]
+    names: list[str] = []
+    text_bytes = 0
+    for texts in _batches(documents):
+        encodings = tokenizer.encode_batch([d.text for d in texts], add_special_tokens=False)
+        pieces += [np.array([*encoding.ids, end_id], dtype) for encoding in encodings]
+        names += [document.name for document in texts]
+        text_bytes += sum(len(document.text.encode()) for document in texts)
+        if progress is not None:
+            progress(len(names), text_bytes)
+    # The empty first piece makes every sum of lengths before a document one of the list.
+    starts = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)[:-1]
+    return PackedTokens(np.concatenate(pieces), starts, tuple(names), text_bytes)
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if len(batch) == BATCH or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def tokenizing() -> Iterator[Progress]:
+    """A line on the terminal with how much of a source is tokenised, gone at the end."""
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import SpinnerColumn, TextColumn
+
+    columns = SpinnerColumn(), TextColumn("{task.description}")
+    console = Console(stderr=True)
+    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def show(documents: int, size: int) -> None:
+            text = f"tokenised {documents:,} documents, {size / 1e6:.1f} MB"
+            bar.update(task, description=text)
+
+        yield show
+
+
+def piece_bytes(tokenizer: Any, size: int = 0) -> np.ndarray:
+    """How many UTF-8 bytes of text each id stands for, int64, at least ``size``; special ids: 0.
+
+    Exact for byte-level tokenizers, whose pieces have a character for each byte; else the length of
+    what the id alone decodes to.
+    """
+    vocabulary = tokenizer.get_vocab()
+    added = tokenizer.get_added_tokens_decoder()
+    lengths = np.zeros(max(size, max(vocabulary.values(), default=-1) + 1), np.int64)
+    byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str())["decoder"])
+    for piece, number in vocabulary.items():
+        if number in added:
+            # Stands for itself, letter by letter.
+            lengths[number] = 0 if added[number].special else len(added[number].content.encode())
+        elif byte_level:
+            lengths[number] = len(piece)
+        else:
+            lengths[number] = len(tokenizer.decode([number]).encode())
+    return lengths
+
+
+def save_packed(path: Path, packed: PackedTokens, skipped: Sequence[str] = ()) -> None:
+    """Writes the stream and what was skipped as ``.npz``, whole or not at all."""
+    # As JSON: NumPy would give every name the room of the longest.
+    about = json.dumps(
+        {"names": [*packed.names], "text_bytes": packed.text_bytes, "skipped": [*skipped]}
+    )
+    # A file, as of a path savez would change the name.
+    with whole_path(path) as part, part.open("wb") as file:
+        np.savez(
+            file,
+            tokens=packed.tokens,
+            starts=packed.starts,
+            about=np.frombuffer(about.encode(), np.uint8),
+        )
+
+
+def load_packed(path: Path) -> tuple[PackedTokens, list[str]]:
+    """What :func:`save_packed` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        InputError: it is damaged or another kind of file.
+    """
+    try:
+        # Of a path, NumPy leaves a damaged archive open. Reading compares each array's checksum.
+        with path.open("rb") as file, np.load(file) as arrays:
+            tokens, starts = arrays["tokens"], arrays["starts"]
+            about = json.loads(arrays["about"].tobytes())
+        names, skipped = tuple(about["names"]), list(about["skipped"])
+        packed = PackedTokens(tokens, starts, names, int(about["text_bytes"]))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # NumPy and zipfile raise almost anything of a damaged archive.
+        raise InputError(f"{path}: not whole packed tokens: {error}") from None
+    if len(starts) != len(names):
+        raise InputError(f"{path}: {len(starts)} documents, but {len(names)} names")
+    return packed, skipped
+
+
+def _load_whole(path: Path) -> tuple[PackedTokens, list[str]] | None:
+    try:
+        return load_packed(path)
+    except (FileNotFoundError, InputError):
+        return None

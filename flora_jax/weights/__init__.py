@@ -1,0 +1,1 @@
+"""How a base weight is held and multiplied. Knows nothing of adapters or models."""

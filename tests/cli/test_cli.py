@@ -1,0 +1,390 @@
+"""The program as its users meet it: whole files out, or one line on stderr and exit code 2."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from flora_jax import cli
+from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.peft.read import write_adapter
+from flora_jax.serve.options import EngineOptions
+from tests.helpers.byte_tokenizer import PIECES, byte_tokenizer
+from tests.helpers.random_adapters import random_adapter
+from tests.helpers.torch_models import TINY, tiny_torch_model
+
+ROOT = Path(__file__).resolve().parents[2]
+CONTEXT = TINY["n_positions"]
+KINDS = {"loris": "lora", "flo": "flora"}
+SIZES = {"n_embd": 16, "n_head": 2, "n_layer": 1, "n_inner": 24}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Models with and without a tokenizer, broken ones, adapters that fit and ones that do not."""
+    home = tmp_path_factory.mktemp("home")
+    torch_model = tiny_torch_model(0, vocab_size=PIECES, **SIZES)
+    torch_model.save_pretrained(home / "bare")
+    shutil.copytree(home / "bare", home / "text")
+    byte_tokenizer().save(str(home / "text" / "tokenizer.json"))
+    config = StarCoderConfig.from_file(home / "bare" / "config.json")
+    for name, kind in KINDS.items():
+        adapter = random_adapter(kind, 1, config.projections(), 1, rank=2, targets=["mlp.c_proj"])
+        write_adapter(adapter, home / name, "tiny/base")
+
+    wide = {"attn.c_attn": (32, 48)}
+    write_adapter(random_adapter("lora", 0, wide, 1, rank=2), home / "wide")
+    shutil.copytree(home / "loris", home / "broken")
+    (home / "broken" / "adapter_model.safetensors").write_bytes(b"nothing")
+    shutil.copytree(home / "bare", home / "truncated")
+    weights = home / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (home / "no-config").mkdir()
+    shutil.copytree(home / "bare", home / "llama")
+    raw = json.loads((home / "llama" / "config.json").read_text())
+    raw |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    (home / "llama" / "config.json").write_text(json.dumps(raw))
+    shutil.copytree(home / "bare", home / "bad-tokenizer")
+    (home / "bad-tokenizer" / "tokenizer.json").write_text("{}")
+    return home
+
+
+@pytest.fixture
+def program(home, monkeypatch, capsys, tmp_path):
+    """Runs the program from where the models are; returns exit code, stdout, stderr."""
+    # Set, though to nothing, the variable keeps the program from choosing a place.
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.chdir(home)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["flora-jax", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stopped.value.code, out, err
+
+    return run
+
+
+def write_requests(path, requests):
+    lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in requests]
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def generate(program, tmp_path):
+    """Runs ``generate`` on these requests; returns the completions."""
+
+    def run(model, requests, *options):
+        output = tmp_path / "out.jsonl"
+        code, out, err = program(
+            "generate", model, "--input", write_requests(tmp_path / "in.jsonl", requests),
+            "--output", output, *options,
+        )  # fmt: skip
+        assert (code, out) == (0, ""), err
+        assert f"{len(requests)} completions" in err
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+        return [json.loads(line) for line in output.read_text().splitlines()]
+
+    return run
+
+
+ADAPTERS = [word for name in KINDS for word in ("--adapter", f"{name}={name}")]
+# Sampled, and in batches of 4 with these adapters or of 1 without any: few programs in all.
+MIXED = [
+    {
+        "prompt_token_ids": [3, 1, 4, 1, 5],
+        "adapter": [None, *KINDS][index % 3],
+        "max_tokens": 14 - index,
+        "temperature": 0.05,
+        "seed": 7,
+        "ignore_eos": True,
+    }
+    for index in range(6)
+]
+PLAIN = {"max_tokens": 12, "ignore_eos": True, "seed": 7, "temperature": 3}
+
+
+@pytest.fixture
+def mixed(generate):
+    return generate("bare", MIXED, *ADAPTERS, "--batch-size", "4")
+
+
+def test_completions_come_in_the_order_of_the_requests_with_all_fields(mixed):
+    for index, (request, completion) in enumerate(zip(MIXED, mixed, strict=True)):
+        tokens = completion.pop("token_ids")
+        assert len(tokens) == request["max_tokens"]
+        assert all(0 <= token < PIECES for token in tokens)
+        assert completion == {
+            "index": index,
+            "adapter": request["adapter"],
+            "text": None,
+            "finish_reason": "length",
+            "prompt_tokens": len(request["prompt_token_ids"]),
+            "completion_tokens": request["max_tokens"],
+        }
+
+
+def test_the_adapter_decides_and_the_batch_does_not(mixed):
+    starts = [tuple(completion["token_ids"][:9]) for completion in mixed]
+    assert len(set(starts[:3])) == 3
+    assert starts[3:] == starts[:3]
+
+
+def test_a_row_is_cut_at_the_context(generate):
+    rows = [PLAIN | {"prompt_token_ids": [1] * length} for length in (CONTEXT - 8, CONTEXT)]
+    found = generate("bare", rows, "--batch-size", "1")
+    assert [c["completion_tokens"] for c in found] == [8, 0]
+    assert [c["finish_reason"] for c in found] == ["length", "length"]
+
+
+def test_text_comes_from_the_tokenizer_beside_the_weights(generate):
+    tokenizer = byte_tokenizer()
+    plain = PLAIN | {"prompt": "abd"}
+    (found,) = generate("text", [plain], "--batch-size", "1")
+    assert found["prompt_tokens"] == len(tokenizer.encode("abd").ids) == 2
+    assert found["text"] == tokenizer.decode(found["token_ids"])
+    stop = next(c for c in reversed(found["text"]) if c.isascii() and found["text"].count(c) == 1)
+    place = found["token_ids"].index(found["token_ids"][4])
+    stops = [{"stop": [stop]}, {"stop_token_ids": [found["token_ids"][place]]}]
+    at_text, at_token = generate("text", [plain | own for own in stops], "--batch-size", "1")
+    assert at_text["finish_reason"] == at_token["finish_reason"] == "stop"
+    assert at_text["text"] == found["text"].partition(stop)[0]
+    assert at_token["token_ids"] == found["token_ids"][: place + 1]
+    assert at_token["text"] == tokenizer.decode(found["token_ids"][:place])
+
+
+def test_batch_invariance_has_the_same_shapes_for_every_file(generate, monkeypatch):
+    found = []
+    checked = EngineOptions.__post_init__
+    monkeypatch.setattr(
+        EngineOptions, "__post_init__", lambda own: found.append(own) or checked(own)
+    )
+    row = {"prompt_token_ids": [5, 6], "max_tokens": 2}
+    for rows in ([row], [row, row | {"max_tokens": 9}]):
+        generate("bare", rows, "--batch-size", "4", "--batch-invariant")
+    assert found[0] == found[-1]
+    assert (found[0].max_num_seqs, found[0].batch_invariant) == (4, True)
+
+
+def test_the_seed_decides_what_is_sampled(generate):
+    row = PLAIN | {"prompt_token_ids": [5, 6]}
+    rows = [row | {"seed": None}] * 2 + [row | {"seed": 2**32 - 1}] * 2
+    first, same, other = (
+        [c["token_ids"] for c in generate("bare", rows, "--batch-size", "1", "--seed", seed)]
+        for seed in (0, 0, 2**32 - 1)
+    )
+    assert first == same
+    assert first[0] != first[1]
+    assert first[:2] != other[:2]
+    assert first[2] == first[3] == other[2]
+
+
+GOOD = {"prompt_token_ids": [1, 2]}
+THIRD = [GOOD, b"", {**GOOD, "adapter": "nobody"}]
+BAD = {
+    "no input": ("bare", None, ["--input", "none.jsonl"], "none.jsonl: no such file"),
+    "input is a directory": ("bare", None, ["--input", "bare"], "bare: no such file"),
+    "no model": ("./none", [GOOD], [], "./none: no such file or directory"),
+    "no hub model": ("nobody/none", [GOOD], [], "nobody/none: no such file or directory"),
+    "no config": ("no-config", [GOOD], [], "no config.json"),
+    "model is a file": ("bare/config.json", [GOOD], [], "is a file, expected a directory"),
+    "architecture": ("llama", [GOOD], [], "'llama'"),
+    "truncated weights": ("truncated", [GOOD], [], "model.safetensors: truncated"),
+    "tokenizer": ("bad-tokenizer", [GOOD], [], "tokenizer.json: not a tokenizer"),
+    "adapter width": ("bare", [GOOD], ["--adapter", "a=wide"], "found shape (2, 32), expected (2, 16)"),
+    "no adapter": ("bare", [GOOD], ["--adapter", "a=none"], "none"),
+    "unused adapter is broken": ("bare", [GOOD], ["--adapter", "a=broken"], "broken"),
+    "adapter twice": ("bare", [GOOD], ["--adapter", "a=loris", "--adapter", "a=flo"], "twice"),
+    "adapter without name": ("bare", [GOOD], ["--adapter", "=loris"], "'=loris', expected NAME=DIR"),
+    "adapter without folder": ("bare", [GOOD], ["--adapter", "a="], "'a=', expected NAME=DIR"),
+    "adapter without either": ("bare", [GOOD], ["--adapter", "loris"], "expected NAME=DIR"),
+    "unknown adapter": ("bare", THIRD, ["--adapter", "a=loris"], "line 3: unknown adapter 'nobody'"),
+    "empty prompt": ("text", [GOOD, {"prompt": ""}], [], "line 2: the prompt is empty"),
+    "long prompt": (
+        "bare", [{"prompt_token_ids": [1] * (CONTEXT + 1)}], [],
+        f"line 1: the prompt has {CONTEXT + 1} tokens, the context {CONTEXT}",
+    ),
+    "token id": ("bare", [{"prompt_token_ids": [PIECES]}], [], f"prompt_token_ids holds {PIECES}"),
+    "no tokenizer": ("bare", [{"prompt": "a"}], [], "line 1: the checkpoint has no tokenizer.json"),
+    "malformed line": ("bare", [GOOD, b"{"], [], "line 2: malformed JSON"),
+    "not utf-8": ("bare", [GOOD, b"\xff"], [], "line 2: not UTF-8"),
+    "no requests": ("bare", [], [], "no requests"),
+    "temperature": ("bare", [GOOD], ["--temperature", "-1"], "temperature is -1.0"),
+    "temperature nan": ("bare", [GOOD], ["--temperature", "nan"], "temperature is nan"),
+    "top-p": ("bare", [GOOD], ["--top-p", "2"], "top_p is 2.0"),
+    "top-k": ("bare", [GOOD], ["--top-k", "-2"], "top_k is -2"),
+    "max-tokens": ("bare", [GOOD], ["--max-tokens", "0"], "max_tokens is 0"),
+    "max-tokens word": ("bare", [GOOD], ["--max-tokens", "many"], "--max-tokens"),
+    "seed": ("bare", [GOOD], ["--seed", "-1"], "--seed is -1"),
+    "dtype": ("bare", [GOOD], ["--dtype", "int8"], "--dtype is 'int8'"),
+    "batch size 0": ("bare", [GOOD], ["--batch-size", "0"], "--batch-size is 0, expected 1 to 256"),
+    "batch size 257": ("bare", [GOOD], ["--batch-size", "257"], "--batch-size is 257"),
+    "option": ("bare", [GOOD], ["--tempreature", "1"], "--tempreature"),
+    "output directory": ("bare", [GOOD], ["--output", "none/o.jsonl"], "none/o.jsonl: expected a file"),
+    "output is a directory": ("bare", [GOOD], ["--output", "bare"], "bare: expected a file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_in_one_line_and_exit_code_2(case, program, home, tmp_path):
+    model, requests, options, named = BAD[case]
+    before = sorted(home.rglob("*"))
+    path = tmp_path / "in.jsonl"
+    if requests is not None:
+        write_requests(path, requests)
+    code, out, err = program(
+        "generate", model, "--input", path, "--output", tmp_path / "out.jsonl", *options
+    )
+    assert (code, out) == (2, "")
+    assert err.startswith("flora-jax: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1
+    assert named in err
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"] * path.exists()
+    assert sorted(home.rglob("*")) == before
+
+
+def test_the_input_is_not_overwritten(program, tmp_path):
+    path = write_requests(tmp_path / "in.jsonl", [GOOD])
+    code, _, err = program("generate", "bare", "--input", path, "--output", path)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--output is the file of --input" in err
+    assert json.loads(path.read_text()) == GOOD
+
+
+def test_an_error_while_writing_keeps_an_older_output_and_leaves_nothing_else(
+    program, tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    output = tmp_path / "out.jsonl"
+    output.write_text("older")
+    path = write_requests(tmp_path / "in.jsonl", [PLAIN | GOOD])
+    monkeypatch.setattr("flora_jax.serve.request.Completion.to_json", fail)
+    code, _, err = program(
+        "generate", "bare", "--input", path, "--output", output, "--batch-size", "1"
+    )
+    assert (code, err.splitlines()[-1]) == (2, "flora-jax: no space left on device")
+    assert output.read_text() == "older"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_info_describes_a_model(program):
+    code, out, err = program("info", "text")
+    assert (code, err) == (0, "")
+    assert "GPTBigCode (StarCoder), " in out
+    assert f"{CONTEXT} positions" in out
+    assert f"{PIECES} pieces" in out
+    assert "16 -> 32" in out
+    assert "none" in program("info", "bare")[1]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_info_describes_an_adapter(name, program):
+    code, out, err = program("info", name)
+    assert (code, err) == (0, "")
+    for words in (
+        KINDS[name],
+        "tiny/base",
+        "target mlp.c_proj",
+        "rank 2, 24 -> 16",
+        "320 as float32",
+    ):
+        assert words in out
+
+
+def test_info_looks_into_the_weights(program, home, tmp_path):
+    shutil.copytree(home / "bare", tmp_path / "short")
+    weights = tmp_path / "short" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensors[name] for name in tensors if "ln_f" not in name}, weights)
+    code, _, err = program("info", tmp_path / "short")
+    assert code == 2
+    assert "transformer.ln_f.weight is missing" in err
+
+
+def test_info_prints_a_base_name_as_it_is(program, home, tmp_path):
+    shutil.copytree(home / "loris", tmp_path / "odd")
+    config = tmp_path / "odd" / "adapter_config.json"
+    raw = json.loads(config.read_text()) | {"base_model_name_or_path": "a[/b] [red]c"}
+    config.write_text(json.dumps(raw))
+    code, out, _ = program("info", tmp_path / "odd")
+    assert code == 0
+    assert "a[/b] [red]c" in out
+
+
+@pytest.mark.parametrize(
+    "path, named",
+    [("./none", "none"), ("no-config", "config.json"), ("broken", "broken"), ("llama", "llama")],
+)
+def test_info_of_nonsense_ends_in_one_line(path, named, program):
+    code, out, err = program("info", path)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("flora-jax: ")
+    assert named in err
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["generate"], ["generate", "bare"]])
+def test_incomplete_commands_end_in_one_line(arguments, program):
+    code, out, err = program(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("flora-jax: ")
+
+
+@pytest.mark.parametrize("arguments, code", [([], 2), (["--help"], 0), (["info", "--help"], 0)])
+def test_help_is_printed(arguments, code, program):
+    found, out, err = program(*arguments)
+    assert (found, err) == (code, "")
+    assert "Usage" in out
+
+
+def test_help_of_the_installed_program_needs_no_heavy_package():
+    code = """
+import sys
+sys.argv = ["flora-jax", "--help"]
+from flora_jax.cli import main
+try:
+    main()
+finally:
+    print(*({"jax", "numpy", "transformers", "torch", "tokenizers"} & set(sys.modules)), "HEAVY")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(verb in done.stdout for verb in ("generate", "info", "demo"))
+    assert done.stdout.splitlines()[-1].split() == ["HEAVY"]
+
+
+def test_a_process_of_its_own_gives_the_same_completions(home, generate, tmp_path):
+    (tmp_path / "own").mkdir()
+    rows = [PLAIN | {"prompt_token_ids": [5, 6]}]
+    path = write_requests(tmp_path / "own" / "in.jsonl", rows)
+    done = subprocess.run(
+        [sys.executable, "-m", "flora_jax.cli", "generate", "bare", "--input", path,
+         "--output", path.with_name("out.jsonl"), "--batch-size", "1"],
+        cwd=home, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in path.with_name("out.jsonl").read_text().splitlines()]
+    shutil.rmtree(path.parent)
+    assert found == generate("bare", rows, "--batch-size", "1")
+
+
+def test_a_process_of_its_own_ends_bad_input_with_code_2(home, tmp_path):
+    path = write_requests(tmp_path / "in.jsonl", [GOOD, {"prompt": "a"}])
+    done = subprocess.run(
+        [sys.executable, "-m", "flora_jax.cli", "generate", "bare", "--input", path,
+         "--output", tmp_path / "out.jsonl"],
+        cwd=home, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "line 2: the checkpoint has no tokenizer.json" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]

@@ -1,0 +1,309 @@
+"""Generations, problems, results and reports as files: what is read, refused, written and resumed."""
+
+import csv
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from flora_jax.errors import InputError, RunError
+from flora_jax.evaluate import client as client_module
+from flora_jax.evaluate import report
+from flora_jax.evaluate.client import Client
+from flora_jax.evaluate.generate import Sampling, complete_all
+from flora_jax.evaluate.generations import (
+    Generation,
+    export_bigcode,
+    read_generations,
+    truncate,
+)
+from flora_jax.evaluate.languages import select
+from flora_jax.evaluate.problems import Problem, read_problems
+from flora_jax.evaluate.results import Result, check_same_problems, read_results, summarise
+from flora_jax.jsonl import Journal
+
+LINE = {"name": "one", "language": "pl", "prompt": "p", "tests": "t", "stop_tokens": ["\n\n"],
+        "completions": ["c", "d"]}  # fmt: skip
+PROBLEMS = [Problem(name, "pl", f"sub {name} {{\n", "t", ("\n\n", "\nsub")) for name in "abc"]
+
+
+def written(tmp_path, *lines):
+    path = tmp_path / "generations.jsonl"
+    texts = (line if isinstance(line, str) else json.dumps(line) for line in lines)
+    path.write_text("\n".join(texts) + "\n")
+    return path
+
+
+def test_a_program_is_prompt_completion_newline_tests(tmp_path):
+    (one,) = read_generations(written(tmp_path, LINE, ""))
+    assert [one.program(0), one.program(1)] == ["pc\nt", "pd\nt"]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "malformed JSON"),
+        ("[1]", "found a list, expected an object"),
+        ({**LINE, "language": "cobol"}, "language is 'cobol', expected one of d, lua, pl"),
+        ({**LINE, "completions": []}, "completions is empty"),
+        ({**LINE, "completions": "c"}, "completions is a string, expected a list of strings"),
+        ({**LINE, "completions": ["c", None]}, "completions[1] is null, expected a string"),
+        ({**LINE, "tests": 3}, "tests is a number, expected a string"),
+        ({"name": "two", "language": "pl"}, "prompt is missing, found name, language"),
+        ({**LINE, "name": "one"}, "one in pl is given twice, first at"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number(tmp_path, line, message):
+    line = line if isinstance(line, str) else {"name": "two", **line}
+    path = written(tmp_path, LINE, "", line)
+    with pytest.raises(
+        InputError, match=re.escape(f"{path}, line 3: ") + ".*" + re.escape(message)
+    ):
+        read_generations(path)
+
+
+def test_an_absent_or_empty_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"absent.jsonl: no such file"):
+        read_generations(tmp_path / "absent.jsonl")
+    with pytest.raises(InputError, match=r"generations.jsonl: no generations$"):
+        read_generations(written(tmp_path, ""))
+    with pytest.raises(InputError, match="no generations in d, rb"):
+        read_generations(written(tmp_path, LINE), ["rb", "d"])
+
+
+def test_bytes_that_are_no_text_are_named_with_their_line(tmp_path):
+    (tmp_path / "bad.jsonl").write_bytes(json.dumps(LINE).encode() + b'\n{"name": "\xff"}\n')
+    with pytest.raises(InputError, match="line 2"):
+        read_generations(tmp_path / "bad.jsonl")
+
+
+def test_languages_are_selected_by_name():
+    assert select(["rb", "pl", "rb"]) == ("rb", "pl")
+    assert select(["all"]) == ("d", "lua", "pl", "rb", "rkt", "rs", "swift")
+    with pytest.raises(InputError, match="'python', expected all or d, lua"):
+        select(["python"])
+
+
+@pytest.mark.parametrize(
+    "text, stops, expected",
+    [
+        ("ab\nsub c", ["\n\n", "\nsub"], "ab"),
+        ("ab\n\nsub c\nsub", ["\nsub", "\n\n"], "ab"),
+        ("ab", ["\nsub"], "ab"),
+        ("\nsub", ["\nsub"], ""),
+        ("ab", [], "ab"),
+        ("abc", ["bc", "b"], "a"),
+        ("abc", [""], ""),
+    ],
+)
+def test_a_completion_ends_where_the_first_stop_token_begins(text, stops, expected):
+    assert truncate(text, stops) == expected
+
+
+def test_the_export_is_what_bigcode_reads(tmp_path):
+    other = {**LINE, "language": "rb", "completions": ["e"]}
+    generations = read_generations(written(tmp_path, LINE, {**LINE, "name": "two"}, other))
+    paths = export_bigcode(generations, tmp_path / "bigcode")
+    assert [path.name for path in paths] == [
+        "generations_multiple-pl.json",
+        "generations_multiple-rb.json",
+    ]
+    assert [json.loads(path.read_text()) for path in paths] == [[["pc", "pd"]] * 2, [["pe"]]]
+    with pytest.raises(InputError, match="exists already"):
+        export_bigcode(generations, tmp_path / "bigcode")
+
+
+def test_problems_come_from_a_directory_by_language(tmp_path, shared_data):
+    problems = read_problems(str(shared_data / "multipl-e"), ["rs", "pl"])
+    assert [len([p for p in problems if p.language == name]) for name in ("rs", "pl")] == [156, 161]
+    assert problems[0].model_prompt == problems[0].prompt.strip()
+    assert problems[0].stop_tokens == ("\n}",)
+
+
+def test_bad_problems_are_named(tmp_path):
+    with pytest.raises(InputError, match="no such directory"):
+        read_problems(str(tmp_path / "absent"), ["pl"])
+    with pytest.raises(InputError, match=r"humaneval-pl.jsonl: no such file"):
+        read_problems(str(tmp_path), ["pl"])
+    path = tmp_path / "humaneval-pl.jsonl"
+    path.write_text(json.dumps({**LINE, "language": "rb"}))
+    with pytest.raises(InputError, match="line 1: language is 'rb', expected 'pl'"):
+        read_problems(str(tmp_path), ["pl"])
+
+
+def test_a_journal_loses_only_a_line_half_written(tmp_path):
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        journal.append({"a": 1})
+        with pytest.raises(InputError, match="another process is writing"):
+            Journal(path)
+    for half in (b'{"b": 2', b'{"b": 2}', b"\xff\xfe\n"):
+        with path.open("ab") as file:
+            file.write(half)
+        with Journal(path) as journal:
+            assert journal.read() == [{"a": 1}]
+    assert path.read_text() == '{"a": 1}\n'
+
+
+class Stops(Exception):
+    pass
+
+
+def completer(asked, most=99):
+    """Completes in reverse order, and fails after ``most``."""
+
+    def complete(problems, sampling):
+        asked.append([problem.name for problem in problems])
+        for number, problem in enumerate(reversed(problems)):
+            if number == most:
+                raise Stops
+            yield Generation.of(problem, [f" {problem.name};\n\nrest"] * sampling.n_samples)
+
+    return complete
+
+
+def test_generating_goes_on_where_it_was_stopped(tmp_path):
+    asked, sampling, source = [], Sampling(n_samples=2), {"model": "m"}
+    with pytest.raises(Stops):
+        complete_all(PROBLEMS, completer(asked, 2), sampling, tmp_path, source=source)
+    found = complete_all(PROBLEMS, completer(asked), sampling, tmp_path, source=source)
+    assert asked == [["a", "b", "c"], ["a"]]
+    assert [one.completions for one in found] == [(f" {name};",) * 2 for name in "abc"]
+    assert read_generations(tmp_path / "generations.jsonl") == found
+    assert complete_all(PROBLEMS, completer(asked), sampling, tmp_path, source=source) == found
+    assert len(asked) == 2
+    other = Sampling(n_samples=2, temperature=0.5)
+    with pytest.raises(InputError, match=r"generated with temperature 0.1, now 0.5"):
+        complete_all(PROBLEMS, completer(asked), other, tmp_path, source=source)
+    changed = [Problem("a", "pl", "other", "t", ())]
+    with pytest.raises(InputError, match="a in pl was generated for another prompt"):
+        complete_all(changed, completer(asked), sampling, tmp_path, source=source)
+
+
+def test_a_problem_that_is_left_out_is_an_error(tmp_path):
+    with pytest.raises(RunError, match="a in pl was not completed, of 3"):
+        complete_all(PROBLEMS, lambda *_: iter(()), Sampling(), tmp_path, source={})
+
+
+@pytest.mark.parametrize(
+    "values", [{"n_samples": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"temperature": -1.0},
+               {"temperature": float("nan")}, {"max_tokens": 0}, {"seed": -1}],
+)  # fmt: skip
+def test_sampling_out_of_range_is_refused(values):
+    with pytest.raises(InputError, match="--"):
+        Sampling(**values)
+
+
+@pytest.fixture
+def server():
+    """A server of completions that answers with what it was asked; ``refuse`` are codes to give first."""
+    asked, refuse = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            code = refuse.pop() if refuse else 200
+            if code == 0:  # No HTTP at all.
+                self.wfile.write(b"nonsense\r\n\r\n")
+                return
+            answer = {"error": "no such model"}
+            if code == 200:
+                asked.append((self.path, self.headers["Authorization"], body))
+                said = [f" {body['model']} {body['seed']} {i}\n\nmore" for i in range(body["n"])]
+                answer = {"choices": [{"text": text} for text in said]}
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}/v1", asked, refuse
+        http.shutdown()
+        thread.join()
+
+
+def test_a_server_is_asked_for_all_samples_with_the_language_s_adapter(server, monkeypatch):
+    url, asked, refuse = server
+    monkeypatch.setattr(client_module.time, "sleep", lambda _: None)
+    refuse += [503, 429, 0]
+    problems = [*PROBLEMS[:1], Problem("a", "rb", "def a\n", "t", ())]
+    client = Client(url, "base", {"rb": "ruby-adapter"}, "key", per_request=3)
+    sampling = Sampling(n_samples=5, max_tokens=9)
+    found = {one.language: one for one in client(problems, sampling)}
+    assert [len(one.completions) for one in found.values()] == [5, 5]
+    assert all(text.startswith(" base ") for text in found["pl"].completions)
+    assert all("ruby-adapter" in text for text in found["rb"].completions)
+    assert not any("more" in text for text in found["pl"].completions)
+    assert len(set(found["pl"].completions)) == 5
+    path, key, body = next(one for one in asked if one[2]["model"] == "base")
+    assert (path, key) == ("/v1/completions", "Bearer key")
+    assert (body["prompt"], body["stop"], body["max_tokens"]) == ("sub a {", ["\n\n", "\nsub"], 9)
+    again = {one.language: one for one in client(problems, sampling)}
+    assert again == found
+
+
+def test_a_server_s_refusal_is_told(server, monkeypatch):
+    url, _, refuse = server
+    monkeypatch.setattr(client_module.time, "sleep", lambda _: None)
+    refuse.append(404)
+    with pytest.raises(InputError, match=r"404 .*no such model"):
+        list(Client(url, "m")(PROBLEMS[:1], Sampling(1)))
+    refuse += [500] * 4
+    with pytest.raises(RunError, match="no answer after 4 tries: 500"):
+        list(Client(url, "m")(PROBLEMS[:1], Sampling(1)))
+    with pytest.raises(InputError, match=r"--server is 'http://a b/v1': .* control characters"):
+        list(Client("http://a b/v1", "m")(PROBLEMS[:1], Sampling(1)))
+
+
+def results(*correct):
+    return [
+        Result(f"p{i}", "pl", ("OK",) * count + ("Exception",) * (4 - count))
+        for i, count in enumerate(correct)
+    ]
+
+
+def test_a_table_shows_improvement_relative_to_the_base(tmp_path):
+    summaries = {"base": summarise(results(1, 1)), "flora": summarise(results(1, 2))}
+    cells = report.table(summaries, base="base")
+    assert [(cell.value, cell.relative) for cell in cells] == [(0.25, None), (0.375, 0.5)]
+    paths = {path.name: path for path in report.write_report(cells, tmp_path / "new")}
+    assert "| Perl | 25.00 ± 0.00 | 37.50 ± 12.50 (+50.00 %) |" in paths["table.md"].read_text()
+    rows = list(csv.DictReader(paths["table.csv"].read_text().splitlines()))
+    assert [row["relative"] for row in rows] == ["", "0.5"]
+    assert json.loads(paths["table.json"].read_text())[1]["statuses"] == {"Exception": 5, "OK": 3}
+    assert paths["table.png"].read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match="no pass@10, the fewest samples of a problem are 4"):
+        report.table(summaries, 10)
+    with pytest.raises(InputError, match="--base is 'lora', expected one of base, flora"):
+        report.table(summaries, base="lora")
+
+
+def test_nothing_is_relative_to_a_base_that_passes_nothing():
+    summaries = {"base": summarise(results(0, 0)), "flora": summarise(results(1, 2))}
+    assert [cell.relative for cell in report.table(summaries, base="base")] == [None, None]
+
+
+def test_only_results_of_the_same_problems_are_relative_to_each_other():
+    check_same_problems({"base": results(1, 2), "flora": results(0, 0)}, "base")
+    other = [*results(1, 2), Result("p0", "rb", ("OK",))]
+    check_same_problems({"base": results(1, 2), "flora": other}, "base")
+    with pytest.raises(InputError, match="base and flora have not the same problems in pl: p1"):
+        check_same_problems({"base": results(1, 2), "flora": results(1)}, "base")
+
+
+def test_results_are_read_back(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_text("".join(json.dumps(one.to_dict()) + "\n" for one in results(1, 2)))
+    assert read_results(tmp_path) == read_results(path) == results(1, 2)
+    path.write_text('{"name": "a", "language": "pl", "statuses": ["OK"]}\n' * 2)
+    with pytest.raises(InputError, match="line 2: a in pl is there twice"):
+        read_results(tmp_path)
+    path.write_text('{"name": "a", "language": "pl", "statuses": []}')
+    with pytest.raises(InputError, match="line 1: statuses is empty"):
+        read_results(tmp_path)

@@ -1,0 +1,112 @@
+"""An engine over a tiny random model with adapters of all kinds, two contents for each name."""
+
+import dataclasses
+
+import numpy as np
+
+from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.starcoder.model import init_model
+from flora_jax.serve.engine import Engine
+from flora_jax.serve.generate import generate
+from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.request import Request
+from tests.helpers.random_adapters import KINDS, random_adapter
+
+CONFIG = StarCoderConfig(
+    vocab_size=97, n_positions=96, n_embd=16, n_layer=2, n_head=2, n_inner=32,
+    eos_token_ids=(0,), initializer_range=0.4,
+)  # fmt: skip
+TARGETS = ("attn.c_attn", "mlp.c_proj")
+OPTIONS = EngineOptions(
+    max_num_seqs=4, max_num_batched_tokens=40, chunk=8, pieces=2, page=4, cache_tokens=128,
+    decode_steps=5, resident_adapters=2, host_adapter_bytes=20_000, batch_invariant=True,
+)  # fmt: skip
+# Two contents for each name: schedules replace one by the other.
+CONTENTS = {
+    (f"{kind}{rank}", content): random_adapter(
+        kind, 10 * content + rank, CONFIG.projections(), 2, rank=rank, targets=targets
+    )
+    for kind in KINDS
+    for rank, targets in [(1, TARGETS), (4, TARGETS), (3, TARGETS[:1])]
+    for content in range(2)
+    if kind != "ia3" or rank == 1
+}
+NAMES = sorted({name for name, _ in CONTENTS})
+
+
+def make_engine(content=0, platform=None, **changes):
+    first = {name: CONTENTS[name, content] for name in NAMES}
+    options = dataclasses.replace(OPTIONS, **changes)
+    return Engine(init_model(CONFIG, 5), first, options=options, platform=platform)
+
+
+def random_request(seed):
+    """One of many kinds: greedy and seeded, all sampling settings, base and every adapter."""
+    rng = np.random.default_rng(seed)
+    warm = bool(rng.integers(2))
+    return Request(
+        seed,
+        tuple(rng.integers(1, 97, int(rng.integers(1, 60))).tolist()),
+        adapter=[*NAMES, None][rng.integers(len(NAMES) + 1)],
+        max_tokens=int(rng.integers(1, 30)),
+        temperature=float(rng.choice([0.3, 1.0, 2.0])) if warm else 0.0,
+        top_k=int(rng.choice([0, 5])) if seed % 2 else 0,
+        top_p=float(rng.choice([1.0, 0.8])) if seed % 2 else 1.0,
+        seed=int(rng.integers(1000)) if rng.integers(2) else None,
+        ignore_eos=bool(rng.integers(2)),
+    )
+
+
+class Alone:
+    """Completions of single rows, each run by itself in an engine of its own."""
+
+    def __init__(self, **changes):
+        self.engines = {content: make_engine(content, **changes) for content in range(2)}
+        self.known = {}
+
+    def __call__(self, request, content):
+        key = request.index, content
+        if key not in self.known:
+            (self.known[key],) = generate(self.engines[content], [request])
+        return self.known[key]
+
+
+def run_schedule(engine, seed, requests=150):
+    """Arrivals, cancellations, replacements and steps in a random order, then to the end.
+
+    Returns the completions with the content that each was admitted under, and how many failed.
+    """
+    rng = np.random.default_rng(seed)
+    current = {}
+    for name in NAMES:
+        current[name] = int(rng.integers(2))
+        engine.pool.register(name, CONTENTS[name, current[name]])
+    live, results = {}, []
+
+    def step():
+        for update in engine.step():
+            assert update.error is None
+            if update.completion is not None:
+                results.append((*live.pop(update.ticket), update.completion))
+
+    for _ in range(int(rng.integers(4, 14))):
+        action = rng.choice(["add", "add", "add", "cancel", "replace", "step", "step"])
+        if action == "add":
+            for _ in range(int(rng.integers(1, 4))):
+                request = random_request(int(rng.integers(requests)))
+                content = current.get(request.adapter, 0)
+                live[engine.add(request)] = request, content
+        elif action == "cancel" and live:
+            ticket = int(rng.choice(list(live)))
+            engine.cancel(ticket)
+            del live[ticket]
+        elif action == "replace":
+            name = NAMES[rng.integers(len(NAMES))]
+            current[name] = 1 - current[name]
+            engine.pool.register(name, CONTENTS[name, current[name]])
+        else:
+            step()
+    while engine.has_work:
+        step()
+    assert not live
+    return results

@@ -1,0 +1,132 @@
+"""The sharding table covers every parameter once, and tensor parallelism changes no result."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec
+
+from flora_jax.models.sharding import RULES, make_mesh, named_leaves, partition_specs, shardings
+from flora_jax.models.starcoder.config import PRESETS, StarCoderConfig
+from flora_jax.models.starcoder.model import abstract_model
+
+TINY = StarCoderConfig(vocab_size=97, n_positions=48, n_embd=32, n_layer=2, n_head=4, n_inner=48)
+
+# The number of devices is fixed when JAX starts, hence a process of its own for all checks.
+EIGHT_DEVICES = """
+import dataclasses, itertools, json, sys, tempfile
+from pathlib import Path
+import jax, numpy as np
+from flax import nnx
+from flora_jax.checkpoints.checkpoint import load_model, save_hf, save_orbax
+from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.starcoder.model import abstract_model
+from flora_jax.models.sharding import make_mesh, named_leaves, shardings
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+base = StarCoderConfig(vocab_size=96, n_positions=32, n_embd=64, n_layer=1, n_head=8, n_inner=128)
+results = []
+seeds = itertools.count()
+for multi_query, tied, (data, tensor) in [
+    (True, True, (1, 8)), (False, True, (2, 4)), (True, False, (2, 3)),
+]:
+    seed = next(seeds)
+    config = dataclasses.replace(base, multi_query=multi_query, tie_word_embeddings=tied)
+    # Every parameter is random: GPT-2's biases start at zero, which would hide one added twice.
+    rng = np.random.default_rng(seed)
+    model = abstract_model(config)
+    draw = lambda leaf: jax.device_put(0.3 * rng.standard_normal(leaf.shape, np.float32))
+    model = model._replace(params=jax.tree.map(draw, model.params))
+    tokens = rng.integers(0, config.vocab_size, (4, 12)).astype(np.int32)
+    forward = jax.jit(lambda params, tokens: nnx.merge(model.graph, params)(tokens))
+    expected = np.asarray(forward(model.params, tokens))
+    mesh = make_mesh(data, tensor)
+    wanted = shardings(model, mesh)
+    with tempfile.TemporaryDirectory() as folder:
+        save_hf(model, Path(folder, "hf"))
+        loaded = [load_model(Path(folder, "hf"), mesh=mesh)]
+        if seed == 0:
+            save_orbax(model, Path(folder, "orbax"))
+            loaded.append(load_model(Path(folder, "orbax"), mesh=mesh))
+            loaded.append(load_model(Path(folder, "orbax"), shardings=wanted))
+    for sharded in loaded:
+        got = np.asarray(forward(sharded.params, tokens))
+        leaves, _ = named_leaves(sharded.params)
+        misplaced = [
+            path for (path, leaf), place in zip(leaves.items(), jax.tree.leaves(wanted))
+            if not leaf.sharding.is_equivalent_to(place, leaf.ndim)
+        ]
+        kernel = leaves["h.0.mlp.c_fc.kernel"]
+        results.append({
+            "error": float(np.max(np.abs(got - expected)) / np.max(np.abs(expected))),
+            "misplaced": misplaced, "tensor": tensor,
+            "part": kernel.addressable_shards[0].data.shape[1] / kernel.shape[1],
+        })
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def eight_devices():
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", EIGHT_DEVICES],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": flags},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_tensor_parallel_logits_equal_those_of_one_device(eight_devices):
+    assert len(eight_devices) == 5
+    for result in eight_devices:
+        assert result["error"] < 2e-6, result
+
+
+def test_loading_places_every_parameter_in_its_sharding(eight_devices):
+    for result in eight_devices:
+        assert result["misplaced"] == []
+        divides = 128 % result["tensor"] == 0
+        assert result["part"] == (1 / result["tensor"] if divides else 1.0)
+
+
+@pytest.mark.parametrize("name", ["mini", "164m"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_has_one_rule(name, tied):
+    config = dataclasses.replace(PRESETS[name], tie_word_embeddings=tied)
+    params = abstract_model(config).params
+    specs, _ = named_leaves(partition_specs(params))
+    leaves, _ = named_leaves(params)
+    assert list(specs) == list(leaves)
+    assert all(len(specs[path]) == leaf.ndim for path, leaf in leaves.items())
+    assert specs["wte.embedding"] == PartitionSpec("tensor", None)
+    assert specs["h.0.mlp.c_fc.kernel"] == PartitionSpec(None, "tensor")
+    assert specs["h.0.mlp.c_proj.kernel"] == PartitionSpec("tensor", None)
+    assert specs["h.0.mlp.c_proj.bias"] == PartitionSpec(None)
+
+
+def test_a_parameter_without_or_with_two_rules_is_an_error():
+    params = abstract_model(TINY).params
+    without = [rule for rule in RULES if rule[0] != "h.*.attn.c_proj.bias"]
+    with pytest.raises(ValueError, match=r"h\.0\.attn\.c_proj\.bias matches 0 rules"):
+        partition_specs(params, without)
+    with pytest.raises(ValueError, match=r"ln_f\.bias matches 2 rules"):
+        partition_specs(params, [*RULES, ("ln_f.bias", ("embed",))])
+    with pytest.raises(ValueError, match=r"ln_f\.bias has 1 dimensions, rule ln_f\.\* is for 2"):
+        partition_specs(params, [r for r in RULES if r[0] != "ln_f.*"] + [("ln_f.*", ("a", "b"))])
+
+
+def test_an_explicit_mesh_axis_is_an_error():
+    model = abstract_model(TINY)
+    with pytest.raises(ValueError, match="'tensor' is Explicit"):
+        shardings(model, jax.make_mesh((1, 1), ("data", "tensor")))
+    assert all(
+        place.is_fully_replicated for place in jax.tree.leaves(shardings(model, make_mesh(1, 1)))
+    )

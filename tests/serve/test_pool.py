@@ -1,0 +1,227 @@
+"""The adapter pool: least recent use, pins, replacement, failures, and a cost that ignores its size."""
+
+import dataclasses
+import itertools
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from flora_jax.errors import InputError
+from flora_jax.mixing.bank import Count
+from flora_jax.mixing.pairs import list_pairs
+from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.starcoder.model import init_model
+from flora_jax.platforms import CPU
+from flora_jax.serve.dispatch import Device
+from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.pool import AdapterPool, LoadError
+from flora_jax.serve.programs import Lattice
+from flora_jax.serve.versions import Version, digest
+from tests.helpers.random_adapters import random_adapter
+
+TARGET = "attn.c_attn"
+CONFIG = StarCoderConfig(vocab_size=61, n_positions=64, n_embd=16, n_layer=2, n_head=2, n_inner=32)
+
+
+def pool_of(room, rank=2):
+    """Room for so many FLoRAs of a rank."""
+    return AdapterPool(CONFIG, {TARGET: Count(2 + room * rank, 1, 1)}, {TARGET: Count(rank, 0, 0)})
+
+
+def flora(seed, rank=2):
+    return random_adapter("flora", seed, CONFIG.projections(), 2, rank=rank)
+
+
+def ready(pool, version):
+    """Claims an adapter once it has been read."""
+    while (found := pool.acquire(version)) == "loading":
+        pool.wait([version])
+    return found
+
+
+def resident(pool, versions):
+    return [pool.is_resident(version) for version in versions]
+
+
+def test_what_waits_for_room_is_read_once_however_small_the_hosts_cache_is(monkeypatch):
+    pool = pool_of(1)
+    pool.host_bytes = 1
+    reads = []
+    read = Version.read
+    monkeypatch.setattr(Version, "read", lambda v, config: reads.append(v.name) or read(v, config))
+    versions = [pool.register(str(n), flora(n)) for n in range(4)]
+    assert ready(pool, versions[0]) == "ready"
+    for _ in range(3):
+        assert [ready(pool, version) for version in versions[1:]] == ["full"] * 3
+    for before, version in itertools.pairwise(versions):
+        pool.release(before)
+        assert ready(pool, version) == "ready"
+    assert sorted(reads) == ["0", "1", "2", "3"]
+
+
+def test_a_folders_content_is_its_files_whatever_lies_beside_them(tmp_path):
+    folder = tmp_path / "one"
+    (folder / "adapter_1").mkdir(parents=True)
+    for path in (folder, str(folder), tmp_path / "absent", folder / "adapter_1"):
+        with pytest.raises(InputError, match="no adapter folder"):
+            digest(path)
+    (folder / "adapter_config.json").write_text("{}")
+    found = digest(folder)
+    assert digest(str(folder)) == found
+    (folder / "adapter_1" / "adapter_config.json").write_text("{}")
+    assert digest(folder) == found
+    (folder / "adapter_config.json").write_text("{ }")
+    assert digest(folder) != found
+
+
+def test_the_least_recently_used_leaves_and_those_in_use_stay():
+    pool = pool_of(2)
+    versions = [pool.register(str(n), flora(n)) for n in range(4)]
+    for version in versions[:2]:
+        assert ready(pool, version) == "ready"
+    assert ready(pool, versions[2]) == "full"
+    pool.release(versions[1])
+    assert ready(pool, versions[2]) == "ready"
+    assert resident(pool, versions) == [True, False, True, False]
+    pool.release(versions[0])
+    pool.release(versions[2])
+    assert ready(pool, versions[0]) == "ready"
+    pool.release(versions[0])
+    assert ready(pool, versions[3]) == "ready"
+    assert resident(pool, versions) == [True, False, False, True]
+    assert (pool.loads, pool.evictions) == (4, 2)
+
+
+def test_a_pinned_adapter_stays_until_its_name_stands_for_another():
+    pool = pool_of(1)
+    pinned = pool.register("pinned", flora(0), pinned=True)
+    other = pool.register("other", flora(1))
+    ready(pool, pinned)
+    with pytest.raises(LoadError, match="adapter 'other': no room beside the pinned ones"):
+        ready(pool, other)
+    pool.register("pinned", flora(2))
+    assert ready(pool, other) == "full"
+    pool.release(pinned)
+    assert ready(pool, other) == "ready"
+
+
+def test_only_adapters_that_make_room_leave():
+    """Older ones on another projection stay."""
+    second = "mlp.c_fc"
+    pool = AdapterPool(
+        CONFIG,
+        dict.fromkeys((TARGET, second), Count(2 + 2, 1, 1)),
+        dict.fromkeys((TARGET, second), Count(1, 0, 0)),
+    )
+    versions = [
+        pool.register(
+            str(n), random_adapter("flora", n, CONFIG.projections(), 2, targets=(target,))
+        )
+        for n, target in enumerate((TARGET, TARGET, second, second, second))
+    ]
+    for version in versions:
+        assert ready(pool, version) == "ready"
+        pool.release(version)
+    assert resident(pool, versions) == [True, True, False, True, True]
+
+
+def test_what_nobody_waits_for_is_not_kept(monkeypatch):
+    pool = pool_of(2)
+    there = threading.Event()
+    read = Version.read
+    seen = []
+
+    def delayed(version, config):
+        assert there.wait(60)
+        seen.append(version.name)
+        return read(version, config)
+
+    monkeypatch.setattr(Version, "read", delayed)
+    versions = [pool.register(str(n), flora(n)) for n in range(20)]
+    for version in versions:
+        assert pool.acquire(version) == "loading"
+    for version in versions[1:]:
+        pool.forget(version)
+    there.set()
+    assert ready(pool, versions[0]) == "ready"
+    assert ready(pool, versions[19]) == "ready"
+    # The one behind the first may have been on its way.
+    assert set(seen) <= {"0", "1", "19"}
+
+
+@pytest.mark.parametrize("error", [OverflowError("too large"), RecursionError("too deep")])
+def test_whatever_goes_wrong_while_reading_is_that_adapters_error(error, monkeypatch):
+    pool = pool_of(1)
+    version = pool.register("bad", flora(0))
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Version, "read", fail)
+    with pytest.raises(LoadError, match=f"adapter 'bad': {type(error).__name__}: too"):
+        ready(pool, version)
+    monkeypatch.undo()
+    assert ready(pool, version) == "ready"
+
+
+def test_the_same_content_again_is_the_same_version_and_other_content_is_not():
+    pool = pool_of(2)
+    first = pool.register("name", flora(0))
+    assert pool.register("name", flora(0)) == first
+    assert pool.register("name", flora(1)) != first
+    assert pool.current("name") != first
+    with pytest.raises(KeyError):
+        pool.current("nobody")
+
+
+def test_what_lies_in_the_bank_is_the_adapter_after_any_number_of_evictions():
+    pool = pool_of(3)
+    adapters = [flora(n) for n in range(9)]
+    versions = [pool.register(str(n), adapter) for n, adapter in enumerate(adapters)]
+    rng = np.random.default_rng(0)
+    for number in rng.integers(0, 9, 60):
+        version = versions[number]
+        assert ready(pool, version) == "ready"
+        for layer, found in enumerate(pool.layers):
+            slots = np.array(pool.of(version, TARGET).multiplicative)
+            own = adapters[number].layers[layer][TARGET]
+            np.testing.assert_array_equal(found[TARGET].pre_CI[slots], own.B_RI)
+        # The reserved slots stay what they are.
+        np.testing.assert_array_equal(pool.layers[0][TARGET].pre_CI[:2], [[0] * 16, [1] * 16])
+        pool.release(version)
+
+
+def test_an_adapter_that_does_not_fit_is_an_error_with_the_numbers(tmp_path):
+    pool = pool_of(2)
+    with pytest.raises(LoadError, match=r"attn.c_attn has \(3, 0, 0\) components .* at most \(2,"):
+        ready(pool, pool.register("large", flora(0, rank=3)))
+    wide = random_adapter("flora", 0, dataclasses.replace(CONFIG, n_embd=32).projections(), 2)
+    with pytest.raises(LoadError, match=r"adapter 'wide': .* the base model has 16"):
+        ready(pool, pool.register("wide", wide))
+    with pytest.raises(InputError, match="no adapter folder"):
+        pool.register("absent", tmp_path / "absent")
+
+
+def test_a_batch_costs_the_same_operations_among_8_and_512_resident_adapters():
+    """XLA's count of operations; bytes grow by the arguments alone."""
+    costs = []
+    for room in (8, 512):
+        pool = pool_of(room)
+        versions = [pool.register(str(n), flora(n)) for n in range(4)]
+        for version in versions:
+            ready(pool, version)
+        options = EngineOptions(max_num_seqs=4, page=4, max_num_batched_tokens=99)
+        lattice = Lattice(pool, options, 64, CPU)
+        device = Device(init_model(CONFIG, 0), pool, lattice, options, 64, CPU)
+        shape = lattice.decode(versions, 32)
+        pairs = list_pairs(pool, versions, lattice.pair_sizes(shape))
+        work = dataclasses.replace(device.decoding(shape, [], 1), pairs=pairs)
+        compiled = device.decode_call(work, 1, False).lower().compile()
+        costs.append((compiled.cost_analysis()["flops"], compiled.memory_analysis()))
+        jax.clear_caches()
+    (few, few_memory), (many, many_memory) = costs
+    assert few == many
+    assert few_memory.temp_size_in_bytes == many_memory.temp_size_in_bytes
+    assert few_memory.argument_size_in_bytes < many_memory.argument_size_in_bytes

@@ -1,0 +1,212 @@
+"""A request that cannot be served gives one error with its file, line, found and expected value."""
+
+import json
+
+import pytest
+
+from flora_jax.checkpoints.tokenizer import load_tokenizer
+from flora_jax.errors import InputError
+from flora_jax.serve.request import Completion, Defaults, Request, RequestError, parse_requests
+from tests.helpers.byte_tokenizer import END, PIECES, byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+PLAIN = Defaults()
+GOOD = {"prompt_token_ids": [1, 2]}
+
+
+def parse(lines, tokenizer=TOKENIZER, defaults=PLAIN):
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    return parse_requests(
+        texts,
+        where="requests.jsonl",
+        tokenizer=tokenizer,
+        adapters=["beta", "alpha"],
+        vocab_size=300,
+        context=8,
+        defaults=defaults,
+    )
+
+
+def error_of(*lines, tokenizer=TOKENIZER):
+    with pytest.raises(RequestError) as caught:
+        parse(lines, tokenizer)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ('{"prompt": "a"', ["malformed JSON", "column 15"]),
+        ("{'prompt': 'a'}", ["malformed JSON"]),
+        ('{"seed": ' + "9" * 5000 + "}", ["malformed JSON", "4300"]),
+        ("[" * 200_000, ["malformed JSON", "recursion"]),
+        ("\ufeff{}", ["malformed JSON", "BOM"]),
+        ('["prompt"]', ["expected a JSON object", "list"]),
+        ('"prompt"', ["expected a JSON object", "str"]),
+        ("null", ["expected a JSON object", "NoneType"]),
+        ({"prompt": "a", "max_token": 3}, ["unknown field 'max_token'", "max_tokens", "top_p"]),
+        ({"prompt": "a", "adapter": "gamma"}, ["unknown adapter 'gamma'", "alpha, beta"]),
+        ({"prompt": "a", "adapter": ["alpha"]}, ["unknown adapter ['alpha']", "alpha, beta"]),
+        ({"prompt": "a", "adapter": 0}, ["unknown adapter 0", "alpha, beta"]),
+        ({"prompt": ""}, ["prompt is empty"]),
+        ({"prompt": None}, ["one of 'prompt' and 'prompt_token_ids'"]),
+        ({"prompt": ["a"]}, ["prompt is list", "string"]),
+        ({"prompt": "a\ud800"}, ["not valid Unicode"]),
+        ({"prompt": "123456789"}, ["9 tokens", "context 8"]),
+        ({"prompt": "a", "prompt_token_ids": [1]}, ["'prompt'", "'prompt_token_ids'"]),
+        ({"max_tokens": 3}, ["'prompt'", "'prompt_token_ids'"]),
+        ({"prompt_token_ids": []}, ["prompt is empty"]),
+        ({"prompt_token_ids": [1] * 9}, ["9 tokens", "context 8"]),
+        ({"prompt_token_ids": "12"}, ["prompt_token_ids is str", "list of integers"]),
+        ({"prompt_token_ids": 7}, ["prompt_token_ids is int", "list of integers"]),
+        ({"prompt_token_ids": [1, 300]}, ["300", "0 to 299"]),
+        ({"prompt_token_ids": [-1]}, ["-1", "0 to 299"]),
+        ({"prompt_token_ids": [True]}, ["True", "integers"]),
+        ({"prompt_token_ids": [1.0]}, ["1.0", "integers"]),
+        ({"prompt_token_ids": [None]}, ["None", "integers"]),
+        ({**GOOD, "temperature": -0.5}, ["temperature is -0.5", "at least 0"]),
+        ('{"prompt": "a", "temperature": NaN}', ["temperature is nan", "at least 0"]),
+        ('{"prompt": "a", "temperature": Infinity}', ["temperature is inf", "finite"]),
+        ('{"prompt": "a", "temperature": -Infinity}', ["temperature is -inf", "at least 0"]),
+        ({**GOOD, "temperature": 10**400}, ["temperature is 1000", "finite"]),
+        ({**GOOD, "temperature": "warm"}, ["temperature is 'warm'", "number"]),
+        ({**GOOD, "temperature": True}, ["temperature is True", "number"]),
+        ({**GOOD, "top_p": 0}, ["top_p is 0", "above 0", "at most 1"]),
+        ({**GOOD, "top_p": 1.5}, ["top_p is 1.5", "above 0", "at most 1"]),
+        ('{"prompt": "a", "top_p": NaN}', ["top_p is nan", "at most 1"]),
+        ({**GOOD, "top_k": -2}, ["top_k is -2", "at least -1"]),
+        ({**GOOD, "top_k": 2**31}, ["top_k is 2147483648", "at most 2147483647"]),
+        ({**GOOD, "top_k": 2.0}, ["top_k is 2.0", "an integer"]),
+        ({**GOOD, "seed": -1}, ["seed is -1", "at least 0"]),
+        ({**GOOD, "seed": 2**32}, ["seed is 4294967296", "at most 4294967295"]),
+        ({**GOOD, "seed": 1.5}, ["seed is 1.5", "an integer"]),
+        ({**GOOD, "max_tokens": 0}, ["max_tokens is 0", "at least 1"]),
+        ({**GOOD, "max_tokens": 10**400}, ["max_tokens is 1000", "finite"]),
+        ({**GOOD, "stop": ""}, ["stop is ''", "non-empty string"]),
+        ({**GOOD, "stop": ["a", ""]}, ["stop is ['a', '']", "non-empty string"]),
+        ({**GOOD, "stop": ["a", 3]}, ["stop is ['a', 3]", "non-empty string"]),
+        ({**GOOD, "stop": 0}, ["stop is 0", "non-empty string"]),
+        ({**GOOD, "stop": {}}, ["stop is {}", "non-empty string"]),
+        ({**GOOD, "ignore_eos": "yes"}, ["ignore_eos is 'yes'", "true or false"]),
+        ({**GOOD, "ignore_eos": 1}, ["ignore_eos is 1", "true or false"]),
+        ({**GOOD, "stop_token_ids": list(range(9))}, ["9 stop_token_ids", "at most 8"]),
+        ({**GOOD, "stop_token_ids": [300]}, ["stop_token_ids holds 300", "0 to 299"]),
+        ({**GOOD, "stop_token_ids": False}, ["stop_token_ids is bool", "list of integers"]),
+    ],
+    ids=lambda value: None if isinstance(value, list) else str(value)[:40],
+)
+def test_a_bad_request_is_named_with_its_line_and_values(line, named):
+    message = error_of(GOOD, line, GOOD)
+    assert message.startswith("requests.jsonl, line 2: ")
+    for words in named:
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ({"prompt": "a"}, "tokenizer.json"),
+        ({**GOOD, "stop": "a"}, "stop strings need a tokenizer"),
+    ],
+)
+def test_text_needs_a_tokenizer(line, named):
+    message = error_of(line, tokenizer=None)
+    assert message.startswith("requests.jsonl, line 1: ")
+    assert named in message
+
+
+def test_blank_lines_are_passed_over_but_counted():
+    requests = parse(["", GOOD, "  \t\n", {"prompt": "b"}])
+    assert [request.index for request in requests] == [0, 1]
+    assert "line 4: unknown adapter 'gamma', given: alpha, beta" in error_of(
+        "", GOOD, " ", {**GOOD, "adapter": "gamma"}
+    )
+
+
+@pytest.mark.parametrize("lines", [[], ["", "\n"]])
+def test_a_file_without_requests_is_an_error(lines):
+    assert error_of(*lines) == "requests.jsonl: no requests"
+
+
+def test_absent_and_null_fields_take_the_defaults():
+    defaults = Defaults(max_tokens=7, temperature=0.5, top_k=3, top_p=0.9)
+    nulls = dict.fromkeys(
+        "adapter max_tokens temperature top_k top_p seed stop stop_token_ids".split()
+    )
+    plain, null = parse([GOOD, {**GOOD, **nulls}], defaults=defaults)
+    assert plain == Request(0, (1, 2), max_tokens=7, temperature=0.5, top_k=3, top_p=0.9)
+    assert vars(null) == vars(plain) | {"index": 1}
+
+
+def test_every_field_reaches_the_request():
+    line = {
+        "prompt": "abd", "adapter": "alpha", "max_tokens": 5, "temperature": 1, "top_k": 4,
+        "top_p": 1, "seed": 2**32 - 1, "stop": "x", "stop_token_ids": [5, 6], "ignore_eos": True,
+    }  # fmt: skip
+    (request,) = parse([line])
+    assert request == Request(
+        0, tuple(TOKENIZER.encode("abd").ids), "alpha", 5, 1.0, 4, 1.0, 2**32 - 1,
+        ("x",), (5, 6), True,
+    )  # fmt: skip
+    assert isinstance(request.temperature, float)
+    assert isinstance(request.top_p, float)
+
+
+def test_a_prompt_may_fill_the_context_and_top_k_may_be_off():
+    full, off = parse([{"prompt_token_ids": [299] * 8}, {**GOOD, "top_k": -1, "stop": ["a", "b"]}])
+    assert full.token_ids == (299,) * 8
+    assert (off.top_k, off.stop) == (0, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    "values, named",
+    [
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_p": 2.0}, "top_p is 2.0"),
+        ({"top_k": -2}, "top_k is -2"),
+    ],
+)
+def test_defaults_that_no_request_may_have_are_refused(values, named):
+    with pytest.raises(RequestError, match=named):
+        Defaults(**values)
+
+
+def test_a_completion_is_one_line_of_json():
+    completion = Completion(3, "alpha", "é\n\u2028", (1, 2), "stop", 4)
+    text = completion.to_json()
+    assert "\n" not in text
+    assert json.loads(text) == {
+        "index": 3, "adapter": "alpha", "text": "é\n\u2028", "token_ids": [1, 2],
+        "finish_reason": "stop", "prompt_tokens": 4, "completion_tokens": 2,
+    }  # fmt: skip
+
+
+def test_a_special_token_as_a_stop_string_stops_as_a_token():
+    """Its text is no part of a completion, so as a string it could never be found."""
+    line = json.dumps({"prompt": "ab", "stop": ["c", END]})
+    (request,) = parse_requests(
+        [line], where="r", tokenizer=byte_tokenizer(), adapters=[], vocab_size=PIECES, context=9,
+        defaults=Defaults(),
+    )  # fmt: skip
+    assert request.stop == ("c",)
+    assert request.stop_token_ids == (0,)
+
+
+def test_a_tokenizers_own_truncation_and_padding_do_not_touch_prompts(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=7)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path, PIECES)
+    assert len(loaded.encode("xyz").ids) == 3
+
+
+def test_starcoders_own_tokenizer_loads_and_fits_its_vocabulary(shared_data):
+    folder = shared_data / "tokenizers" / "starcoder"
+    tokenizer = load_tokenizer(folder, 49_152)
+    text = "fn main() {\n\tlet größe = 2048;\n}\n"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    with pytest.raises(InputError, match="has token id 49151, the model's vocabulary is 49151"):
+        load_tokenizer(folder, 49_151)

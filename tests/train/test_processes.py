@@ -1,0 +1,175 @@
+"""``flora-jax train`` in processes of their own: killed at any moment, and on a mesh of devices."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from flora_jax.checkpoints.checkpoint import load_model
+from tests.helpers.training_home import LENGTH, NAMES, data_of, fill, lines_of, read_for, snapshot
+
+ROOT = Path(__file__).resolve().parents[2]
+# A server forks them after the imports, which take longer than a run.
+SERVER = """
+import json, os, sys
+import jax
+import flora_jax.cli, flora_jax.train.run, matplotlib.figure
+for line in sys.stdin:
+    order = json.loads(line)
+    if "wait" in order:
+        print(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]), flush=True)
+        continue
+    if child := os.fork():
+        print(child, flush=True)
+        continue
+    os.environ.update(order["environment"])
+    if order["quick"]:
+        jax.config.update("jax_disable_most_optimizations", True)
+        jax.config.update("jax_log_compiles", True)
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1), os.dup2(log, 2)
+    sys.argv = ["flora-jax", *order["arguments"]]
+    flora_jax.cli.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    fill(home)
+    return home
+
+
+class Processes:
+    """Starts the program in ``home`` and waits for it."""
+
+    def __init__(self, home, server):
+        self.home, self.server = home, server
+
+    def _ask(self, **order):
+        self.server.stdin.write(json.dumps(order) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def start(self, *arguments, quick=False, **environment):
+        return self._ask(
+            arguments=["train", *map(str, arguments)], environment=environment, quick=quick,
+            log=str(self.home / "log"),
+        )  # fmt: skip
+
+    def wait(self, process):
+        return self._ask(wait=process), (self.home / "log").read_text()
+
+    def run(self, *arguments, **options):
+        code, log = self.wait(self.start(*arguments, **options))
+        assert code == 0, log
+        return log
+
+
+@pytest.fixture(scope="module")
+def processes(home):
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(home / "xla")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XDG_CACHE_HOME": str(home / "cache"),
+    }
+    command = [sys.executable, "-c", SERVER]
+    with subprocess.Popen(
+        command, cwd=home, env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as server:  # fmt: skip
+        yield Processes(home, server)
+        server.stdin.close()
+
+
+LONG = [
+    "flat", *data_of(*NAMES), *data_of("perl", option="validation"), "--kind", "lora", "--dropout",
+    "0.2", "--accumulate", "2", "--steps", "30", "--batch-size", "8", "--seq-len", LENGTH,
+    "--eval-every", "10", "--save-every", "2", "--learning-rate", "0.01",
+]  # fmt: skip
+
+
+def newest(output):
+    """The step of the last whole checkpoint."""
+    folder = output / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def wait_until(done):
+    patience = time.monotonic() + 120
+    while not done():
+        assert time.monotonic() < patience
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(kills, home, processes):
+    # Without XLA's optimisations a process starts faster; the long test has them.
+    chance, quick = random.Random(kills), kills < 10
+    output, uninterrupted = home / f"killed-{kills}", home / f"whole-{kills}"
+    processes.run(*LONG, "--output", uninterrupted, quick=quick)
+    arguments, reached = [*LONG, "--output", output, "--resume"], []
+    for number in range(kills):
+        process = processes.start(*arguments, quick=quick)
+        # The first at any moment, the others some checkpoints later, one perhaps half written.
+        if number:
+            wait_until((output / "metrics.jsonl").exists)
+            goal = min(28, newest(output) + 2 * chance.randint(0, 12 // kills))
+            wait_until(lambda goal=goal: newest(output) >= goal)
+        time.sleep(chance.uniform(0, 0.2 if number else 3))
+        os.kill(process, signal.SIGKILL)
+        code, log = processes.wait(process)
+        assert code in (0, -signal.SIGKILL), log
+        reached.append(newest(output))
+    processes.run(*arguments, quick=quick)
+    assert any(0 < step < 30 for step in reached)
+    for name in NAMES:
+        assert snapshot(output / name) == snapshot(uninterrupted / name)
+    assert lines_of(output) == lines_of(uninterrupted)
+    for name in ("config.json", "data.json"):
+        assert (output / name).read_text() == (uninterrupted / name).read_text()
+
+
+MESHED = [
+    "flat", *data_of(*NAMES), *data_of("ruby", option="validation"), "--kind", "flora", "--rank", "2",
+    "--targets", "c_attn,mlp.c_proj", "--steps", "3", "--batch-size", "16", "--seq-len", LENGTH,
+    "--warmup-steps", "0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def one_device(home, processes):
+    processes.run(*MESHED, "--output", "one-device", quick=True)
+    return home / "one-device"
+
+
+@pytest.mark.parametrize(
+    "mesh", ["data=2,tensor=4", pytest.param("data=8", marks=pytest.mark.slow)]
+)
+def test_a_mesh_of_devices_trains_the_same_adapters(mesh, home, processes, one_device):
+    output, model = home / mesh, load_model(home / "flat")
+    eight = "--xla_force_host_platform_device_count=8"
+    log = processes.run(*MESHED, "--output", output, "--mesh", mesh, quick=True, XLA_FLAGS=eight)
+    assert log.count("Finished XLA compilation of jit(step)") == 1
+    assert log.count("Finished XLA compilation of jit(score)") == 1
+    for found, expected in zip(lines_of(output), lines_of(one_device), strict=True):
+        assert found["step"] == expected["step"]
+        if "losses" in expected:
+            assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+            assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
+        for name, measured in expected.get("validation", {}).items():
+            assert found["validation"][name] == pytest.approx(measured, rel=1e-3)
+    for name in NAMES:
+        adapters = [read_for(model, run / name) for run in (output, one_device)]
+        for a, b in zip(*(jax.tree.leaves(one.layers) for one in adapters), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
