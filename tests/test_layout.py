@@ -116,8 +116,8 @@ def test_every_module_says_what_it_is():
         ("shapes.py", "import flora_jax.adapters", "flora_jax.adapters"),
         (
             "adapters/a.py",
-            "from flora_jax.starcoder import model",
-            "flora_jax.models.starcoder.model",
+            "from flora_jax.models import cache",
+            "flora_jax.models.cache",
         ),
         ("adapters/a.py", "from flora_jax import models", "flora_jax.models"),
         ("adapters/a.py", "from ..serve.steps import x", "flora_jax.serve.steps.x"),
