@@ -181,7 +181,7 @@ class Device:
         names: list[Version | None] = [None] * rows
         for row, (sequence, start, count) in enumerate(pieces):
             job = sequence.content
-            tokens_BT[row, :count] = job.request.token_ids[start : start + count]
+            tokens_BT[row, :count] = job.request.prompt_token_ids[start : start + count]
             start_B[row], count_B[row], names[row] = start, count, job.version
         sequences = [piece.sequence for piece in pieces]
         longest = max((piece.start + piece.length for piece in pieces), default=1)
@@ -308,7 +308,7 @@ def most_left(sequences: Sequence[Scheduled]) -> int:
 
 def _least_draw(requests: Sequence[Request]) -> Draw:
     """The cheapest way to draw that gives every request its own token."""
-    warm = [request for request in requests if request.temperature > 0]
-    if any(request.top_k > 0 or request.top_p < 1 for request in warm):
+    warm = [r.sampling_params for r in requests if r.sampling_params.temperature > 0]
+    if any(params.top_k > 0 or params.top_p < 1 for params in warm):
         return "digits"
     return "plain" if warm else "greedy"

@@ -8,8 +8,8 @@ nothing of HTTP or files.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,7 +30,7 @@ from flora_jax.serve.options import WHILE_READING, EngineOptions
 from flora_jax.serve.pieces import dispatch_prompts
 from flora_jax.serve.pool import LoadError
 from flora_jax.serve.programs import Lattice
-from flora_jax.serve.request import Request
+from flora_jax.serve.request import Limits, Request, RequestId, is_request_id
 from flora_jax.serve.scheduler import Admission, Scheduler, Sequence
 from flora_jax.serve.state import BROKEN
 from flora_jax.serve.stream import Stream
@@ -81,11 +81,14 @@ class Engine:
         pages = options.cache_pages(context)
         self.scheduler = Scheduler(options.max_num_seqs, pages, options.page)
         self.device = Device(model, self.pool, self.lattice, options, pages, platform)
+        self.limits = Limits(context, config.vocab_size, tokenizer)
         self._tickets = itertools.count()
-        self._inbox: collections.deque[Sequence | int] = collections.deque()
+        # By request id the number of arrival, for every request that has not ended.
+        self._arrivals: dict[RequestId, int] = {}
+        self._inbox: collections.deque[Sequence | RequestId] = collections.deque()
         self._sequences: dict[int, Sequence] = {}
         self._copies: dict[int, Any] = {}
-        self._updates: list[Update] = []
+        self._updates: list[tuple[int, Update]] = []
         self._written, self._due = 0, False
         self._flight: Flight | None = None
         self._broken: BaseException | None = None
@@ -116,37 +119,53 @@ class Engine:
         """Takes a request under the adapter that its name stands for now; any thread may call.
 
         Returns:
-            The ticket that updates carry.
+            The request id that updates carry: the request's own, or a number that no other has.
 
         Raises:
-            InputError: the model or the known adapters cannot serve it.
+            InputError: the model or the known adapters cannot serve it, or its id is in use.
             RunError: an iteration broke off.
         """
         self._check_whole()
         own = self._check(request)
-        config, ids = self.model.config, request.token_ids
-        room = min(request.max_tokens, self.context - len(ids))
+        ids, params = request.prompt_token_ids, request.sampling_params
+        room = min(params.max_tokens, self.context - len(ids))
         most = self.scheduler.pages * self.options.page
         if len(ids) + room > most:
             raise InputError(
-                f"request {request.index}: {len(ids)} tokens and {room} more, the cache holds {most}"
+                f"{request.label}: {len(ids)} tokens and {room} more, the cache holds {most}"
             )
-        stops = {*request.stop_token_ids, *(() if request.ignore_eos else config.eos_token_ids)}
+        request, ticket = self._named(request)
+        stops = self.limits.stop_ids(params, self.model.config.eos_token_ids)
         job = Job(request, own, Stream(request, stops, room, self.tokenizer))
-        ticket = next(self._tickets)
         self._inbox.append(Sequence(ticket, request.adapter, len(ids), room, job))
-        return ticket
+        assert request.request_id is not None
+        return request.request_id
 
-    def cancel(self, ticket: int) -> None:
+    def _named(self, request: Request) -> tuple[Request, int]:
+        """The request with an id and a number to fold in, and its number of arrival."""
+        ticket = next(self._tickets)
+        found = request.request_id
+        if found is None:
+            found = ticket
+            while self._arrivals.setdefault(found, ticket) != ticket:
+                found = next(self._tickets)
+        elif self._arrivals.setdefault(found, ticket) != ticket:
+            raise InputError(f"{request.label}: another request with this id has not ended")
+        fold_in = ticket % 2**32 if request.fold_in is None else request.fold_in
+        return dataclasses.replace(request, request_id=found, fold_in=fold_in), ticket
+
+    def cancel(self, request_id: RequestId) -> None:
         """Ends a request without a further update; one that is gone already is no error. Any thread.
 
         Raises:
-            TypeError: no ticket is of this type.
+            TypeError: no request id is of this type.
         """
-        self._inbox.append(operator.index(ticket))
+        if not is_request_id(request_id):
+            raise TypeError(f"request_id is {request_id!r}, expected a string or an integer")
+        self._inbox.append(request_id)
 
     def step(self) -> list[Update]:
-        """Runs one iteration and returns what it brought, in the order of tickets.
+        """Runs one iteration and returns what it brought, in the order in which the requests came.
 
         Without anything that can run it waits a moment for adapters that are being read.
 
@@ -160,7 +179,7 @@ class Engine:
         except BaseException as error:
             self._broken = error
             raise
-        return sorted(self._updates, key=lambda update: update.ticket)
+        return [update for _, update in sorted(self._updates, key=lambda found: found[0])]
 
     def _check_whole(self) -> None:
         if self._broken is not None:
@@ -191,30 +210,30 @@ class Engine:
         self.pool.close()
 
     def _check(self, request: Request) -> Version | None:
-        request.check(self.context, self.model.config.vocab_size, self.tokenizer is not None)
+        self.limits.check(request)
         if request.adapter is None:
             return None
         try:
             return self.pool.current(request.adapter)
         except KeyError:
-            raise InputError(
-                f"request {request.index}: unknown adapter {request.adapter!r}"
-            ) from None
+            raise InputError(f"{request.label}: unknown adapter {request.adapter!r}") from None
 
     def _receive(self) -> None:
         arrived = [self._inbox.popleft() for _ in range(len(self._inbox))]
-        cancelled = {one for one in arrived if isinstance(one, int)}
+        cancelled = {one for one in arrived if not isinstance(one, Sequence)}
         for one in arrived:
-            if isinstance(one, int):
-                sequence = self._sequences.get(one)
+            if not isinstance(one, Sequence):
+                sequence = self._sequences.get(self._arrivals.get(one, -1))
                 if sequence is not None:
                     self._drop(sequence)
             elif one.room:
                 self._sequences[one.ticket] = one
                 self.scheduler.add(one)
-            elif one.ticket not in cancelled:
-                completion = one.content.stream.completion()
-                self._updates.append(Update(one.ticket, completion=completion))
+            else:
+                request_id = one.content.request.request_id
+                del self._arrivals[request_id]
+                if request_id not in cancelled:
+                    self._end(one)
 
     def _read_ahead(self) -> None:
         """Begins to read the adapters of those that come next, though there is no row for them yet."""
@@ -236,7 +255,7 @@ class Engine:
                 found = self.pool.acquire(own)
             except LoadError as error:
                 self._drop(sequence)
-                self._updates.append(Update(sequence.ticket, error=str(error)))
+                self._tell(sequence, error=str(error))
                 return "loading"
         if found != "ready":
             self._refused.append((sequence, found))
@@ -292,12 +311,20 @@ class Engine:
                 f"{self.device.dtype}"
             )
             self._drop(sequence)
-            self._updates.append(Update(sequence.ticket, new, error=reason))
+            self._tell(sequence, new, error=reason)
         elif not stream.running:
             self._drop(sequence)
-            self._updates.append(Update(sequence.ticket, new, completion=stream.completion()))
+            self._end(sequence, new)
         elif new:
-            self._updates.append(Update(sequence.ticket, new))
+            self._tell(sequence, new)
+
+    def _end(self, sequence: Sequence, new: tuple[int, ...] = ()) -> None:
+        self._tell(sequence, new, completion=sequence.content.stream.completion())
+
+    def _tell(self, sequence: Sequence, new: tuple[int, ...] = (), **end: Any) -> None:
+        job = sequence.content
+        update = Update(job.request.request_id, new, job.stream.take_text(), **end)
+        self._updates.append((sequence.ticket, update))
 
     def _drop(self, sequence: Sequence) -> None:
         """Takes a sequence out with all that it holds."""
@@ -311,3 +338,4 @@ class Engine:
                 self.pool.forget(own)
         self._copies.pop(sequence.ticket, None)
         del self._sequences[sequence.ticket]
+        del self._arrivals[sequence.content.request.request_id]

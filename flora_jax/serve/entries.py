@@ -40,8 +40,9 @@ def _settings(sequences: Sequence[Scheduled | None], count: int, seed: int) -> S
         if sequence is None:
             continue
         request = sequence.content.request
-        temperature_B[row] = request.temperature
-        top_k_B[row], top_p_B[row] = request.top_k, request.top_p
-        seeded_B[row] = request.seed is not None
-        seed_BX[row] = (seed, request.index) if request.seed is None else (request.seed, 0)
+        params = request.sampling_params
+        temperature_B[row] = params.temperature
+        top_k_B[row], top_p_B[row] = params.top_k, params.top_p
+        seeded_B[row] = params.seed is not None
+        seed_BX[row] = (seed, request.fold_in) if params.seed is None else (params.seed, 0)
     return Settings(temperature_B, top_k_B, top_p_B, seed_BX, seeded_B)

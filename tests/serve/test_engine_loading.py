@@ -8,9 +8,9 @@ from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.models.starcoder.model import init_model
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import WHILE_READING, EngineOptions
-from flora_jax.serve.request import Request
 from flora_jax.serve.versions import Version
 from tests.helpers.random_adapters import random_adapter
+from tests.helpers.requests import make_request
 
 CONFIG = StarCoderConfig(vocab_size=61, n_positions=80, n_embd=16, n_layer=1, n_head=2, n_inner=32)
 STEPS = 8
@@ -64,32 +64,32 @@ def run(engine, updates=None):
         for update in engine.step():
             assert update.error is None
             if updates is not None and update.completion is not None:
-                updates[update.ticket] = update.completion.token_ids
+                updates[update.request_id] = update.completion.token_ids
 
 
 def test_a_read_shortens_dispatches_but_not_to_single_tokens(engine, dispatched, monkeypatch):
     there = hold(monkeypatch, {"1"})
-    engine.add(Request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
-    waiting = engine.add(Request(1, (4, 5), "1", max_tokens=2, ignore_eos=True))
+    engine.add(make_request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
+    waiting = engine.add(make_request(1, (4, 5), "1", max_tokens=2, ignore_eos=True))
     for _ in range(6):
-        assert all(update.ticket != waiting for update in engine.step())
+        assert all(update.request_id != waiting for update in engine.step())
     # The first dispatch comes with the prompt, whose row should not wait for its second token.
     assert dispatched == [1] + [WHILE_READING] * 5
     there.set()
     ended = {}
     run(engine, ended)
     assert len(ended[waiting]) == 2
-    alone = engine.add(Request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
+    alone = engine.add(make_request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
     before = dict(ended)
     run(engine, ended)
     assert ended[alone] == before[next(t for t in before if t != waiting)]
 
 
 def test_an_adapter_whose_turn_to_be_written_comes_next_waits_for_one_token(engine, dispatched):
-    engine.add(Request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
+    engine.add(make_request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
     engine.step()
     for number, name in enumerate("123", 1):
-        engine.add(Request(number, (4, 5), name, max_tokens=30, ignore_eos=True))
+        engine.add(make_request(number, (4, 5), name, max_tokens=30, ignore_eos=True))
     loads = engine.stats.adapter_loads
     while engine.stats.running < 4:
         before = engine.stats.adapter_loads
@@ -108,16 +108,16 @@ def test_who_is_cancelled_takes_no_read_from_others_who_wait_for_it(engine, monk
     monkeypatch.setattr(
         Version, "read", lambda v, config: reads.append(v.name) or delayed(v, config)
     )
-    patient = engine.add(Request(0, (4, 5), "1", max_tokens=2, ignore_eos=True))
+    patient = engine.add(make_request(0, (4, 5), "1", max_tokens=2, ignore_eos=True))
     for _ in range(3):
-        engine.cancel(engine.add(Request(1, (4, 5), "1", max_tokens=2, ignore_eos=True)))
+        engine.cancel(engine.add(make_request(1, (4, 5), "1", max_tokens=2, ignore_eos=True)))
         engine.step()
     there.set()
     ended = {}
     run(engine, ended)
     assert len(ended[patient]) == 2
     assert reads == ["1"]
-    again = engine.add(Request(2, (4, 5), "1", max_tokens=2, ignore_eos=True))
+    again = engine.add(make_request(2, (4, 5), "1", max_tokens=2, ignore_eos=True))
     run(engine, ended)
     assert ended[again] == ended[patient]
 
@@ -126,18 +126,20 @@ def test_any_number_of_owners_that_are_being_read_hold_up_none_that_is_there(eng
     there = hold(monkeypatch, {"1"} | {f"cold {n}" for n in range(20)})
     for number in range(20):
         engine.pool.register(f"cold {number}", engine.pool.current("1").source)
-        engine.add(Request(number, (4, 5), f"cold {number}", max_tokens=1, ignore_eos=True))
-    ready = [engine.add(Request(30, (1, 2), n, max_tokens=2, ignore_eos=True)) for n in (None, "0")]
+        engine.add(make_request(number, (4, 5), f"cold {number}", max_tokens=1, ignore_eos=True))
+    ready = [
+        engine.add(make_request(30, (1, 2), n, max_tokens=2, ignore_eos=True)) for n in (None, "0")
+    ]
     done = set()
     for _ in range(8):
-        done |= {update.ticket for update in engine.step() if update.completion}
+        done |= {update.request_id for update in engine.step() if update.completion}
     assert done == set(ready)
     there.set()
     run(engine)
 
 
 def test_nothing_is_shortened_where_nothing_is_read(engine, dispatched):
-    engine.add(Request(0, (1, 2, 3), "0", max_tokens=41, ignore_eos=True))
+    engine.add(make_request(0, (1, 2, 3), "0", max_tokens=41, ignore_eos=True))
     run(engine)
     assert dispatched[:1] == [1]
     assert set(dispatched[1:]) == {STEPS}
