@@ -115,7 +115,7 @@ class Engine:
             cache_usage=1 - len(scheduler.free_pages) / scheduler.pages,
         )  # fmt: skip
 
-    def add(self, request: Request) -> int:
+    def add(self, request: Request) -> RequestId:
         """Takes a request under the adapter that its name stands for now; any thread may call.
 
         Returns:
@@ -210,7 +210,10 @@ class Engine:
         self.pool.close()
 
     def _check(self, request: Request) -> Version | None:
-        self.limits.check(request)
+        try:
+            self.limits.check(request)
+        except InputError as error:
+            raise InputError(f"{request.label}: {error}") from None
         if request.adapter is None:
             return None
         try:
