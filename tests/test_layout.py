@@ -11,10 +11,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import its own room and rooms of lower rank; rooms of one rank know nothing of each
 # other.
 RANKS = [
-    ("errors",), ("shapes", "files", "jsonl", "platforms", "shipped", "xla_flags"), ("weights",),
-    ("adapters",),
-    ("mixing", "peft"), ("models",), ("checkpoints",), ("serve", "train", "sandbox"),
-    ("evaluate", "bench", "plan"), ("demo", "llm"), ("cli",), ("__main__",),
+    ("errors",), ("shapes", "files", "jsonl", "terminal", "platforms", "shipped", "xla_flags"),
+    ("weights",), ("adapters",), ("mixing", "peft"), ("models",), ("checkpoints",),
+    ("serve", "train", "sandbox"), ("evaluate", "bench", "plan"), ("demo", "llm"), ("cli",),
+    ("__main__",),
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 OUTSIDE = ("convert", "experiments", "tests")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,24 +11,12 @@ from typing import TYPE_CHECKING, Any
 from flora_jax.errors import InputError
 from flora_jax.shipped import ASSETS as ASSETS
 from flora_jax.shipped import adapter_source, model_source
+from flora_jax.terminal import say as say
 
 if TYPE_CHECKING:
     from flora_jax.adapters.model_adapter import ModelAdapter
 
 MODEL_HELP = "Hugging Face directory, converted directory, hub id, or 'mini' (embedded)."
-
-
-def say(message: str) -> None:
-    print(message, file=sys.stderr)
-
-
-def lines(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield line.decode()
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}, line {number}: not UTF-8: {error}") from None
 
 
 def source(model: str) -> str:
@@ -104,16 +91,3 @@ def compiling() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda name, done, total: status.update(
             f"compiling {min(done + 1, total)} of {total}: {name}"
         )
-
-
-@contextmanager
-def progress(
-    total: int, done: int = 0, name: str = "generate"
-) -> Iterator[Callable[[int, str], None]]:
-    """A bar on standard error, gone at the end; yields what takes how many more are done, and of what."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(name, total=total, completed=done)
-        yield lambda more, name: progress.update(task, advance=more, description=name)

@@ -53,10 +53,7 @@ class CompletionsFile:
         self._path, self._overwrite = path, overwrite
         target = path.resolve()
         self._part = target.with_name(f"{target.name}.part")
-        try:
-            self._journal = Journal(self._part)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+        self._journal = Journal(self._part)
         with self._part.open("rb") as file:
             if not _HEAD.startswith(file.read(len(_HEAD))):
                 self._journal.close()
@@ -78,7 +75,7 @@ class CompletionsFile:
                     f"{self._part}: left by a run with another {', '.join(fields)}; the same command "
                     "goes on with it, --overwrite starts anew"
                 )
-            self._journal.clear()
+            self._journal.cut(0)
             earlier = []
         if not earlier:
             self._journal.append({"job": wanted})

@@ -16,16 +16,15 @@ from flora_jax.cli.common import (
     MODEL_HELP,
     compiling,
     dtype_of,
-    lines,
     named_adapters,
     prepare_jax,
-    progress,
     read_adapters,
-    say,
 )
 from flora_jax.cli.completions import Output, open_output
 from flora_jax.errors import InputError
+from flora_jax.jsonl import read_lines
 from flora_jax.shipped import model_source
+from flora_jax.terminal import progress, say
 
 if TYPE_CHECKING:
     from flora_jax.serve.engine import Engine
@@ -81,7 +80,8 @@ def generate(
     defaults = SamplingParams(max_tokens, temperature, top_k, top_p)
     adapters = named_adapters(adapter or [])
     if not input.is_file():
-        raise InputError(f"{input}: no such file")
+        found = "is a directory" if input.is_dir() else "no such file"
+        raise InputError(f"{input}: {found}")
     if output.exists() and output.samefile(input):
         raise InputError(f"{output}: --output is the file of --input")
     job = Job(
@@ -147,7 +147,7 @@ def _run(job: Job, sink: Output, name: str) -> None:
     reader = Reader(limits, adapters, job.defaults, job.keep_last)
     requests: list[Request] = []
     errors: dict[int, str] = {}
-    for index, (_, found) in enumerate(reader.lines(lines(job.input), str(job.input))):
+    for index, found in enumerate(reader.lines(read_lines(job.input))):
         if isinstance(found, Request):
             requests.append(found)
         elif job.skip:
@@ -218,12 +218,14 @@ def _complete(engine: Engine, requests: list[Request], sink: Output, skip: bool,
 
     tokens = 0
     began = engine.compilations.count
-    with progress(total, total - len(requests), "compiling the first programs") as show:
+    with progress("generate", total) as bar:
+        bar.show(done := total - len(requests), note="compiling the first programs")
         for update in run(engine, requests, 2 * engine.options.max_num_seqs):
             tokens += len(update.token_ids)
             compiled = engine.compilations.count - began
             ended = update.finish_reason is not None
-            show(int(ended), f"generate ({compiled} programs compiled)" if compiled else "generate")
+            done += ended
+            bar.show(done, note=f"{compiled} programs compiled" if compiled else "")
             if not ended:
                 continue
             assert update.index is not None

@@ -7,12 +7,12 @@ A :class:`SamplingParams` and a :class:`Request` are checked when they are made.
 from __future__ import annotations
 
 import dataclasses
-import json
 import numbers
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from flora_jax.errors import InputError
+from flora_jax.jsonl import Line, kind_of
 
 RequestId = int | str
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -242,27 +242,21 @@ class Reader:
     defaults: SamplingParams = dataclasses.field(default_factory=SamplingParams)
     keep_last: bool = False
 
-    def lines(
-        self, lines: Iterable[str], where: str
-    ) -> Iterator[tuple[int, Request | RequestError]]:
-        """One request a line with the line's number, or why it is none; blank lines are passed over, but
-        count as lines. Their ``request_id`` and ``fold_in`` are 0, 1, 2 ...
+    def lines(self, lines: Iterable[Line]) -> Iterator[Request | RequestError]:
+        """The request of each line, or why it is none, which begins with file and line. Their
+        ``request_id`` and ``fold_in`` are 0, 1, 2 ...
 
         Args:
-            lines: JSON objects.
-            where: the file's name for messages.
+            lines: of :func:`flora_jax.jsonl.read_lines` or :func:`~flora_jax.jsonl.parse_lines`.
         """
-        index = 0
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
+        for index, line in enumerate(lines):
+            if line.problem is not None:
+                yield RequestError(f"{line.where}: {line.problem}")
                 continue
-            found: Request | RequestError
             try:
-                found = self.request(_loads(line), index)
+                yield self.request(line.value, index)
             except RequestError as error:
-                found = RequestError(f"{where}, line {number}: {error}")
-            yield number, found
-            index += 1
+                yield RequestError(f"{line.where}: {error}")
 
     def request(self, raw: Any, index: int = 0) -> Request:
         """One request from its JSON value, with ``index`` as its id and ``fold_in``.
@@ -271,7 +265,7 @@ class Reader:
             RequestError: without the file and line.
         """
         if not isinstance(raw, Mapping):
-            raise RequestError(f"expected a JSON object, found {type(raw).__name__}")
+            raise RequestError(f"found {kind_of(raw)}, expected an object")
         if unknown := sorted(set(raw) - _FIELDS):
             raise RequestError(
                 f"unknown field {unknown[0]!r}, expected some of {', '.join(sorted(_FIELDS))}"
@@ -291,40 +285,6 @@ class Reader:
         request = Request(ids, params, adapter, request_id=index, fold_in=index)
         self.limits.check(request)
         return request
-
-
-def read_requests(lines: Iterable[str], where: str, reader: Reader) -> list[Request]:
-    """All requests of a file; see :meth:`Reader.lines`.
-
-    Raises:
-        RequestError: on the first line that is not a valid request, or there is none.
-    """
-    requests: list[Request] = []
-    for _, found in reader.lines(lines, where):
-        if isinstance(found, RequestError):
-            raise found
-        requests.append(found)
-    if not requests:
-        raise RequestError(f"{where}: no requests")
-    return requests
-
-
-def _loads(line: str) -> Any:
-    try:
-        return json.loads(line, object_pairs_hook=_object)
-    except RequestError:
-        raise
-    except (ValueError, RecursionError) as error:  # Not only JSONDecodeError: huge integers.
-        raise RequestError(f"malformed JSON: {error}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise RequestError(f"the field {twice!r} is given twice")
-    return found
 
 
 def _store(target: Any, **values: Any) -> None:

@@ -191,7 +191,7 @@ GOOD = {"prompt_token_ids": [1, 2]}
 THIRD = [GOOD, b"", {**GOOD, "adapter": "nobody"}]
 BAD = {
     "no input": ("bare", None, ["--input", "none.jsonl"], "none.jsonl: no such file"),
-    "input is a directory": ("bare", None, ["--input", "bare"], "bare: no such file"),
+    "input is a directory": ("bare", None, ["--input", "bare"], "bare: is a directory"),
     "no model": ("./none", [GOOD], [], "./none: no such file or directory"),
     "no hub model": ("nobody/none", [GOOD], [], "nobody/none: no such file or directory"),
     "no config": ("no-config", [GOOD], [], "no config.json"),
@@ -229,7 +229,7 @@ BAD = {
     "batch size 257": ("bare", [GOOD], ["--batch-size", "257"], "less than or equal to 256, found '257'"),
     "option": ("bare", [GOOD], ["--tempreature", "1"], "--tempreature"),
     "output directory": ("bare", [GOOD], ["--output", "none/o.jsonl"], "none/o.jsonl: expected a file"),
-    "output that cannot be": ("bare", [GOOD], ["--output", "/proc/o"], "/proc/o: cannot be written: "),
+    "output that cannot be": ("bare", [GOOD], ["--output", "/proc/o"], "/proc/o.part: cannot be"),
     "output before model": ("./none", [GOOD], ["--output", "none/x"], "none/x: expected"),
     "on-error": ("bare", [GOOD], ["--on-error", "wait"], "'--on-error': "),
     "output is a directory": ("bare", [GOOD], ["--output", "bare"], "bare: expected a file"),
