@@ -39,7 +39,8 @@ def run(app: typer.Typer, name: str) -> NoReturn:
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        if not message():  # No verb at all: the help is on the screen.
+        if type(error).__name__ == "NoArgsIsHelpError":  # No verb at all: its message is the help.
+            print(message())
             sys.exit(2)
         _fail(name, message().removesuffix(".") + _given(error), 2)
     sys.exit(code or 0)

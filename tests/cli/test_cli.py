@@ -357,7 +357,7 @@ def test_an_error_while_writing_keeps_an_older_output_and_leaves_nothing_else(
     path = write_requests(tmp_path / "in.jsonl", [PLAIN | GOOD])
     monkeypatch.setattr("flora_jax.serve.request.Completion.to_json", fail)
     code, _, err = program(
-        "generate", "bare", "--input", path, "--output", output, "--batch-size", "1"
+        "generate", "bare", "--input", path, "--output", output, "--overwrite", "--batch-size", "1"
     )
     assert (code, err.splitlines()[-1]) == (2, "flora-jax: no space left on device")
     assert output.read_text() == "older"
