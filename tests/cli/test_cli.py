@@ -441,7 +441,8 @@ from flora_jax.cli import main
 try:
     main()
 finally:
-    print(*({"jax", "numpy", "transformers", "torch", "tokenizers"} & set(sys.modules)), "HEAVY")
+    heavy = {"jax", "numpy", "transformers", "torch", "tokenizers", "rich", "pydantic"}
+    print(*(heavy & set(sys.modules)), "HEAVY")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
