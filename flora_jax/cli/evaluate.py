@@ -48,7 +48,7 @@ def export(
     output: Annotated[Path, typer.Option(help="New directory.")],
 ) -> None:
     """Writes generations as bigcode-evaluation-harness loads them, a file a language."""
-    from flora_jax.evaluate.generations import export_bigcode, read_generations
+    from flora_jax.evaluate.completions import export_bigcode, read_generations
 
     for path in export_bigcode(read_generations(generations), output):
         say(str(path))
@@ -64,19 +64,19 @@ def table(
     k: Annotated[int, typer.Option("-k", help="Of pass@k: 1, 10 or 100.")] = 1,
 ) -> None:
     """Puts several evaluations into one table, with failures by class, and a bar chart."""
-    from flora_jax.evaluate import report
+    from flora_jax.evaluate import tables
     from flora_jax.evaluate.results import KS, check_same_problems, read_results, summarise
 
     if k not in KS:
         raise InputError(f"-k is {k}, expected one of {', '.join(map(str, KS))}")
     named = named_paths(results, "NAME=DIR", "NAME=DIR")
     read = {name: read_results(path) for name, path in named.items()}
-    cells = report.table({name: summarise(own) for name, own in read.items()}, k, base)
+    cells = tables.table({name: summarise(own) for name, own in read.items()}, k, base)
     if base is not None:
         check_same_problems(read, base)
-    for path in report.write_report(cells, output):
+    for path in tables.write_report(cells, output):
         say(str(path))
-    print(report.to_markdown(cells), end="")
+    print(tables.to_markdown(cells), end="")
 
 
 @app.command()
@@ -90,8 +90,8 @@ def compare(
     """Compares two evaluations problem by problem, with a 95 % interval of the difference."""
     from dataclasses import asdict
 
-    from flora_jax.evaluate.report import comparison_markdown
     from flora_jax.evaluate.results import compare_results, read_results
+    from flora_jax.evaluate.tables import comparison_markdown
     from flora_jax.files import whole_file
 
     compared = compare_results(read_results(first), read_results(second), k, seed)

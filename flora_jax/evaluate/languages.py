@@ -22,7 +22,11 @@ ARTEFACT = "program"
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a program; ``seconds`` of wall time."""
+    """One command of a program, and how long it may take.
+
+    ``seconds`` are MultiPL-E's, which measures by the clock. Here the program's own processor time and
+    the time that it sleeps are counted, so that it does not matter what else the machine does.
+    """
 
     command: tuple[str, ...]
     seconds: float
@@ -150,6 +154,17 @@ LANGUAGES: dict[str, Language] = {
         note="in Debian 13 (trixie) and newer, not in 12",
     ),
 }
+
+
+def limits(toolchain: Toolchain) -> str:
+    """How long a program may take, for people: a step after another, in seconds."""
+    return " + ".join(f"{step.seconds:g} s" for step in toolchain.steps)
+
+
+def check_status(status: str, where: str) -> None:
+    """``InputError`` if ``status`` is none of :data:`STATUSES`."""
+    if status not in STATUSES:
+        raise InputError(f"{where}: status is {status!r}, expected one of {', '.join(STATUSES)}")
 
 
 def select(names: Iterable[str]) -> tuple[str, ...]:
