@@ -104,7 +104,9 @@ def read_generations(path: Path, languages: Iterable[str] | None = None) -> list
     return list(found.values())
 
 
-def export_bigcode(generations: Iterable[Generation], directory: Path) -> list[Path]:
+def export_bigcode(
+    generations: Iterable[Generation], directory: Path, overwrite: bool = False
+) -> list[Path]:
     """Writes what bigcode-evaluation-harness reads with ``--load_generations_path``.
 
     A file ``generations_multiple-LANGUAGE.json`` each: of every problem, in order, the list of
@@ -112,13 +114,14 @@ def export_bigcode(generations: Iterable[Generation], directory: Path) -> list[P
     generations have to be those of the first problems of its data set, in its order.
 
     Raises:
-        InputError: ``directory`` is there and not empty.
+        InputError: ``directory`` is there and not empty; with ``overwrite``, only if it holds anything
+            but an older export.
     """
     by_language: dict[str, list[list[str]]] = {}
     for one in generations:
         texts = [one.prompt + completion for completion in one.completions]
         by_language.setdefault(one.language, []).append(texts)
-    with whole_directory(directory) as part:
+    with whole_directory(directory, (_bigcode_name("*"),) if overwrite else ()) as part:
         for language, texts_of_problems in by_language.items():
             with (part / _bigcode_name(language)).open("w", encoding="utf-8") as file:
                 json.dump(texts_of_problems, file)

@@ -46,8 +46,9 @@ class Toolchain:
 class Language:
     """How to judge one language.
 
-    ``passes`` sees exit code, stdout and stderr of the last step, ``syntax`` finds the class of a
-    failure in its stderr; ``probe`` is a program that passes where all that tests need is there.
+    ``packages`` are Debian's, the one with the program first; ``probe`` is a program that passes where
+    all that tests need is there. ``passes`` judges by exit code, stdout and stderr of the last step;
+    ``syntax`` finds in its stderr that a failure is an error of syntax.
     """
 
     name: str

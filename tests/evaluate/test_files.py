@@ -299,6 +299,32 @@ def test_a_table_shows_improvement_relative_to_the_base(tmp_path):
         tables.table(summaries, base="lora")
 
 
+def test_names_of_methods_are_shown_as_they_are(tmp_path):
+    names = ["a|b", "$x_1$ is $", "_hidden", "<b>*c*</b>", "two\nlines"]
+    cells = tables.table({name: summarise(results(1, 2)) for name in names})
+    markdown = tables.to_markdown(cells)
+    head = markdown.splitlines()[0]
+    assert head == (
+        r"| language | a\|b | \$x_1\$ is \$ | \_hidden | \<b\>\*c\*\</b\> | two lines |"
+    )
+    assert [len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines()] == [7] * 3
+    failures = tables.failures_markdown(cells)
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in failures.splitlines()}) == 1
+    # As formulas, some of the names would end the drawing.
+    legend = tables.figure(cells).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == names
+    tables.write_report(cells, tmp_path / "new")
+
+
+def test_a_table_replaces_an_older_one_only_where_asked(tmp_path):
+    cells = tables.table({"base": summarise(results(1, 1))})
+    tables.write_report(cells, tmp_path)
+    with pytest.raises(InputError, match="exists already"):
+        tables.write_report(cells, tmp_path)
+    tables.write_report(cells, tmp_path, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(tables.FILES)
+
+
 def test_nothing_is_relative_to_a_base_that_passes_nothing():
     summaries = {"base": summarise(results(0, 0)), "flora": summarise(results(1, 2))}
     assert [cell.relative for cell in tables.table(summaries, base="base")] == [None, None]

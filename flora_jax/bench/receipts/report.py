@@ -1,4 +1,4 @@
-"""How results leave a benchmark: a JSON file that appears whole, a table, a picture, a progress bar.
+"""How results leave a benchmark: a JSON file that appears whole, a table, a picture.
 
 Knows nothing of what was measured. Importing it brings in neither JAX nor matplotlib.
 """
@@ -7,28 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flora_jax.bench.receipts import machine
-from flora_jax.errors import InputError
 from flora_jax.files import Target, whole_file, whole_path
 
 Points = Sequence[tuple[float, float | None]]
-
-
-def check_output(path: Target, option: str = "output") -> Path:
-    """The path of a file to be written at the end, checked before the work begins.
-
-    Raises:
-        InputError: it is a directory, or the directory it should lie in does not exist.
-    """
-    found = Path(path)
-    if found.is_dir() or not found.absolute().parent.is_dir():
-        raise InputError(f"--{option} is {path}, expected a file in an existing directory")
-    return found
 
 
 def write_results(path: Target, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,13 +22,7 @@ def write_results(path: Target, payload: Mapping[str, Any]) -> dict[str, Any]:
     Entries of the payload under these names win. Numbers of NumPy become plain ones, and a number
     that is not finite becomes ``null``. Returns what was written.
     """
-    receipt = {
-        "command": machine.command(),
-        "date": machine.now(),
-        "machine": machine.describe(),
-        "versions": machine.versions(),
-    }
-    whole = _plain(receipt | dict(payload))
+    whole = _plain(machine.receipt() | dict(payload))
     with whole_file(path) as file:
         json.dump(whole, file, indent=1, allow_nan=False)
         file.write("\n")
@@ -159,15 +138,3 @@ def plot_panels(
         )
     with whole_path(path) as part:
         FigureCanvasAgg(figure).print_png(part)
-
-
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on standard error, gone at the end; the function moves it on by one."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = [*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
