@@ -9,8 +9,8 @@ the crossover up. Two shapes: 16 rows of one token (decoding), and one row of 12
 Each curve's c1 and c2 are fitted to the same times (flora_jax/bench/layer/eq7.py has the derivation). A
 point is missing where there is no crossing within the ranks measured; the table then says which of the
 two is cheaper. Every measurement is a line of experiments/results/eq7_crossover.jsonl at once, and is not
-made
-again; the picture, over those of this command, is beside it (.png).
+made again on the same machine by the same commit;
+the picture, over those of this command, is beside it (.png).
 
 Receipt: 3 minutes on 2 cores of an AMD EPYC (Zen 4); experiments/figure2.md has the table.
 """

@@ -13,7 +13,7 @@ on an H100: float16, 8,192 batched tokens, 1,000 requests unscaled; 1b-gpu is 1b
 and adapters are random, and on all targets of PEFT's default for this model, c_attn.
 
 Every finished run is a line of experiments/results/fig2_throughput.jsonl at once; one that is there
-already, of the same plan and machine, is not run again.
+already, of the same plan, machine and commit, is not run again.
 
 Receipt: on 2 cores of an Intel Xeon (Emerald Rapids) `164m` took 38 minutes, half of them compiling,
 `mini` 61 and `1b` 17; on an AMD EPYC (Zen 4) `164m` 30; experiments/figure2.md has the tables and what

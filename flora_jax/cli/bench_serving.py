@@ -164,8 +164,10 @@ def latency(
     if max_concurrency is not None and max_concurrency < 1:
         raise InputError(f"--max-concurrency is {max_concurrency}, expected at least 1")
     bounds, percentiles = parse_goodput(goodput or []), _percentiles(metric_percentiles)
+    from flora_jax.bench.serving.drive import MetricOptions
+
     asked = {
-        "max_concurrency": max_concurrency, "goodput_ms": bounds, "percentiles": percentiles
+        "max_concurrency": max_concurrency, "metrics": MetricOptions(percentiles, bounds)
     }  # fmt: skip
     lines = Run(
         model=model, preset=preset, kind=kind, rank=rank, ranks=ranks, targets=targets, dtype=dtype,

@@ -107,7 +107,8 @@ def plot_panels(
     figure = Figure(figsize=(1 + 6 * len(panels) + 2 * beside, 4.5), layout="constrained")
     axes_of = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, series) in zip(axes_of, panels.items(), strict=True):
-        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_title(title, parse_math=False)
         for name, points in series.items():
             number = names.index(name)
             xs = [x for x, _ in points]
@@ -127,14 +128,22 @@ def plot_panels(
             axes.yaxis.set_minor_formatter("{x:.2g}" if max(ys) < 10 * min(ys) else "")
         axes.grid(alpha=0.3)
         if series and not beside:
-            axes.legend(fontsize="small")
+            _as_they_are(axes.legend(fontsize="small"))
     if beside:
         shown: dict[Any, Any] = {}
         for axes in axes_of:
             handles, labels = axes.get_legend_handles_labels()
             shown |= dict(zip(labels, handles, strict=True))
-        figure.legend(
-            list(shown.values()), list(shown), fontsize="small", loc="outside right center"
+        _as_they_are(
+            figure.legend(
+                list(shown.values()), list(shown), fontsize="small", loc="outside right center"
+            )
         )
     with whole_path(path) as part:
         FigureCanvasAgg(figure).print_png(part)
+
+
+def _as_they_are(legend: Any) -> None:
+    """Names are the user's text, never formulas."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)
