@@ -118,8 +118,8 @@ def test_hostile_programs_harm_nothing(tmp_path):
         found = running.result()
         with pytest.raises(BlockingIOError):
             server.accept()
-    # Two of them last for the whole time-out of 15 s.
-    assert time.monotonic() - started < 90
+    # Two of them last for 15 s of their own, on a busy machine 60 s by the clock at most.
+    assert time.monotonic() - started < 180
     assert free - os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize < 1 << 30
     assert {name: status for (_, name), (status,) in found.items()} == {
         name: STATUSES.get(name, "Exception") for name in PROGRAMS
