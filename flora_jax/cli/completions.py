@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flora_jax.errors import InputError
-from flora_jax.files import whole_file
+from flora_jax.files import require_file, whole_file
 from flora_jax.jsonl import Journal
 
 # How a part file begins.
@@ -46,11 +46,7 @@ class CompletionsFile:
     """``PATH.part`` while it is written, with what the job is in its first line; whole at the end."""
 
     def __init__(self, path: Path, overwrite: bool):
-        if not path.absolute().parent.is_dir() or (path.exists() and not path.is_file()):
-            raise InputError(f"{path}: expected a file in an existing directory, or -")
-        if path.exists() and not overwrite:
-            raise InputError(f"{path}: exists already; --overwrite replaces it")
-        self._path, self._overwrite = path, overwrite
+        self._path, self._overwrite = require_file(path, overwrite), overwrite
         target = path.resolve()
         self._part = target.with_name(f"{target.name}.part")
         self._journal = Journal(self._part)

@@ -14,6 +14,7 @@ import typer
 
 from flora_jax.cli.common import (
     MODEL_HELP,
+    Overwrite,
     compiling,
     dtype_of,
     named_adapters,
@@ -69,7 +70,7 @@ def generate(
         Literal["none", "left"],
         typer.Option(help="left: keep the last tokens, so that max_tokens fit the context."),
     ] = "none",
-    overwrite: Annotated[bool, typer.Option(help="Replace an output that exists.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Completes every request of a file, each with its own adapter, settings and seed.
 

@@ -228,11 +228,11 @@ BAD = {
     "batch size 0": ("bare", [GOOD], ["--batch-size", "0"], "greater than or equal to 1, found '0'"),
     "batch size 257": ("bare", [GOOD], ["--batch-size", "257"], "less than or equal to 256, found '257'"),
     "option": ("bare", [GOOD], ["--tempreature", "1"], "--tempreature"),
-    "output directory": ("bare", [GOOD], ["--output", "none/o.jsonl"], "none/o.jsonl: expected a file"),
-    "output that cannot be": ("bare", [GOOD], ["--output", "/proc/o"], "/proc/o.part: cannot be"),
-    "output before model": ("./none", [GOOD], ["--output", "none/x"], "none/x: expected"),
+    "output directory": ("bare", [GOOD], ["--output", "none/o.jsonl"], "none/o.jsonl, expected a file"),
+    "output that cannot be": ("bare", [GOOD], ["--output", "/proc/o"], "/proc/o, which cannot be"),
+    "output before model": ("./none", [GOOD], ["--output", "none/x"], "none/x, expected"),
     "on-error": ("bare", [GOOD], ["--on-error", "wait"], "'--on-error': "),
-    "output is a directory": ("bare", [GOOD], ["--output", "bare"], "bare: expected a file"),
+    "output is a directory": ("bare", [GOOD], ["--output", "bare"], "bare, expected a file"),
 }  # fmt: skip
 
 
@@ -259,7 +259,10 @@ def test_an_output_that_exists_is_replaced_only_when_told_to(program, tmp_path):
     path, output = write_requests(tmp_path / "in.jsonl", [GOOD]), tmp_path / "out.jsonl"
     output.write_text("mine")
     code, _, err = program("generate", "bare", "--input", path, "--output", output)
-    assert (code, err) == (2, f"flora-jax: {output}: exists already; --overwrite replaces it\n")
+    assert (code, err) == (
+        2,
+        f"flora-jax: --output is {output}, which exists already; --overwrite replaces it\n",
+    )
     assert output.read_text() == "mine"
     output.unlink()
     part = tmp_path / "out.jsonl.part"

@@ -84,14 +84,14 @@ def test_a_second_process_is_refused(tmp_path):
 def test_an_output_that_exists_or_cannot_be_is_refused(tmp_path):
     path = tmp_path / "out"
     path.write_text("mine")
-    with pytest.raises(InputError, match="out: exists already; --overwrite replaces it"):
+    with pytest.raises(InputError, match="out, which exists already; --overwrite replaces it"):
         CompletionsFile(path, False)
     write(path, [0], finish=True, overwrite=True)
     assert json.loads(path.read_text()) == line(0)
     for wrong in (tmp_path, tmp_path / "none" / "out"):
-        with pytest.raises(InputError, match="expected a file in an existing directory, or -"):
+        with pytest.raises(InputError, match="expected a file in an existing directory"):
             CompletionsFile(wrong, True)
-    with pytest.raises(InputError, match=r"/proc/x\.part: cannot be written to: "):
+    with pytest.raises(InputError, match="/proc/x, which cannot be written: "):
         CompletionsFile(Path("/proc/x"), True)
 
 
