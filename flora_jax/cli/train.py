@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flora_jax.adapters.registry import TRAITS
 from flora_jax.cli.common import MODEL_HELP, cache_directory, named_values, prepare_jax, say, source
 from flora_jax.errors import InputError
 
@@ -24,7 +25,7 @@ def train(
         Path | None,
         typer.Option(help="New directory: NAME/ for each adapter, metrics.jsonl, curve.png."),
     ] = None,
-    kind: Annotated[str | None, typer.Option(help="flora, lora, ia3 or hira.")] = None,
+    kind: Annotated[str | None, typer.Option(help=f"{', '.join(TRAITS)}.")] = None,
     data: Data = None,
     validation: Annotated[
         list[str] | None,

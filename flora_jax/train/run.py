@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, match_targets
+from flora_jax.adapters.registry import TRAITS
 from flora_jax.checkpoints.checkpoint import describe, load_model
 from flora_jax.checkpoints.sources import resolve
 from flora_jax.checkpoints.tokenizer import load_tokenizer
@@ -189,17 +190,14 @@ def adapter_key(seed: int, name: str) -> jax.Array:
 
 
 def _fresh(options: TrainOptions, config: StarCoderConfig, key: jax.Array) -> ModelAdapter:
-    given = {name: getattr(options, name) for name in ("init", "reduction", "alpha")}
+    own = TRAITS[options.kind].options
     adapter = init_adapter(
         key, options.kind, config.projections(), config.n_layer, rank=options.rank,
         targets=match_targets(options.targets),
-        **{name: value for name, value in given.items() if value is not None},
+        **{option.name: getattr(options, option.name) for option in own if option.at_start},
     )  # fmt: skip
-    settings: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-    if options.kind == "lora":
-        settings["lora_dropout"] = options.dropout
-    if options.kind == "flora":
-        settings["init"] = options.init
+    settings = {o.setting: getattr(options, o.name) for o in own if o.setting is not None}
+    settings["task_type"] = "CAUSAL_LM"
     return dataclasses.replace(adapter, settings=settings)
 
 

@@ -16,12 +16,8 @@ def explicit_weight(params, W_IO, bias_O):
         if params.side == "input":
             return np.diag(vector) @ W, bias
         return W @ np.diag(vector), bias * vector
-    left, right = (
-        (params.B_RI, params.A_RO) if isinstance(params, FLoRA) else (params.down_RI, params.up_RO)
-    )
-    low_rank = sum(
-        np.outer(i, o) for i, o in zip(np.asarray(left, np.float64), np.asarray(right, np.float64))
-    )
+    left, right = (np.asarray(side, np.float64) for side in (params.down_RI, params.up_RO))
+    low_rank = sum(np.outer(i, o) for i, o in zip(left, right))
     if isinstance(params, FLoRA):
         scale = 1.0 / len(left) if params.reduction == "mean" else 1.0
         return W * (scale * low_rank), bias

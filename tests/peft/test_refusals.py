@@ -118,7 +118,7 @@ def test_another_type_is_named_with_those_that_are_read(peft_type, lora):
 
 
 TARGETS = [
-    (["c_attn", "q_proj"], {}, "'q_proj', which is in no layer"),
+    (["q_proj", "k_proj"], {}, "'k_proj', which is in no layer"),
     (["transformer.h.2.attn.c_attn"], {}, "'transformer.h.2.attn.c_attn', which is in no layer"),
     (["c_attn", "lm_head"], {}, "'lm_head': embedding/lm_head adapters are not supported"),
     (["wte"], {}, "'transformer.wte': embedding/lm_head adapters are not supported"),
