@@ -11,7 +11,7 @@ import numpy as np
 from flora_jax.adapters.lora import LoRA
 from flora_jax.peft.config import AdapterConfig, Fields
 from flora_jax.peft.format import Format, Leaf, Module, Modules, Pattern, wide
-from flora_jax.peft.targets import module_path, pattern_value
+from flora_jax.peft.targets import pattern_value
 
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -53,9 +53,9 @@ def read(fields: Fields) -> dict[str, Any]:
 
 
 def write(modules: Modules, settings: Mapping[str, Any], pattern: Pattern) -> dict[str, Any]:
-    for module, params in modules.items():
+    for (layer, target), params in modules.items():
         if not math.isfinite(params.scale):
-            raise ValueError(f"{module_path(*module)}: scale is {params.scale}")
+            raise ValueError(f"layer {layer} {target}: scale is {params.scale}")
     root = math.sqrt if settings.get("use_rslora") else float
     alphas = {m: _alpha(p.scale, root(p.up_RO.shape[-2])) for m, p in modules.items()}
     common, differing = pattern(alphas)
