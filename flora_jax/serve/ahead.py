@@ -202,7 +202,7 @@ def _reading(device: Device) -> Iterator[Program]:
     for kind in KINDS.values():
         for target in pool.targets:
             if kind.rehearse is not None:
-                run = partial(kind.rehearse, pool.weights(0, target), max(pool.most(target)))
+                run = partial(kind.rehearse, pool.weights(0, target), pool.most(target)[1])
                 yield Program(f"read {target} of a {kind.name} adapter", None, run)
 
 

@@ -24,7 +24,7 @@ from flora_jax.checkpoints.sources import resolve
 from flora_jax.checkpoints.tokenizer import load_tokenizer
 from flora_jax.errors import InputError
 from flora_jax.models.sharding import make_mesh
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.starcoder.model import Model
 from flora_jax.train.adapt import (
     GroupedBatch,
     StepOptions,
@@ -119,7 +119,7 @@ def train(
     schedule = warmup_then(options.schedule, options.rate, options.steps, options.warmup)
     optimizer = make_optimizer(schedule, clip=options.clip, weight_decay=options.weight_decay)
     keys = {name: adapter_key(options.seed, name) for name in options.data}
-    fresh = [_fresh(options, config, key) for key in keys.values()]
+    fresh = [_fresh(options, model, key) for key in keys.values()]
     layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one.layers for one in fresh))
     with jax.numpy_dtype_promotion("standard"):
         state = init_adapter_state(layers, optimizer)
@@ -189,11 +189,12 @@ def adapter_key(seed: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def _fresh(options: TrainOptions, config: StarCoderConfig, key: jax.Array) -> ModelAdapter:
+def _fresh(options: TrainOptions, model: Model, key: jax.Array) -> ModelAdapter:
+    config = model.config
     own = TRAITS[options.kind].options
     adapter = init_adapter(
         key, options.kind, config.projections(), config.n_layer, rank=options.rank,
-        targets=match_targets(options.targets),
+        targets=match_targets(options.targets), weights=model.weight,
         **{option.name: getattr(options, option.name) for option in own if option.at_start},
     )  # fmt: skip
     settings = {o.setting: getattr(options, o.name) for o in own if o.setting is not None}
