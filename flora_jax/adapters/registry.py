@@ -78,6 +78,7 @@ TRAITS: Mapping[str, Traits] = {
         Traits("flora", lambda rank: (rank, 0), 8e-3, (_INIT, _REDUCTION)),
         Traits("ia3", lambda rank: (1, 0), 5e-3, fixed_rank=1, scales_bias=True),
         Traits("hira", lambda rank: (rank + 1, 0), 8e-3),
+        Traits("dora", lambda rank: (1, rank), 1e-4, (_ALPHA, _DROPOUT)),
     )
 }
 

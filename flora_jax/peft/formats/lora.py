@@ -91,7 +91,6 @@ FORMAT = Format(
     without_effect="megatron_core qalora_group_size ensure_weight_tying loftq_config eva_config "
     "corda_config lora_ga_config",
     refused={
-        "use_dora": "DoRA is not supported",
         "lora_bias": "biases of the factors are not supported",
         "layer_replication": "replicated layers are not supported",
         "alora_invocation_tokens": "activated LoRA (aLoRA) is not supported",
