@@ -3,6 +3,7 @@
 import numpy as np
 
 from flora_jax.adapters import IA3, FLoRA, HiRA, LoRA
+from flora_jax.adapters.dora import DoRA
 
 
 def explicit_weight(params, W_IO, bias_O):
@@ -23,6 +24,11 @@ def explicit_weight(params, W_IO, bias_O):
         return W * (scale * low_rank), bias
     if isinstance(params, HiRA):
         return W * (1.0 + low_rank), bias
+    if isinstance(params, DoRA):
+        changed = W + params.scale * low_rank
+        norm = np.linalg.norm(changed, axis=0)
+        magnitude = np.asarray(params.magnitude_O, np.float64)
+        return changed * np.where(norm > 0, magnitude / np.where(norm > 0, norm, 1), 0), bias
     assert isinstance(params, LoRA)
     return W + params.scale * low_rank, bias
 

@@ -72,6 +72,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             layers_to_transform=1,
         ),
     ),
+    "dora-rslora-all-linear": (
+        "LoraConfig",
+        dict(r=6, lora_alpha=2.7, use_rslora=True, target_modules="all-linear", use_dora=True),
+    ),
+    "dora-patterns": (
+        "LoraConfig",
+        dict(
+            r=4,
+            lora_alpha=4,
+            target_modules=["attn.c_attn", "c_fc", "mlp.c_proj"],
+            rank_pattern={"c_attn": 3, "c_fc": 2, r"h\.1\..*": 5},
+            alpha_pattern={"^transformer.h.0.attn.c_attn": 9, "attn.c_.*": 7},
+            use_dora=True,
+        ),
+    ),
     "ia3-default": ("IA3Config", dict()),
     "ia3-c_attn-alone": ("IA3Config", dict(target_modules=["c_attn"], feedforward_modules=[])),
     "ia3-suffix-without-dot": (
@@ -113,7 +128,7 @@ def test_logits_equal_pefts_for_its_folders_and_for_ours(case, seed, tmp_path):
     assert_same(read_for(model, tmp_path / "ours"), dataclasses.replace(adapter, settings=settings))
 
 
-@pytest.mark.parametrize("kind", ["lora", "ia3", "hira"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "hira"])
 def test_peft_loads_adapters_of_uneven_layers(kind, tmp_path):
     model = to_flax(tiny_torch_model(3))
     adapter = some_adapter(kind, model, 5)

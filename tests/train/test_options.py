@@ -24,7 +24,7 @@ def test_the_defaults_are_the_papers_recipe():
     assert (found.weight_decay, found.dropout, found.seed) == (0.0, 0.0, 0)
     assert (found.schedule, found.warmup) == ("cosine", 100)
     rates = {kind: options(kind=kind).rate for kind in TRAITS}
-    assert rates == {"flora": 8e-3, "lora": 1e-4, "ia3": 5e-3, "hira": 8e-3}
+    assert rates == {"flora": 8e-3, "lora": 1e-4, "ia3": 5e-3, "hira": 8e-3, "dora": 1e-4}
     assert options(kind="lora", learning_rate=3e-4).rate == 3e-4
 
 
@@ -53,7 +53,7 @@ REFUSED = {
     "two problems": ({"steps": 0, "rank": 0}, ["steps", "rank", "found 0"]),
     "wrong type": ({"steps": "many"}, ["steps", "integer", "'many'"]),
     "fraction of a step": ({"steps": 1.5}, ["steps", "1.5"]),
-    "kind": ({"kind": "vera"}, ["kind is 'vera'", "lora, flora, ia3, hira"]),
+    "kind": ({"kind": "vera"}, ["kind is 'vera'", "lora, flora, ia3, hira, dora"]),
     "no data": ({"data": {}}, ["data is missing", "NAME=PATH"]),
     "data is a list": ({"data": ["a"]}, ["data", "['a']"]),
     "uneven batch": ({**TWO, "batch_size": 7}, ["batch_size is 7", "multiple of the 2"]),
