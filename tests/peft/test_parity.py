@@ -8,12 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from flora_jax.adapters import HiRA
 from flora_jax.adapters.model_adapter import ModelAdapter
+from flora_jax.mixing.bank import build_bank
+from flora_jax.mixing.pairs import list_pairs
+from flora_jax.mixing.ragged import ragged_hooks
+from flora_jax.models.quantize import quantize_model
 from flora_jax.peft.config import AdapterConfig
 from flora_jax.peft.read import AdapterError, write_adapter
 from flora_jax.peft.targets import adapted_modules, module_path, pattern_value
+from flora_jax.weights.product import explicit
 from tests.helpers.peft_folders import assert_logits_equal, assert_same, read_for, some_adapter
 from tests.helpers.torch_models import (
     flax_logits,
@@ -126,6 +132,33 @@ def test_logits_equal_pefts_for_its_folders_and_for_ours(case, seed, tmp_path):
 
     settings = {**adapter.settings, "base_model_name_or_path": "some/base"}
     assert_same(read_for(model, tmp_path / "ours"), dataclasses.replace(adapter, settings=settings))
+
+
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_a_dora_over_a_quantised_base_is_pefts_over_the_dequantised_weights(method, tmp_path):
+    torch_model = tiny_torch_model(4)
+    quantised = quantize_model(to_flax(torch_model), method)
+    linears = dict(torch_model.named_modules())
+    with torch.no_grad():
+        for layer in range(2):
+            for target in quantised.config.projections():
+                wide_IO = np.asarray(explicit(quantised.weight(layer, target)))
+                linears[module_path(layer, target)].weight.copy_(torch.tensor(wide_IO.T))
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_dora=True)
+    wrapped = random_peft(torch_model, config, seed=5)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    tokens = random_tokens(4)
+    adapter = read_for(quantised, tmp_path / "theirs")
+    expected = torch_logits(wrapped, tokens)
+    # Components too: the norm that serving uses is that of the weights as they are held.
+    for layers in (adapter.layers, _served(quantised, adapter, len(tokens))):
+        assert_logits_equal(flax_logits(quantised, tokens, layers), expected)
+
+
+def _served(model, adapter, rows):
+    projections, layers = model.config.projections(), model.config.n_layer
+    bank = build_bank({"a": adapter}, projections, layers, model.weight)
+    return ragged_hooks(bank.layers, list_pairs(bank, ["a"] * rows))
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "hira"])
