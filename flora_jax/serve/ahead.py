@@ -5,7 +5,7 @@ for a device that is not there.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax.adapters.kind import KINDS
 from flora_jax.mixing.bank import Count
 from flora_jax.models.starcoder.model import Model
 from flora_jax.platforms import Platform
@@ -45,6 +46,7 @@ def programs(device: Device) -> list[Program]:
         ways: tuple[Draw, ...] = ("digits", "plain", "greedy")
         found += [_drawing(device, rows, how) for rows in device.lattice.rows for how in ways]
     found += [_beginning(device, count) for count in _entering(device)]
+    found += _reading(device)
     found.append(Program("write an adapter", None, device.pool.write_nothing))
     if device.may_preempt:
         found.append(Program("insert", None, partial(device.insert, [], [0])))
@@ -190,6 +192,18 @@ def _beginning(device: Device, count: int) -> Program:
         device.state_rows, _ = call(hidden_BD).run()
 
     return Program(f"begin {count} sequences", call, run)
+
+
+def _reading(device: Device) -> Iterator[Program]:
+    """What an adapter's reading runs, of a kind that asks for the base's weights, at any rank."""
+    pool = device.pool
+    if pool.weights is None:
+        return
+    for kind in KINDS.values():
+        for target in pool.targets:
+            if kind.rehearse is not None:
+                run = partial(kind.rehearse, pool.weights(0, target), pool.most(target)[1])
+                yield Program(f"read {target} of a {kind.name} adapter", None, run)
 
 
 def _copy_nothing(device: Device) -> None:

@@ -74,9 +74,10 @@ class Engine:
         first: dict[Version, Prepared] = {}
         for name, source in (adapters or {}).items():
             known = version(name, source)
-            first[known] = known.read(config)
+            first[known] = known.read(config, model.weight)
         additive = platform.additive(jax.tree.leaves(model.params["wte"])[0].dtype)
         self.pool = make_pool(first, config, options, additive)
+        self.pool.weights = model.weight
         self.lattice = Lattice(self.pool, options, context, platform, target_groups(first))
         pages = options.cache_pages(context)
         self.scheduler = Scheduler(options.max_num_seqs, pages, options.page)

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from flora_jax.adapters.model_adapter import WeightsOf
 from flora_jax.errors import InputError
 from flora_jax.mixing.bank import (
     BASE,
@@ -79,6 +80,8 @@ class AdapterPool:
         self.config = config
         self.room = room
         self.capacity = most
+        # Gives the base's weights to kinds of adapters that ask for them.
+        self.weights: WeightsOf | None = None
         self.targets = tuple(room)
         make = partial(empty_layers, room, config.projections(), config.n_layer, additive)
         self.layers: Any = make() if allocate else jax.eval_shape(make)
@@ -151,7 +154,7 @@ class AdapterPool:
         """Begins to read an adapter that somebody will want; it is held until claimed or forgotten."""
         known = (self._residents, self._ready, self._loading)
         if not any(version in place for place in known):
-            self._loading[version] = self._reader.submit(version.read, self.config)
+            self._loading[version] = self._reader.submit(version.read, self.config, self.weights)
 
     def forget(self, version: Version) -> None:
         """Nobody waits for an adapter any more: what was read of it, or why it could not be, is lost."""

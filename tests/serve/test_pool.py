@@ -187,7 +187,7 @@ def test_what_lies_in_the_bank_is_the_adapter_after_any_number_of_evictions():
         for layer, found in enumerate(pool.layers):
             slots = np.array(pool.of(version, TARGET).multiplicative)
             own = adapters[number].layers[layer][TARGET]
-            np.testing.assert_array_equal(found[TARGET].pre_CI[slots], own.B_RI)
+            np.testing.assert_array_equal(found[TARGET].pre_CI[slots], own.down_RI)
         # The reserved slots stay what they are.
         np.testing.assert_array_equal(pool.layers[0][TARGET].pre_CI[:2], [[0] * 16, [1] * 16])
         pool.release(version)
