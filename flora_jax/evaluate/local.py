@@ -132,6 +132,8 @@ def run(
                     yield found[0].job, _generation(found[0])
                 else:
                     running[engine.add(found[2])] = found[0], found[1]
+            if running:
+                engine.wait()
             for update in engine.step():
                 if update.error is not None:
                     job = running.pop(update.ticket)[0].job

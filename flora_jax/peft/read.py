@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters import IA3, FLoRA, HiRA, LoRA
@@ -43,7 +42,7 @@ _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 def read_adapter(
     directory: str | Path, projections: Mapping[str, tuple[int, int]], n_layer: int
 ) -> ModelAdapter:
-    """Reads a LoRA, IA3, HiRA or FLoRA folder for a base of these widths; factors in float32.
+    """Reads a LoRA, IA3, HiRA or FLoRA folder for a base of these widths; factors in float32, NumPy.
 
     ``projections`` is ``{target: (inputs, outputs)}`` of the base model's blocks.
 
@@ -111,19 +110,22 @@ def _problem(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> str
 def _factors(
     config: AdapterConfig, module: str, found: list[Any], rank: int, feedforward: bool
 ) -> Any:
+    # They stay on the host until somebody computes with them.
+    factors: list[Any] = [np.ascontiguousarray(array) for array in found]
     if config.kind == "ia3":
-        return IA3(jnp.array(found[0].reshape(-1)), "input" if feedforward else "output")
-    inward, outward = found
+        return IA3(factors[0].reshape(-1), "input" if feedforward else "output")
+    inward, outward = factors
     if config.kind == "flora":
         if config.frozen > rank:
             raise AdapterError(
                 f"{config.path}: frozen_components is {config.frozen}, {module} has rank {rank}"
             )
-        return FLoRA(jnp.array(inward), jnp.array(outward), config.reduction, config.frozen)
+        return FLoRA(inward, outward, config.reduction, config.frozen)
+    up_RO: Any = np.ascontiguousarray(outward.T)
     if config.kind == "hira":
-        return HiRA(jnp.array(inward), jnp.array(outward.T))
+        return HiRA(inward, up_RO)
     alpha = pattern_value(config.alpha_pattern, module, config.alpha)
-    return LoRA(jnp.array(inward), jnp.array(outward.T), config.scale(alpha, rank))
+    return LoRA(inward, up_RO, config.scale(alpha, rank))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The engine: continuous batching over one model, every sequence under its own adapter.
 
-``add`` and ``cancel`` may be called by any thread; ``step``, by one, runs an iteration: adapters that
-have come are written, sequences enter, pieces of prompts are prefilled, the others draw tokens. Knows
-nothing of HTTP or files.
+Any thread may call ``add`` and ``cancel``. One thread calls ``step``, which runs an iteration: adapters
+that were read are written, sequences enter, pieces of prompts are prefilled, the others draw tokens. It
+never sleeps; ``wait`` does, until a step can bring something. Knows nothing of HTTP or files.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 import collections
 import itertools
 import operator
+import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +32,7 @@ from flora_jax.serve.options import WHILE_READING, EngineOptions
 from flora_jax.serve.pieces import dispatch_prompts
 from flora_jax.serve.pool import LoadError
 from flora_jax.serve.programs import Lattice
+from flora_jax.serve.readers import Readers
 from flora_jax.serve.request import Request
 from flora_jax.serve.scheduler import Admission, Scheduler, Sequence
 from flora_jax.serve.state import BROKEN
@@ -76,7 +79,11 @@ class Engine:
             known = version(name, source)
             first[known] = known.read(config)
         additive = platform.additive(jax.tree.leaves(model.params["wte"])[0].dtype)
-        self.pool = make_pool(first, config, options, additive)
+        # Guards the inbox, which sequences there are, and whether something has come since the last step.
+        self._changed = threading.Condition()
+        self._news = False
+        readers = Readers(options.adapter_readers, options.adapter_timeout_s, self._notify)
+        self.pool = make_pool(first, config, options, additive, readers)
         self.lattice = Lattice(self.pool, options, context, platform, target_groups(first))
         pages = options.cache_pages(context)
         self.scheduler = Scheduler(options.max_num_seqs, pages, options.page)
@@ -100,7 +107,9 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._inbox) or self.scheduler.has_work or self._flight is not None
+        """Whether a request or a cancellation has not come to its end yet; any thread may ask."""
+        with self._changed:
+            return bool(self._inbox or self._sequences) or self._flight is not None
 
     @property
     def stats(self) -> Stats:
@@ -134,7 +143,11 @@ class Engine:
         stops = {*request.stop_token_ids, *(() if request.ignore_eos else config.eos_token_ids)}
         job = Job(request, own, Stream(request, stops, room, self.tokenizer))
         ticket = next(self._tickets)
-        self._inbox.append(Sequence(ticket, request.adapter, len(ids), room, job))
+        sequence = Sequence(ticket, request.adapter, len(ids), room, job)
+        with self._changed:
+            self._sequences[ticket] = sequence
+            self._inbox.append(sequence)
+        self._notify()
         return ticket
 
     def cancel(self, ticket: int) -> None:
@@ -143,12 +156,44 @@ class Engine:
         Raises:
             TypeError: no ticket is of this type.
         """
-        self._inbox.append(operator.index(ticket))
+        number = operator.index(ticket)
+        with self._changed:
+            self._inbox.append(number)
+        self._notify()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until a step can bring something, for at most ``timeout`` seconds.
+
+        That is at once where anything runs, else when a request, a cancellation or an adapter comes. By
+        the thread that calls ``step``.
+
+        Returns:
+            Whether a step can bring something.
+        """
+        end_s = float("inf") if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while not self._can_step():
+                deadline_s = self.pool.deadline_s()
+                until_s = end_s if deadline_s is None else min(end_s, deadline_s)
+                left_s = until_s - time.monotonic()
+                if left_s <= 0:
+                    return until_s < end_s  # A read is overdue.
+                self._changed.wait(None if left_s == float("inf") else left_s)
+            return True
+
+    def _can_step(self) -> bool:
+        runs = bool(self.scheduler.running) or self._flight is not None
+        return self._news or runs or (self.scheduler.has_work and not self.pool.is_reading)
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._news = True
+            self._changed.notify_all()
 
     def step(self) -> list[Update]:
         """Runs one iteration and returns what it brought, in the order of tickets.
 
-        Without anything that can run it waits a moment for adapters that are being read.
+        It returns at once where nothing can run; see :meth:`wait`.
 
         Raises:
             RunError: an iteration before broke off, by an interrupt or for want of memory: what the host
@@ -171,6 +216,7 @@ class Engine:
     def _iterate(self) -> None:
         self._updates = []
         self._receive()
+        self.pool.expire()
         if self.scheduler.aside:
             self._land()  # Who comes back needs its last token.
         for sequence in self.scheduler.resume():
@@ -183,11 +229,9 @@ class Engine:
             self._run()
         elif self._flight is not None:
             self._land()
-        elif self._refused:
-            self.pool.wait([sequence.content.version for sequence, _ in self._refused], 0.1)
 
     def close(self) -> None:
-        """Ends the pool's background reader."""
+        """Reads no further adapters. Waits for none that is being read."""
         self.pool.close()
 
     def _check(self, request: Request) -> Version | None:
@@ -202,7 +246,9 @@ class Engine:
             ) from None
 
     def _receive(self) -> None:
-        arrived = [self._inbox.popleft() for _ in range(len(self._inbox))]
+        with self._changed:
+            arrived, self._news = [*self._inbox], False
+            self._inbox.clear()
         cancelled = {one for one in arrived if isinstance(one, int)}
         for one in arrived:
             if isinstance(one, int):
@@ -210,11 +256,11 @@ class Engine:
                 if sequence is not None:
                     self._drop(sequence)
             elif one.room:
-                self._sequences[one.ticket] = one
                 self.scheduler.add(one)
-            elif one.ticket not in cancelled:
-                completion = one.content.stream.completion()
-                self._updates.append(Update(one.ticket, completion=completion))
+            else:
+                self._forget(one)
+                if one.ticket not in cancelled:
+                    self._updates.append(self._ended(one, ()))
 
     def _read_ahead(self) -> None:
         """Begins to read the adapters of those that come next, though there is no row for them yet."""
@@ -281,7 +327,12 @@ class Engine:
         stream = sequence.content.stream
         before = len(stream.token_ids)
         broken = BROKEN in tokens
-        stream.add(tokens[: tokens.index(BROKEN)] if broken else tokens)
+        try:
+            stream.add(tokens[: tokens.index(BROKEN)] if broken else tokens)
+        except Exception as error:  # Whatever its text makes of the tokenizer is its own affair.
+            self._drop(sequence)
+            self._updates.append(Update(sequence.ticket, error=_no_text(error)))
+            return
         new = tuple(stream.token_ids[before:])
         sequence.drawn = len(stream.token_ids)
         if broken and stream.running:
@@ -295,9 +346,17 @@ class Engine:
             self._updates.append(Update(sequence.ticket, new, error=reason))
         elif not stream.running:
             self._drop(sequence)
-            self._updates.append(Update(sequence.ticket, new, completion=stream.completion()))
+            self._updates.append(self._ended(sequence, new))
         elif new:
             self._updates.append(Update(sequence.ticket, new))
+
+    def _ended(self, sequence: Sequence, new: tuple[int, ...]) -> Update:
+        """The last update of a request that is through."""
+        try:
+            completion = sequence.content.stream.completion()
+        except Exception as error:
+            return Update(sequence.ticket, new, error=_no_text(error))
+        return Update(sequence.ticket, new, completion=completion)
 
     def _drop(self, sequence: Sequence) -> None:
         """Takes a sequence out with all that it holds."""
@@ -309,5 +368,13 @@ class Engine:
             others = self.scheduler.queued(sequence.owner)
             if not any(other.content.version == own for other in others):
                 self.pool.forget(own)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
         self._copies.pop(sequence.ticket, None)
-        del self._sequences[sequence.ticket]
+        with self._changed:
+            del self._sequences[sequence.ticket]
+
+
+def _no_text(error: Exception) -> str:
+    return f"its tokens have no text: {type(error).__name__}: {error}"

@@ -25,6 +25,7 @@ def generate(engine: Engine, requests: Sequence[Request]) -> Iterator[Completion
         for place, request in enumerate(requests):
             tickets[engine.add(request)] = place
         while tickets:
+            engine.wait()
             for update in engine.step():
                 if update.error is not None:
                     index = requests[tickets.pop(update.ticket)].index

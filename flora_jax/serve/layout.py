@@ -13,6 +13,7 @@ from flora_jax.mixing.bank import Count, Prepared, most_of, room_for, sum_of
 from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.pool import AdapterPool
+from flora_jax.serve.readers import Readers
 from flora_jax.serve.request import MAX_STOP_TOKENS
 from flora_jax.serve.state import MAX_STOPS
 from flora_jax.serve.versions import Version
@@ -40,9 +41,11 @@ def make_pool(
     config: StarCoderConfig,
     options: EngineOptions,
     additive: Any = "float32",
+    readers: Readers | None = None,
 ) -> AdapterPool:
     """A pool that knows these adapters, with room for all of them on the device, or for as many of the
-    largest as the options say. ``additive`` is the dtype of its additive vectors.
+    largest as the options say. ``additive`` is the dtype of its additive vectors, and ``readers`` read
+    those that come later.
 
     Raises:
         InputError: targets without anything that says how many components they may have.
@@ -73,6 +76,7 @@ def make_pool(
         {target: most[target] for target in targets},
         options.host_adapter_bytes,
         additive,
+        readers=readers,
     )
     for version, own in first.items():
         pool.register(version.name, version.source)

@@ -42,6 +42,8 @@ class EngineOptions:
             ``max_components`` with as many components as any of the first ones has anywhere.
         host_adapter_bytes: bound of the host's cache of adapters that are ready to be written; those
             read ahead for who comes next, at most 4 · ``max_num_seqs``, are not counted.
+        adapter_readers: adapters that are read at once.
+        adapter_timeout_s: seconds that reading one may take; its requests fail then, and no others.
         merge_prompts: prompts under two or more multiplicative components go through their explicit
             weight, where pieces are long enough for the platform; else by the paper's formula (Eq. 6), as
             decoding does: more products and no weight.
@@ -65,6 +67,8 @@ class EngineOptions:
     max_components: int | None = None
     targets: tuple[str, ...] = ()
     host_adapter_bytes: int = 4 << 30
+    adapter_readers: int = 4
+    adapter_timeout_s: float = 60.0
     merge_prompts: bool = True
     batch_invariant: bool = False
     seed: int = 0
@@ -75,12 +79,14 @@ class EngineOptions:
             "max_num_batched_tokens": self.max_num_seqs + (self.chunk or LEAST_CHUNK),
             "resident_adapters": 1,
             "max_model_len": 1, "cache_tokens": self.page, "max_components": 1,
-            "host_adapter_bytes": 0, "seed": 0,
+            "host_adapter_bytes": 0, "adapter_readers": 1, "seed": 0,
         }  # fmt: skip
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise InputError(f"{name} is {value}, expected at least {bound}")
+        if not self.adapter_timeout_s > 0:
+            raise InputError(f"adapter_timeout_s is {self.adapter_timeout_s}, expected above 0")
         if self.seed >= 2**32:
             raise InputError(f"seed is {self.seed}, expected below 2**32")
         for rows in self.row_buckets or ():

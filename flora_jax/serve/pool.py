@@ -10,9 +10,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from flora_jax.mixing.bank import (
     write,
 )
 from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.serve.readers import Readers, Reading
 from flora_jax.serve.scheduler import Admission
 from flora_jax.serve.versions import Source, Version
 from flora_jax.serve.versions import version as version_of
@@ -63,6 +64,7 @@ class AdapterPool:
         most: by target the largest numbers that one adapter may have.
         host_bytes: bound of the host's cache of adapters that are ready to be written.
         additive: dtype of the bank's additive vectors.
+        readers: the threads that read adapters; two with a minute each where it is ``None``.
         allocate: without it the bank has shapes in place of arrays.
     """
 
@@ -74,6 +76,7 @@ class AdapterPool:
         host_bytes: int = 4 << 30,
         additive: Any = "float32",
         *,
+        readers: Readers | None = None,
         allocate: bool = True,
     ):
         self.config = config
@@ -91,11 +94,13 @@ class AdapterPool:
         self._residents: collections.OrderedDict[Version, _Resident] = collections.OrderedDict()
         self._ready: collections.OrderedDict[Version, Prepared] = collections.OrderedDict()
         self._ready_bytes = 0
-        self._loading: dict[Version, Future[Prepared]] = {}
+        self._loading: dict[Version, Reading] = {}
+        # Reads that nobody waits for, whose threads are not back yet.
+        self._left: dict[Version, Reading] = {}
         self._names: dict[str, Version] = {}
         self._pinned: set[str] = set()
         self._lock = threading.RLock()
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
+        self._readers = readers or Readers(2, 60.0)
 
     @classmethod
     def of_size(
@@ -151,13 +156,17 @@ class AdapterPool:
         """Begins to read an adapter that somebody will want; it is held until claimed or forgotten."""
         known = (self._residents, self._ready, self._loading)
         if not any(version in place for place in known):
-            self._loading[version] = self._reader.submit(version.read, self.config)
+            begun = self._left.pop(version, None)
+            # While a thread hangs in this read, another one would hang there as well.
+            if begun is None or (begun.done and not begun.hung):
+                begun = self._readers.submit(partial(version.read, self.config))
+            self._loading[version] = begun
 
     def forget(self, version: Version) -> None:
         """Nobody waits for an adapter any more: what was read of it, or why it could not be, is lost."""
-        future = self._loading.pop(version, None)
-        if future is not None:
-            future.cancel()
+        reading = self._loading.pop(version, None)
+        if reading is not None and not self._readers.cancel(reading):
+            self._left[version] = reading
 
     def acquire(self, version: Version) -> Admission:
         """Claims an adapter for a sequence, "ready" if it is on the device now.
@@ -170,7 +179,7 @@ class AdapterPool:
             prepared = self._ready.get(version)
             if prepared is None:
                 self.prefetch(version)
-                if not self._loading[version].done():
+                if not self._loading[version].done:
                     return "loading"
                 prepared = self._read(version)
             resident = self._place(version, prepared)
@@ -188,17 +197,25 @@ class AdapterPool:
         """Gives a claim back."""
         self._residents[version].users -= 1
 
-    def wait(self, versions: Iterable[Version], timeout: float | None = None) -> None:
-        """Waits until at least one of the adapters that are being read is there."""
-        futures = [self._loading[v] for v in versions if v in self._loading]
-        done = threading.Event()
-        for future in futures:
-            future.add_done_callback(lambda _: done.set())
-        if futures:
-            done.wait(timeout)
+    @property
+    def is_reading(self) -> bool:
+        """Whether an adapter that somebody waits for is being read."""
+        return any(not reading.done for reading in self._loading.values())
+
+    def expire(self) -> None:
+        """Fails the reads whose deadline has passed."""
+        self._readers.expire()
+        back = [v for v, reading in self._left.items() if reading.done and not reading.hung]
+        for version in back:
+            del self._left[version]
+
+    def deadline_s(self) -> float | None:
+        """When :meth:`expire` should be called, by ``time.monotonic``; any thread may ask."""
+        return self._readers.deadline_s()
 
     def close(self) -> None:
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        """Reads no further adapters. Waits for none."""
+        self._readers.close()
 
     def is_resident(self, version: Version) -> bool:
         return version in self._residents
@@ -224,6 +241,10 @@ class AdapterPool:
         reading = self._loading.pop(version)
         try:
             prepared = reading.result()
+        except TimeoutError as error:
+            self._left[version] = reading
+            where = version.source if isinstance(version.source, str | Path) else "memory"
+            raise LoadError(f"adapter {version.name!r}: {where}: {error}") from None
         except (InputError, OSError, ValueError) as error:
             raise LoadError(f"adapter {version.name!r}: {error}") from error
         except Exception as error:  # Whatever a file holds, it is the request's affair alone.

@@ -41,11 +41,14 @@ class Version:
 
 
 def version(name: str, source: Source) -> Version:
-    """The version that a source is now.
+    """The version that a source is now. Of an adapter in memory it keeps the factors on the host.
 
     Raises:
         InputError: there is no adapter at that path.
     """
+    if isinstance(source, ModelAdapter):
+        layers = jax.tree.map(np.asarray, source.layers)
+        source = dataclasses.replace(source, layers=layers)
     return Version(name, digest(source), source)
 
 

@@ -169,3 +169,42 @@ def test_prompts_up_to_the_context_are_cut_with_reason_length(engine):
         (completion,) = generate(engine, [Request(0, ids, max_tokens=50, ignore_eos=True)])
         assert len(completion.token_ids) == expected
         assert completion.finish_reason == "length"
+
+
+class Faulty:
+    """A tokenizer that cannot decode one token."""
+
+    def __init__(self, bad):
+        self.bad = bad
+
+    def decode(self, ids, skip_special_tokens=True):
+        if self.bad in ids:
+            raise OverflowError("no such piece")
+        return "".join(chr(97 + token % 26) for token in ids)
+
+
+def test_a_tokenizers_error_ends_its_own_request_alone(engine):
+    """While tokens come, where a stop string is looked for, and at the end, where the text is made."""
+    prompts = [tuple(range(first, first + 5)) for first in range(1, 9)]
+    requests = [
+        Request(n, prompt, max_tokens=9, ignore_eos=True) for n, prompt in enumerate(prompts)
+    ]
+    expected = list(generate(engine, requests))
+    bad = expected[0].token_ids[4]
+    own = Engine(engine.model, options=OPTIONS, tokenizer=Faulty(bad))
+    asked = {
+        own.add(dataclasses.replace(request, stop=stop)): (completion.token_ids, stop)
+        for stop in ((), ("no such",))
+        for request, completion in zip(requests, expected, strict=True)
+    }
+    ended = {}
+    while own.has_work:
+        ended |= {u.ticket: u for u in own.step() if u.completion or u.error}
+    failed = {asked[ticket][1] for ticket, update in ended.items() if update.error is not None}
+    assert failed == {(), ("no such",)}
+    for ticket, (token_ids, _) in asked.items():
+        if bad in token_ids:
+            assert ended[ticket].error.endswith("OverflowError: no such piece")
+        else:
+            assert ended[ticket].completion.token_ids == token_ids
+    assert own.stats.cache_usage == 0

@@ -1,6 +1,7 @@
 """What running requests pay while an adapter that another request waits for is being read."""
 
 import threading
+import time
 
 import pytest
 
@@ -141,3 +142,84 @@ def test_nothing_is_shortened_where_nothing_is_read(engine, dispatched):
     run(engine)
     assert dispatched[:1] == [1]
     assert set(dispatched[1:]) == {STEPS}
+
+
+def seconds(call):
+    began = time.monotonic()
+    result = call()
+    return time.monotonic() - began, result
+
+
+def test_a_step_never_sleeps_and_who_waits_is_woken_by_what_comes(engine, monkeypatch):
+    there = hold(monkeypatch, {"1"})
+    assert not engine.wait(0.01)
+    slow = engine.add(Request(0, (4, 5), "1", max_tokens=1, ignore_eos=True))
+    assert engine.wait(10)
+    engine.step()
+    assert engine.has_work
+    assert min(seconds(engine.step)[0] for _ in range(3)) < 0.05
+    assert not engine.wait(0.02)
+    ended = set()
+
+    def woken_by(call):
+        threading.Timer(0.05, call).start()
+        waited, found = seconds(lambda: engine.wait(20))
+        assert found
+        assert 0.03 < waited < 10
+        while engine.wait(0):
+            ended.update(update.ticket for update in engine.step() if update.completion)
+
+    added = []
+    woken_by(lambda: added.append(engine.add(Request(1, (1, 2), max_tokens=1, ignore_eos=True))))
+    assert ended == {*added}
+    woken_by(lambda: engine.cancel(10**6))
+    assert ended == {*added}
+    woken_by(there.set)
+    assert ended == {*added, slow}
+    assert not engine.has_work
+
+
+def test_an_engine_has_work_for_as_long_as_a_request_is_on_its_way(engine, monkeypatch):
+    """Also where it is neither in the inbox any more nor in the scheduler yet."""
+    seen, add = [], engine.scheduler.add
+    monkeypatch.setattr(
+        engine.scheduler, "add", lambda sequence: seen.append(engine.has_work) or add(sequence)
+    )
+    engine.add(Request(0, (1, 2), max_tokens=1, ignore_eos=True))
+    assert engine.has_work
+    run(engine)
+    assert seen == [True]
+    assert not engine.has_work
+
+
+def test_mounts_that_hang_fail_their_own_requests_and_no_others(monkeypatch):
+    """More of them than readers; who asks again while a thread hangs there takes no other thread."""
+    adapters = {
+        str(n): random_adapter("flora", n, CONFIG.projections(), 1, rank=1) for n in range(2)
+    }
+    options = EngineOptions(
+        max_num_seqs=4, chunk=8, pieces=2, page=8, resident_adapters=4, adapter_readers=2,
+        adapter_timeout_s=0.3,
+    )  # fmt: skip
+    bad = [f"bad {number}" for number in range(3)]
+    there = hold(monkeypatch, {*bad})
+    engine = Engine(init_model(CONFIG), {"0": adapters["0"]}, options=options)
+    for name in ("1", *bad):
+        engine.pool.register(name, adapters["1"])
+    before = threading.active_count()
+    for round_ in range(2):
+        names = {
+            engine.add(Request(0, (4, 5), name, max_tokens=2, ignore_eos=True)): name
+            for name in (*bad, "1", "0", None)
+        }
+        ended = {}
+        while engine.has_work:
+            assert engine.wait(20)
+            ended |= {names[u.ticket]: u for u in engine.step() if u.completion or u.error}
+        for name in bad:
+            assert ended[name].error == f"adapter {name!r}: memory: not read within 0.3 s"
+        for name in ("1", "0", None):
+            assert len(ended[name].completion.token_ids) == 2
+        assert threading.active_count() <= before + 5, round_
+    there.set()
+    engine.close()

@@ -3,8 +3,11 @@
 import dataclasses
 import itertools
 import threading
+import time
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,13 +16,16 @@ from flora_jax.mixing.bank import Count
 from flora_jax.mixing.pairs import list_pairs
 from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.models.starcoder.model import init_model
+from flora_jax.peft.read import write_adapter
 from flora_jax.platforms import CPU
+from flora_jax.serve import pool as residency
 from flora_jax.serve.dispatch import Device
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.pool import AdapterPool, LoadError
 from flora_jax.serve.programs import Lattice
 from flora_jax.serve.versions import Version, digest
-from tests.helpers.random_adapters import random_adapter
+from flora_jax.serve.versions import version as version_of
+from tests.helpers.random_adapters import KINDS, random_adapter
 
 TARGET = "attn.c_attn"
 CONFIG = StarCoderConfig(vocab_size=61, n_positions=64, n_embd=16, n_layer=2, n_head=2, n_inner=32)
@@ -37,7 +43,7 @@ def flora(seed, rank=2):
 def ready(pool, version):
     """Claims an adapter once it has been read."""
     while (found := pool.acquire(version)) == "loading":
-        pool.wait([version])
+        time.sleep(0.001)
     return found
 
 
@@ -191,6 +197,42 @@ def test_what_lies_in_the_bank_is_the_adapter_after_any_number_of_evictions():
         # The reserved slots stay what they are.
         np.testing.assert_array_equal(pool.layers[0][TARGET].pre_CI[:2], [[0] * 16, [1] * 16])
         pool.release(version)
+
+
+def test_factors_stay_on_the_host_until_they_are_written(tmp_path, monkeypatch):
+    """From a folder and from memory, for every kind: no array is made on a device on the way."""
+    pool = pool_of(4, rank=5)
+    versions = []
+    for kind in KINDS:
+        adapter = random_adapter(kind, 1, CONFIG.projections(), 2, rank=1 if kind == "ia3" else 2)
+        write_adapter(adapter, tmp_path / kind)
+        versions += [version_of(kind, tmp_path / kind), version_of(f"{kind} in memory", adapter)]
+        del adapter
+    before = {id(array) for array in jax.live_arrays()}
+    made = []
+    for name in ("array", "asarray"):
+        monkeypatch.setattr(jnp, name, lambda *a, name=name, **k: made.append(name))
+    monkeypatch.setattr(jax, "device_put", lambda *a, **k: made.append("device_put"))
+    for own in versions:
+        prepared = own.read(CONFIG)
+        leaves = [*jax.tree.leaves([vars(c) for layer in prepared.layers for c in layer.values()])]
+        if not isinstance(own.source, Path):
+            leaves += jax.tree.leaves(own.source.layers)
+        assert leaves
+        assert {type(leaf) for leaf in leaves} == {np.ndarray}
+    assert not made
+    assert {id(array) for array in jax.live_arrays()} <= before
+    # The write itself gets host arrays, once.
+    given = []
+    write = residency.write
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        residency, "write", lambda layers, *new: given.append(new) or write(layers, *new)
+    )
+    own = pool.register("flora", tmp_path / "flora")
+    assert ready(pool, own) == "ready"
+    assert len(given) == 1
+    assert {type(leaf) for leaf in jax.tree.leaves(given)} == {np.ndarray}
 
 
 def test_an_adapter_that_does_not_fit_is_an_error_with_the_numbers(tmp_path):

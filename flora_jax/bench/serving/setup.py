@@ -171,7 +171,7 @@ def preload(engine: Engine, name: str) -> None:
     while (found := engine.pool.acquire(version)) != "ready":
         if found == "full":
             raise RunError(f"no room on the device for adapter {name!r}, expected room for all")
-        engine.pool.wait([version])
+        engine.wait()
     engine.pool.release(version)
 
 
