@@ -111,13 +111,13 @@ def generate(
         choices = choices.for_one_batch(max(len(request.token_ids) for request in requests))
         options = dataclasses.replace(options, row_buckets=(rows,))
     engine = Engine(loaded, adapters, tokenizer=tokenizer, options=options, platform=choices)
-    if (why := engine.device.attention_note) is not None:
-        say(f"prompts: attention by {engine.device.prompt_attention} ({why})")
+    if engine.attention_note is not None:
+        say(f"prompts: attention by {engine.attention_note}")
     started, tokens = time.perf_counter(), 0
     if choices.few_shapes:
         with compiling() as report:
             engine.warm_up(report)
-    with whole_file(output) as file, progress(len(requests)) as advance:
+    with engine, whole_file(output) as file, progress(len(requests)) as advance:
         for completion in complete(engine, requests):
             file.write(completion.to_json() + "\n")
             tokens += len(completion.token_ids)

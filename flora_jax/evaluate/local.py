@@ -69,11 +69,8 @@ class Local:
 
     def stream(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[tuple[Job, Generation]]:
         """The same for any mix of problems and adapters."""
-        engine = self._engine(sampling)
-        try:
+        with self._engine(sampling) as engine:
             yield from run(engine, jobs, sampling)
-        finally:
-            engine.close()
 
     def beyond(self) -> list[Problem]:
         """Those of ``problems`` whose prompt leaves no room for a token in the model's context."""
@@ -153,20 +150,18 @@ def _samples(
 ) -> Iterator[tuple[_Open, int, Request | None]]:
     """Every sample's request, or a job without requests where its prompt does not fit."""
     defaults = Defaults(sampling.max_tokens, sampling.temperature, 0, sampling.top_p)
-    names = frozenset(engine.pool.names())
-    vocabulary = engine.model.config.vocab_size
+    names = frozenset(engine.adapters)
+    vocabulary, longest = engine.config.vocab_size, engine.max_model_len
     for job in jobs:
         problem = job.problem
-        if _length(engine.tokenizer, problem) >= engine.context:
+        if _length(engine.tokenizer, problem) >= longest:
             yield _Open(job, [""] * sampling.n_samples), 0, None
             continue
         raw = {
             "prompt": problem.model_prompt, "adapter": job.adapter, "stop": [*problem.stop_tokens]
         }  # fmt: skip
         try:
-            request = parse_request(
-                raw, 0, engine.tokenizer, names, vocabulary, engine.context, defaults
-            )
+            request = parse_request(raw, 0, engine.tokenizer, names, vocabulary, longest, defaults)
         except RequestError as error:
             raise InputError(f"{problem.name} in {problem.language}: {error}") from None
         one = _Open(job, [None] * sampling.n_samples)

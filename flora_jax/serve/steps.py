@@ -23,9 +23,17 @@ from flora_jax.mixing.ragged import BankLayers, ragged_hooks, row_wise_hooks
 from flora_jax.models.cache import NOWHERE, Cache, LayerCache, Paging
 from flora_jax.models.starcoder.model import Definition, StarCoder
 from flora_jax.platforms import Platform
-from flora_jax.serve.packing import Packed
 from flora_jax.serve.sampling import Draw, sample
-from flora_jax.serve.state import BROKEN, RESTING, Decoding, Entries, Prompts, Rows, Steps
+from flora_jax.serve.state import (
+    BROKEN,
+    RESTING,
+    Decoding,
+    Entries,
+    Packed,
+    Prompts,
+    Rows,
+    Steps,
+)
 from flora_jax.weights.product import rounding_others
 
 Leaves = Sequence[jax.Array]

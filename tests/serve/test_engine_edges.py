@@ -139,7 +139,7 @@ def test_targets_of_later_adapters_have_room_for_the_largest_of_the_first():
         later = random_adapter(
             "flora", rank, CONFIG.projections(), 2, rank=rank, targets=("mlp.c_fc",)
         )
-        engine.pool.register("later", later)
+        engine.register("later", later)
         request = Request(0, (5, 6), adapter="later", max_tokens=3, ignore_eos=True)
         if fits:
             assert len(next(generate(engine, [request])).token_ids) == 3

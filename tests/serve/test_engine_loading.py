@@ -9,8 +9,8 @@ from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.models.starcoder.model import init_model
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import WHILE_READING, EngineOptions
+from flora_jax.serve.registry import Version
 from flora_jax.serve.request import Request
-from flora_jax.serve.versions import Version
 from tests.helpers.random_adapters import random_adapter
 
 CONFIG = StarCoderConfig(vocab_size=61, n_positions=80, n_embd=16, n_layer=1, n_head=2, n_inner=32)
@@ -27,7 +27,7 @@ def engine():
     )
     engine = Engine(init_model(CONFIG), {"0": adapters["0"]}, options=options)
     for name in "123":
-        engine.pool.register(name, adapters[name])
+        engine.register(name, adapters[name])
     yield engine
     engine.close()
 
@@ -38,9 +38,9 @@ def dispatched(engine, monkeypatch):
     found = []
     decode = engine.device.decode
 
-    def recorded(rows, steps, eager):
-        found.append(steps)
-        return decode(rows, steps, eager)
+    def recorded(planned):
+        found.append(planned.steps)
+        return decode(planned)
 
     monkeypatch.setattr(engine.device, "decode", recorded)
     return found
@@ -126,7 +126,7 @@ def test_who_is_cancelled_takes_no_read_from_others_who_wait_for_it(engine, monk
 def test_any_number_of_owners_that_are_being_read_hold_up_none_that_is_there(engine, monkeypatch):
     there = hold(monkeypatch, {"1"} | {f"cold {n}" for n in range(20)})
     for number in range(20):
-        engine.pool.register(f"cold {number}", engine.pool.current("1").source)
+        engine.register(f"cold {number}", engine.registry.current("1").source)
         engine.add(Request(number, (4, 5), f"cold {number}", max_tokens=1, ignore_eos=True))
     ready = [engine.add(Request(30, (1, 2), n, max_tokens=2, ignore_eos=True)) for n in (None, "0")]
     done = set()
@@ -205,7 +205,7 @@ def test_mounts_that_hang_fail_their_own_requests_and_no_others(monkeypatch):
     there = hold(monkeypatch, {*bad})
     engine = Engine(init_model(CONFIG), {"0": adapters["0"]}, options=options)
     for name in ("1", *bad):
-        engine.pool.register(name, adapters["1"])
+        engine.register(name, adapters["1"])
     before = threading.active_count()
     for round_ in range(2):
         names = {

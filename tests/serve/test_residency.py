@@ -1,4 +1,4 @@
-"""The adapter pool: least recent use, pins, replacement, failures, and a cost that ignores its size."""
+"""Adapters over one bank: who is evicted, pins, replacement, failures; and what a batch costs."""
 
 import dataclasses
 import itertools
@@ -18,22 +18,32 @@ from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.models.starcoder.model import init_model
 from flora_jax.peft.read import write_adapter
 from flora_jax.platforms import CPU
-from flora_jax.serve import pool as residency
-from flora_jax.serve.dispatch import Device
+from flora_jax.serve import residency as residency_module
+from flora_jax.serve.device import Device
+from flora_jax.serve.lattice import Lattice
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.pool import AdapterPool, LoadError
-from flora_jax.serve.programs import Lattice
-from flora_jax.serve.versions import Version, digest
-from flora_jax.serve.versions import version as version_of
+from flora_jax.serve.registry import Registry, Version, digest
+from flora_jax.serve.registry import version as version_of
+from flora_jax.serve.residency import Residency
+from flora_jax.serve.scheduler import LoadError
 from tests.helpers.random_adapters import KINDS, random_adapter
 
 TARGET = "attn.c_attn"
 CONFIG = StarCoderConfig(vocab_size=61, n_positions=64, n_embd=16, n_layer=2, n_head=2, n_inner=32)
 
 
+class Pool(Residency):
+    """With a registry of its own."""
+
+    def __init__(self, *sizes):
+        self.registry = Registry()
+        super().__init__(CONFIG, *sizes, is_pinned=self.registry.is_pinned)
+        self.register, self.current = self.registry.register, self.registry.current
+
+
 def pool_of(room, rank=2):
     """Room for so many FLoRAs of a rank."""
-    return AdapterPool(CONFIG, {TARGET: Count(2 + room * rank, 1, 1)}, {TARGET: Count(rank, 0, 0)})
+    return Pool({TARGET: Count(2 + room * rank, 1, 1)}, {TARGET: Count(rank, 0, 0)})
 
 
 def flora(seed, rank=2):
@@ -42,8 +52,9 @@ def flora(seed, rank=2):
 
 def ready(pool, version):
     """Claims an adapter once it has been read."""
-    while (found := pool.acquire(version)) == "loading":
+    while (found := pool.claim(version)) == "loading":
         time.sleep(0.001)
+    pool.write_claimed()
     return found
 
 
@@ -116,8 +127,7 @@ def test_a_pinned_adapter_stays_until_its_name_stands_for_another():
 def test_only_adapters_that_make_room_leave():
     """Older ones on another projection stay."""
     second = "mlp.c_fc"
-    pool = AdapterPool(
-        CONFIG,
+    pool = Pool(
         dict.fromkeys((TARGET, second), Count(2 + 2, 1, 1)),
         dict.fromkeys((TARGET, second), Count(1, 0, 0)),
     )
@@ -147,7 +157,7 @@ def test_what_nobody_waits_for_is_not_kept(monkeypatch):
     monkeypatch.setattr(Version, "read", delayed)
     versions = [pool.register(str(n), flora(n)) for n in range(20)]
     for version in versions:
-        assert pool.acquire(version) == "loading"
+        assert pool.claim(version) == "loading"
     for version in versions[1:]:
         pool.forget(version)
     there.set()
@@ -224,10 +234,10 @@ def test_factors_stay_on_the_host_until_they_are_written(tmp_path, monkeypatch):
     assert {id(array) for array in jax.live_arrays()} <= before
     # The write itself gets host arrays, once.
     given = []
-    write = residency.write
+    write = residency_module.write
     monkeypatch.undo()
     monkeypatch.setattr(
-        residency, "write", lambda layers, *new: given.append(new) or write(layers, *new)
+        residency_module, "write", lambda layers, *new: given.append(new) or write(layers, *new)
     )
     own = pool.register("flora", tmp_path / "flora")
     assert ready(pool, own) == "ready"
@@ -246,6 +256,30 @@ def test_an_adapter_that_does_not_fit_is_an_error_with_the_numbers(tmp_path):
         pool.register("absent", tmp_path / "absent")
 
 
+def test_a_batchs_lists_are_those_of_its_slots_whatever_was_listed_before():
+    """Also after an eviction gave the same adapters other slots."""
+    pool = pool_of(3)
+    versions = [pool.register(str(n), flora(n)) for n in range(5)]
+    options = EngineOptions(max_num_seqs=4, page=4, max_num_batched_tokens=99)
+    lattice = Lattice(pool, options, 64, CPU)
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(60):
+        chosen = rng.choice(5, 3, replace=False)
+        for number in chosen:
+            assert ready(pool, versions[number]) == "ready"
+        names = [versions[n] for n in rng.choice(chosen, int(rng.integers(1, 5)))]
+        for _ in range(2):
+            shape, pairs = lattice.decode(names, 9)
+            padded = [*names, *[None] * (shape.rows - len(names))]
+            expected = list_pairs(pool, padded, lattice.pair_sizes(shape))
+            jax.tree.map(np.testing.assert_array_equal, pairs, expected)
+        seen.add(str(pairs))
+        for number in chosen:
+            pool.release(versions[number])
+    assert len(seen) > 20
+
+
 def test_a_batch_costs_the_same_operations_among_8_and_512_resident_adapters():
     """XLA's count of operations; bytes grow by the arguments alone."""
     costs = []
@@ -256,10 +290,9 @@ def test_a_batch_costs_the_same_operations_among_8_and_512_resident_adapters():
             ready(pool, version)
         options = EngineOptions(max_num_seqs=4, page=4, max_num_batched_tokens=99)
         lattice = Lattice(pool, options, 64, CPU)
-        device = Device(init_model(CONFIG, 0), pool, lattice, options, 64, CPU)
-        shape = lattice.decode(versions, 32)
-        pairs = list_pairs(pool, versions, lattice.pair_sizes(shape))
-        work = dataclasses.replace(device.decoding(shape, [], 1), pairs=pairs)
+        device = Device(init_model(CONFIG, 0), pool, lattice, options, CPU)
+        shape, pairs = lattice.decode(versions, 32)
+        work = dataclasses.replace(device.nothing(shape), pairs=pairs)
         compiled = device.decode_call(work, 1, False).lower().compile()
         costs.append((compiled.cost_analysis()["flops"], compiled.memory_analysis()))
         jax.clear_caches()

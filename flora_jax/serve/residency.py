@@ -1,22 +1,23 @@
-"""The adapter pool: which adapters are known, which are ready on the host, which lie on the device.
+"""Where adapters are: being read, ready on the host, or resident in the bank's slots on the device.
 
-The device's bank has a fixed size. Adapters are read in the background, written into free slots between
-dispatches, and leave by least recent use when room is needed; those of running sequences and pinned ones
-stay. New content under an old name is another version: who was admitted with the old one keeps it.
+The bank has a fixed size. Adapters are read by other threads, get free slots when a sequence claims them,
+and are written between dispatches. The least recently used are evicted for others; those of running
+sequences and pinned ones stay. New content under an old name is another version: a sequence that was
+added under the old one keeps it. For the engine's thread alone, except where a method says otherwise.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from flora_jax.adapters.model_adapter import TARGETS, match_targets
 from flora_jax.errors import InputError
 from flora_jax.mixing.bank import (
     BASE,
@@ -25,22 +26,20 @@ from flora_jax.mixing.bank import (
     Prepared,
     Slots,
     empty_layers,
+    most_of,
     patch,
     room_for,
+    sum_of,
     write,
 )
 from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.readers import Readers, Reading
-from flora_jax.serve.scheduler import Admission
-from flora_jax.serve.versions import Source, Version
-from flora_jax.serve.versions import version as version_of
+from flora_jax.serve.registry import Version
+from flora_jax.serve.scheduler import Admission, LoadError
 
 # Numbers of slots by target and side (multiplicative, additive, bias), none of them 0.
 Held = collections.Counter[tuple[str, int]]
-
-
-class LoadError(InputError):
-    """An adapter could not be made ready; the message says which and why."""
 
 
 @dataclasses.dataclass
@@ -55,8 +54,8 @@ class _Resident:
         )  # fmt: skip
 
 
-class AdapterPool:
-    """Adapters by name over one device bank.
+class Residency:
+    """Versions of adapters over one device bank.
 
     Args:
         config: of the base model.
@@ -65,6 +64,7 @@ class AdapterPool:
         host_bytes: bound of the host's cache of adapters that are ready to be written.
         additive: dtype of the bank's additive vectors.
         readers: the threads that read adapters; two with a minute each where it is ``None``.
+        is_pinned: of which versions are never evicted.
         allocate: without it the bank has shapes in place of arrays.
     """
 
@@ -77,6 +77,7 @@ class AdapterPool:
         additive: Any = "float32",
         *,
         readers: Readers | None = None,
+        is_pinned: Callable[[Version], bool] = lambda version: False,
         allocate: bool = True,
     ):
         self.config = config
@@ -97,52 +98,17 @@ class AdapterPool:
         self._loading: dict[Version, Reading] = {}
         # Reads that nobody waits for, whose threads are not back yet.
         self._left: dict[Version, Reading] = {}
-        self._names: dict[str, Version] = {}
-        self._pinned: set[str] = set()
-        self._lock = threading.RLock()
+        # What has slots and is not written there yet.
+        self._claimed: list[tuple[Prepared, dict[str, Slots]]] = []
+        self._is_pinned = is_pinned
         self._readers = readers or Readers(2, 60.0)
 
     @classmethod
     def of_size(
         cls, config: StarCoderConfig, most: Mapping[str, Count], residents: int, **options: Any
-    ) -> AdapterPool:
-        """A pool with room for so many adapters of the largest size ``most`` by target."""
+    ) -> Residency:
+        """One with room for so many adapters of the largest size ``most`` by target."""
         return cls(config, room_for(most, residents), most, **options)
-
-    def register(self, name: str, source: Source, *, pinned: bool = False) -> Version:
-        """Makes an adapter known, or replaces what the name stood for; may be called by any thread.
-
-        Raises:
-            InputError: there is no adapter at that path.
-        """
-        found = version_of(name, source)
-        with self._lock:
-            self._names[name] = found
-            (self._pinned.add if pinned else self._pinned.discard)(name)
-        return found
-
-    def unregister(self, name: str) -> None:
-        """Forgets a name; running sequences keep their version.
-
-        Raises:
-            KeyError: nothing has this name.
-        """
-        with self._lock:
-            del self._names[name]
-            self._pinned.discard(name)
-
-    def names(self) -> list[str]:
-        with self._lock:
-            return list(self._names)
-
-    def current(self, name: str) -> Version:
-        """What a name stands for now.
-
-        Raises:
-            KeyError: nothing has this name.
-        """
-        with self._lock:
-            return self._names[name]
 
     def add_ready(self, version: Version, prepared: Prepared) -> None:
         """Takes an adapter that is prepared already into the host's cache."""
@@ -168,8 +134,9 @@ class AdapterPool:
         if reading is not None and not self._readers.cancel(reading):
             self._left[version] = reading
 
-    def acquire(self, version: Version) -> Admission:
-        """Claims an adapter for a sequence, "ready" if it is on the device now.
+    def claim(self, version: Version) -> Admission:
+        """Claims an adapter for a sequence; "ready" if it has slots now: :meth:`write_claimed` has to be
+        called before they are used.
 
         Raises:
             LoadError: it cannot be read, or does not fit the model or the bank.
@@ -182,9 +149,9 @@ class AdapterPool:
                 if not self._loading[version].done:
                     return "loading"
                 prepared = self._read(version)
-            resident = self._place(version, prepared)
+            resident = self._give_slots(version, prepared)
             if resident is None:
-                return "full"  # What was read ahead is held on, whatever the host's cache has room for.
+                return "full"  # What was preloaded is kept, whatever the host's cache has room for.
             if self._loading.pop(version, None) is not None:
                 self.add_ready(version, prepared)
             else:
@@ -192,6 +159,12 @@ class AdapterPool:
         resident.users += 1
         self._residents.move_to_end(version)
         return "ready"
+
+    def write_claimed(self) -> None:
+        """Writes the adapters that were given slots since the last call into the bank."""
+        claimed, self._claimed = self._claimed, []
+        for prepared, owned in claimed:
+            self._write(prepared, owned)
 
     def release(self, version: Version) -> None:
         """Gives a claim back."""
@@ -218,11 +191,12 @@ class AdapterPool:
         self._readers.close()
 
     def is_resident(self, version: Version) -> bool:
+        """Whether it has slots; any thread may ask."""
         return version in self._residents
 
-    def is_read(self, version: Version | None) -> bool:
-        """Whether it lies on the device or is ready on the host; of none, yes."""
-        return version is None or version in self._residents or version in self._ready
+    def is_read(self, version: Version) -> bool:
+        """Whether it has slots or is ready on the host; any thread may ask."""
+        return version in self._residents or version in self._ready
 
     def of(self, version: Version | None, target: str) -> Slots:
         """Raises ``KeyError`` for an adapter that is not resident."""
@@ -258,23 +232,23 @@ class AdapterPool:
                     f"adapter {version.name!r}: {target} has {tuple(count)} components "
                     f"(multiplicative, additive, bias), at most {allowed} are served"
                 )
-        self._loading[version] = reading  # Held until it is placed.
+        self._loading[version] = reading  # Kept until it has slots.
         return prepared
 
-    def _place(self, version: Version, prepared: Prepared) -> _Resident | None:
-        """Gives the adapter slots and writes it there; ``None`` where running ones leave no room.
+    def _give_slots(self, version: Version, prepared: Prepared) -> _Resident | None:
+        """Gives the adapter slots, to be written later; ``None`` where running ones leave none.
 
         Raises:
             LoadError: pinned ones leave no room.
         """
         missing = self._missing(prepared)
-        leaving: list[Version] = []
+        evicted: list[Version] = []
         for candidate, resident in self._residents.items():
             if not missing:
                 break
             gain = resident.held()
             if gain.keys() & missing.keys() and not (resident.users or self._is_pinned(candidate)):
-                leaving.append(candidate)
+                evicted.append(candidate)
                 missing -= gain
         if missing:
             for candidate, resident in self._residents.items():
@@ -283,7 +257,7 @@ class AdapterPool:
             if missing:
                 raise LoadError(f"adapter {version.name!r}: no room beside the pinned ones")
             return None
-        for candidate in leaving:
+        for candidate in evicted:
             self._evict(candidate)
         owned = {}
         for target, count in prepared.counts.items():
@@ -292,7 +266,7 @@ class AdapterPool:
                 for free, number in zip(self._free[target], count)
             )
             owned[target] = Slots(tuple(mul), tuple(add), bias[0] if bias else 0)
-        self._write(prepared, owned)
+        self._claimed.append((prepared, owned))
         self.loads += 1
         resident = self._residents[version] = _Resident(owned)
         return resident
@@ -315,9 +289,57 @@ class AdapterPool:
                 free.extend(numbers)
         self.evictions += 1
 
-    def _is_pinned(self, version: Version) -> bool:
-        with self._lock:
-            return version.name in self._pinned and self._names.get(version.name) == version
+
+def make_residency(
+    first: Mapping[Version, Prepared],
+    config: StarCoderConfig,
+    options: EngineOptions,
+    additive: Any = "float32",
+    **others: Any,
+) -> Residency:
+    """With slots for all of these adapters, or for as many of the largest as the options say.
+
+    ``additive`` is the dtype of the bank's additive vectors; ``others`` go to :class:`Residency`.
+
+    Raises:
+        InputError: targets without anything that says how many components they may have.
+    """
+    prepared = list(first.values())
+    most, room = most_of(prepared), sum_of(prepared)
+    more = options.max_components
+    if more is not None:
+        for target in {*most, *match_targets(options.targets)}:
+            known = most.get(target, Count(1, 0, 0))
+            most[target] = Count(max(more, known[0]), max(more, known[1]), 1)
+    elif options.targets:
+        if not most:
+            raise InputError(
+                f"targets are {', '.join(options.targets)} and max_components is None, expected a "
+                "number where no adapter is there at the start"
+            )
+        largest = Count(*map(max, zip(*most.values())))
+        most = dict.fromkeys(match_targets(options.targets), largest) | most
+    number = options.resident_adapters
+    if number is not None or more is not None or options.targets:
+        number = number or max(len(prepared), options.max_num_seqs)
+        room = room_for(most, number)
+    targets = [target for target in TARGETS if target in most]
+    residency = Residency(
+        config,
+        {target: room[target] for target in targets},
+        {target: most[target] for target in targets},
+        options.host_adapter_bytes,
+        additive,
+        **others,
+    )
+    for version, own in first.items():
+        residency.add_ready(version, own)
+    return residency
+
+
+def target_groups(first: Mapping[Version, Prepared]) -> list[tuple[str, ...]]:
+    """The sets of targets that the adapters have."""
+    return [tuple(t for t in TARGETS if t in own.counts) for own in first.values()]
 
 
 def _numbers(slots: Slots) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
