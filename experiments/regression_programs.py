@@ -40,6 +40,7 @@ def generate(
         for row, name in enumerate(names):
             engine.add(Request(row, tuple(prompts[row]), name, max_tokens=new, ignore_eos=True))
         while engine.has_work:
+            engine.wait()
             for update in engine.step():
                 if update.error is not None:
                     raise RunError(update.error)

@@ -52,6 +52,7 @@ def main(say: Callable[[dict[str, Any]], None]) -> None:
         ]
         done: dict[Any, list[int]] = {}
         while engine.has_work:
+            engine.wait()
             for update in engine.step():
                 if update.error is not None:
                     raise RuntimeError(f"{update.ticket}: {update.error}")

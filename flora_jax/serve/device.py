@@ -237,7 +237,9 @@ class Device:
         longest: int,
     ) -> Decoding:  # fmt: skip
         rows_B = np.full(shape.rows, self.rows, np.int32)
-        rows_B[: len(sequences)] = [sequence.row for sequence in sequences]
+        for entry, sequence in enumerate(sequences):
+            assert sequence.row is not None
+            rows_B[entry] = sequence.row
         attention = self.platform.decode_attention
         paging = self._paging(sequences, shape.rows, shape.span, longest, attention)
         return Decoding(pairs, paging, rows_B)

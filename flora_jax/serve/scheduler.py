@@ -11,10 +11,13 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from flora_jax.errors import InputError
 from flora_jax.serve.sequence import Chunk, Sequence, Stage
+
+if TYPE_CHECKING:
+    from flora_jax.serve.registry import Version
 
 # What stands in the way of a sequence: nothing, its adapter's read, or no slots for its adapter.
 Admission = Literal["ready", "loading", "full"]
@@ -27,7 +30,7 @@ class LoadError(InputError):
 class Adapters(Protocol):
     """What the scheduler asks about adapters; ``None`` is the base model, which is always there."""
 
-    def claim(self, version: Hashable) -> Admission:
+    def claim(self, version: Version) -> Admission:
         """Claims an adapter for a sequence; "ready" holds until the sequence ends.
 
         Raises:
@@ -35,11 +38,11 @@ class Adapters(Protocol):
         """
         ...
 
-    def is_resident(self, version: Hashable) -> bool:
+    def is_resident(self, version: Version) -> bool:
         """Whether it has slots."""
         ...
 
-    def is_read(self, version: Hashable) -> bool:
+    def is_read(self, version: Version) -> bool:
         """Whether it has slots, or can be given some without being read."""
         ...
 

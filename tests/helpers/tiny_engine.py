@@ -107,6 +107,7 @@ def run_schedule(engine, seed, requests=150):
         else:
             step()
     while engine.has_work:
+        engine.wait()
         step()
     assert not live
     return results

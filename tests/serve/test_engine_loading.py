@@ -5,8 +5,10 @@ import time
 
 import pytest
 
+from flora_jax.errors import InputError, RunError
 from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.models.starcoder.model import init_model
+from flora_jax.peft.write import write_adapter
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import WHILE_READING, EngineOptions
 from flora_jax.serve.registry import Version
@@ -223,3 +225,49 @@ def test_mounts_that_hang_fail_their_own_requests_and_no_others(monkeypatch):
         assert threading.active_count() <= before + 5, round_
     there.set()
     engine.close()
+
+
+def test_adapters_are_known_by_name_and_by_where_they_are(tmp_path):
+    """In memory or in folders; preloaded without a request, forgotten while a request has them."""
+    adapters = {str(n): random_adapter("flora", n, CONFIG.projections(), 1) for n in range(4)}
+    write_adapter(adapters["2"], tmp_path / "2")
+    options = EngineOptions(max_num_seqs=2, chunk=8, pieces=2, page=8, resident_adapters=2)
+    with Engine(init_model(CONFIG), {"0": adapters["0"]}, options=options) as engine:
+        assert (engine.config, engine.max_model_len) == (CONFIG, 80)
+        engine.register("2", tmp_path / "2")
+        engine.register("3", adapters["3"])
+        assert engine.adapters == {"0": "host", "2": "disk", "3": "host"}
+        engine.preload(["2", "0"])
+        assert engine.adapters == {"0": "resident", "2": "resident", "3": "host"}
+        assert engine.stats.adapter_loads == 2
+        engine.preload(["3"])
+        assert engine.adapters == {"0": "resident", "2": "host", "3": "resident"}
+        engine.add(Request(0, (4, 5), "2", max_tokens=2, ignore_eos=True))
+        engine.unregister("2")
+        for unknown in (
+            lambda: engine.unregister("2"),
+            lambda: engine.preload(["2"]),
+            lambda: engine.add(Request(1, (4, 5), "2")),
+        ):
+            with pytest.raises(InputError, match="unknown adapter '2'"):
+                unknown()
+        ended = {}
+        run(engine, ended)
+        assert [*map(len, ended.values())] == [2]
+        large = random_adapter("flora", 9, CONFIG.projections(), 1, rank=3)
+        engine.register("large", large)
+        with pytest.raises(InputError, match=r"adapter 'large': attn.c_attn has .* at most"):
+            engine.preload(["large"])
+
+
+def test_preloading_what_running_requests_leave_no_slots_for_says_so(engine):
+    for name in "0123":
+        engine.add(Request(0, (1, 2), name, max_tokens=60, ignore_eos=True))
+    while engine.stats.running < 4:
+        engine.step()
+    engine.register("more", engine.registry.current("1").source)
+    with pytest.raises(RunError, match="adapter 'more': running requests leave no slots"):
+        engine.preload(["more"])
+    run(engine)
+    engine.preload(["more"])
+    assert engine.adapters["more"] == "resident"

@@ -169,6 +169,7 @@ def rehearse(engine: Engine, requests: Sequence[Request]) -> None:
     for request in requests[:2]:
         engine.add(dataclasses.replace(request, max_tokens=min(4, request.max_tokens)))
     while engine.has_work:
+        engine.wait()
         engine.step()
 
 

@@ -51,6 +51,9 @@ class FakeEngine:
         self.live[self.tickets] = [request, 0]
         return self.tickets
 
+    def wait(self, timeout=None):
+        return True
+
     def step(self):
         self.now += self.seconds
         self.stats.preemptions += 1
