@@ -18,7 +18,7 @@ from flora_jax.platforms import Platform
 from flora_jax.serve import steps
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.request import Request
+from flora_jax.serve.request import Request, SamplingParams
 from flora_jax.serve.scheduler import Decode
 from flora_jax.serve.sequence import Sequence
 
@@ -62,8 +62,8 @@ def running_engine(platform: Platform) -> tuple[Engine, list[Sequence]]:
     engine.preload(adapters)
     sequences = []
     for row in range(ROWS):
-        request = Request(row, (1, 2, 3), str(row % ADAPTERS), max_tokens=200, ignore_eos=True)
-        engine.add(request)
+        params = SamplingParams(max_tokens=200, ignore_eos=True)
+        engine.add(Request((1, 2, 3), params, str(row % ADAPTERS)))
         sequence = engine._inbox.pop()
         assert isinstance(sequence, Sequence)
         sequence.row, sequence.blocks = row, list(range(16 * row, 16 * row + 16))

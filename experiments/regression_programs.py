@@ -16,7 +16,7 @@ from flora_jax.bench.serving.workload import WorkloadOptions
 from flora_jax.errors import RunError
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.request import Request
+from flora_jax.serve.request import Request, SamplingParams
 
 ROWS, LONG, FEW, MANY = (1, 16, 32), 512, 8, 512
 CONTEXT = LONG + 128
@@ -37,8 +37,9 @@ def generate(
     prompts = rng.integers(1, engine.config.vocab_size, (len(names), prompt)).tolist()
 
     def run() -> None:
+        params = SamplingParams(max_tokens=new, ignore_eos=True)
         for row, name in enumerate(names):
-            engine.add(Request(row, tuple(prompts[row]), name, max_tokens=new, ignore_eos=True))
+            engine.add(Request(prompts[row], params, name))
         while engine.has_work:
             engine.wait()
             for update in engine.step():
@@ -57,15 +58,10 @@ def step_seconds(
     Both over the same rows, prefilled before; they take turns, so that both see the same lengths.
     """
     steps = engine.options.decode_steps
-    tickets = [
-        engine.add(
-            Request(
-                row, (1 + row,) * prompt, name, max_tokens=2 * dispatches * steps + 8,
-                ignore_eos=True,
-            )
-        )
-        for row, name in enumerate(names)
-    ]  # fmt: skip
+    params = SamplingParams(max_tokens=2 * dispatches * steps + 8, ignore_eos=True)
+    request_ids = [
+        engine.add(Request((1 + row,) * prompt, params, name)) for row, name in enumerate(names)
+    ]
     while any(s.stage != "decode" for s in engine.scheduler.running) or not engine.stats.running:
         engine.step()
     engine.step()
@@ -84,8 +80,8 @@ def step_seconds(
         for sequence, own_N in zip(decode.sequences, tokens_BN, strict=True):
             sequence.stream.add(own_N.tolist())
             engine.scheduler.drew(sequence, sequence.drawn + steps)
-    for ticket in tickets:
-        engine.cancel(ticket)
+    for request_id in request_ids:
+        engine.cancel(request_id)
     engine.step()
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 

@@ -25,7 +25,7 @@ from flora_jax.platforms import Platform, platform
 from flora_jax.serve.device import Device
 from flora_jax.serve.lattice import Lattice
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.request import Request
+from flora_jax.serve.request import Request, SamplingParams
 from flora_jax.serve.residency import Residency
 from flora_jax.serve.sequence import Sequence as Scheduled
 from flora_jax.serve.stream import Stream
@@ -145,7 +145,8 @@ class Rig(Device):
         found = []
         for row in range(self.rows):
             tokens = rng.integers(1, self.config.vocab_size, prompt or 1)
-            request = Request(row, tuple(map(int, tokens)), max_tokens=context, ignore_eos=True)
+            params = SamplingParams(max_tokens=context, ignore_eos=True)
+            request = Request(tokens, params, request_id=row, fold_in=row)
             own: Any = row if adapted else None
             stream = Stream(request, (), context)
             sequence = Scheduled(row, row, prompt or position, context, request, own, stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -53,9 +54,9 @@ def generate(
     from flora_jax.checkpoints.checkpoint import describe, load_model
     from flora_jax.checkpoints.sources import resolve
     from flora_jax.checkpoints.tokenizer import load_tokenizer
-    from flora_jax.serve.request import Defaults, parse_requests
+    from flora_jax.serve.request import Limits, Reader, SamplingParams, read_requests
 
-    defaults = Defaults(max_tokens, temperature, top_k, top_p)
+    defaults = SamplingParams(max_tokens, temperature, top_k, top_p)
     if not 0 <= seed < 2**32:
         raise InputError(f"--seed is {seed}, expected 0 to 2^32 - 1")
     if not 1 <= batch_size <= 256:
@@ -75,15 +76,8 @@ def generate(
     config = describe(directory).config
     tokenizer = load_tokenizer(directory, config.vocab_size)
     adapters = read_adapters(directories, config)
-    requests = parse_requests(
-        lines(input),
-        where=str(input),
-        tokenizer=tokenizer,
-        adapters=adapters,
-        vocab_size=config.vocab_size,
-        context=config.n_positions,
-        defaults=defaults,
-    )
+    limits = Limits(config.n_positions, config.vocab_size, tokenizer)
+    requests = read_requests(lines(input), str(input), Reader(limits, adapters, defaults))
     prepare_jax()
     from flora_jax.models.transpose import for_decoding
     from flora_jax.platforms import platform
@@ -97,7 +91,7 @@ def generate(
     rows, longest = batch_size, config.n_positions
     if not batch_invariant:  # Else the shapes, and so the bits, would be those of this file.
         rows = min(rows, len(requests))
-        longest = min(longest, max(len(r.token_ids) + r.max_tokens for r in requests))
+        longest = min(longest, max(request.reach for request in requests))
     options = EngineOptions(
         max_num_seqs=rows,
         max_model_len=longest,
@@ -108,7 +102,7 @@ def generate(
     choices = platform()
     if not batch_invariant and len(requests) <= batch_size:
         # One batch would wait for shapes longer than for tokens.
-        choices = choices.for_one_batch(max(len(request.token_ids) for request in requests))
+        choices = choices.for_one_batch(max(len(request.prompt_token_ids) for request in requests))
         options = dataclasses.replace(options, row_buckets=(rows,))
     engine = Engine(loaded, adapters, tokenizer=tokenizer, options=options, platform=choices)
     if engine.attention_note is not None:
@@ -119,7 +113,8 @@ def generate(
             engine.warm_up(report)
     with engine, whole_file(output) as file, progress(len(requests)) as advance:
         for completion in complete(engine, requests):
-            file.write(completion.to_json() + "\n")
+            line = {"index": completion.request_id} | completion.to_json()
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
             tokens += len(completion.token_ids)
             advance()
     seconds = time.perf_counter() - started

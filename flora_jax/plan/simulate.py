@@ -21,7 +21,7 @@ from flora_jax.plan import prompts, roofline
 from flora_jax.plan.programs import Residents, options_of
 from flora_jax.plan.setting import Setting
 from flora_jax.platforms import GPU
-from flora_jax.serve.engine import limits_of
+from flora_jax.serve.engine import bounds_of
 from flora_jax.serve.lattice import DecodeShape, Lattice
 from flora_jax.serve.scheduler import Admission, Plan, Scheduler
 from flora_jax.serve.sequence import Chunk, Sequence
@@ -108,9 +108,9 @@ class Simulation:
         )
         self.lattice = Lattice(Residents(setting), self.options, setting.context, GPU)
         blocks = self.options.cache_blocks(setting.context)
-        limits = limits_of(self.lattice, self.options, GPU, blocks)
+        bounds = bounds_of(self.lattice, self.options, GPU, blocks)
         # All adapters have one form.
-        self.scheduler = Scheduler(limits)
+        self.scheduler = Scheduler(bounds)
         self.dispatches = self.steps = 0
         self._host_s = self._device_s = 0.0
         self._flown: _Flown | None = None
@@ -139,8 +139,8 @@ class Simulation:
         Raises:
             InputError: a request that the context or the cache cannot hold, or none at all.
         """
-        limits = self.scheduler.limits
-        most = min(self.setting.context, limits.blocks * limits.block)
+        bounds = self.scheduler.bounds
+        most = min(self.setting.context, bounds.blocks * bounds.block)
         for number, arrival in enumerate(arrivals):
             if arrival.prompt < 1 or arrival.output < 1 or arrival.prompt + arrival.output > most:
                 raise InputError(
@@ -206,21 +206,21 @@ class Simulation:
         self._host_s = max(self._host_s, flown.end_s)
         for chunk in itertools.chain(*flown.plan.chunks):
             if chunk.last:
-                self._first_s.setdefault(chunk.sequence.request_id, self._host_s)
+                self._first_s.setdefault(chunk.sequence.number, self._host_s)
                 self._end_if_done(chunk.sequence)
         decode = flown.plan.decode
         if decode is None:
             return
         self.scheduler.landed(decode)
         for sequence, number in zip(decode.sequences, flown.took, strict=True):
-            if sequence.request_id not in self._gone:
+            if sequence.number not in self._gone:
                 self.scheduler.drew(sequence, sequence.drawn + number)
                 self._end_if_done(sequence)
 
     def _end_if_done(self, sequence: Sequence) -> None:
         if sequence.drawn == sequence.budget:
             self.scheduler.remove(sequence)
-            number = sequence.request_id
+            number = sequence.number
             self._gone.add(number)
             first_s = self._first_s.pop(number)
             arrival = self._arrivals.pop(number)

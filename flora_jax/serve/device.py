@@ -71,15 +71,15 @@ class Flight(NamedTuple):
     tokens_BN: jax.Array | None
 
     def read(self) -> dict[int, list[int]]:
-        """Waits for the tokens and returns them by request id, in order."""
+        """Waits for the tokens and returns them by their sequences' numbers, in order."""
         drawn: dict[int, list[int]] = {}
         for chunks, tokens_B in self.prefilled:
             for chunk, token in zip(chunks, jax.device_get(tokens_B)):
                 if chunk.last:
-                    drawn[chunk.sequence.request_id] = [int(token)]
+                    drawn[chunk.sequence.number] = [int(token)]
         if self.decode is not None:
             for sequence, own_N in zip(self.decode.sequences, np.asarray(self.tokens_BN)):
-                own = drawn.setdefault(sequence.request_id, [])
+                own = drawn.setdefault(sequence.number, [])
                 own += [int(token) for token in own_N if token != RESTING]
         return drawn
 
@@ -191,7 +191,8 @@ class Device:
         start_B, count_B = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         names: list[Version | None] = [None] * rows
         for row, (sequence, start, count) in enumerate(chunks):
-            tokens_BT[row, :count] = sequence.request.token_ids[start : start + count]
+            ids = sequence.request.prompt_token_ids[start : start + count]
+            tokens_BT[row, :count] = ids
             start_B[row], count_B[row], names[row] = start, count, sequence.version
         sequences = [chunk.sequence for chunk in chunks]
         longest = max((chunk.start + chunk.length for chunk in chunks), default=1)
@@ -334,12 +335,12 @@ class Device:
         for row, sequence in enumerate(entering):
             if sequence is None:
                 continue
-            request = sequence.request
-            temperature_B[row] = request.temperature
-            top_k_B[row], top_p_B[row] = request.top_k, request.top_p
-            seeded_B[row] = request.seed is not None
-            own = (self.options.seed, request.index) if request.seed is None else (request.seed, 0)
-            seed_BX[row] = own
+            params, fold_in = sequence.request.sampling_params, sequence.request.fold_in
+            temperature_B[row] = params.temperature
+            top_k_B[row], top_p_B[row] = params.top_k, params.top_p
+            seeded_B[row] = params.seed is not None
+            assert fold_in is not None
+            seed_BX[row] = (self.options.seed, fold_in) if params.seed is None else (params.seed, 0)
         return Settings(temperature_B, top_k_B, top_p_B, seed_BX, seeded_B)
 
 
@@ -354,7 +355,7 @@ def _replicated(leaf: jax.Array) -> Any:
 
 def _least_draw(requests: Sequence[Request]) -> Draw:
     """The cheapest way to draw that gives every request its own token."""
-    warm = [request for request in requests if request.temperature > 0]
-    if any(request.top_k > 0 or request.top_p < 1 for request in warm):
+    warm = [r.sampling_params for r in requests if r.sampling_params.temperature > 0]
+    if any(params.top_k > 0 or params.top_p < 1 for params in warm):
         return "digits"
     return "plain" if warm else "greedy"

@@ -9,8 +9,8 @@ something. Knows nothing of HTTP or files.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
-import operator
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -32,9 +32,9 @@ from flora_jax.serve.lattice import Lattice
 from flora_jax.serve.options import WHILE_READING, EngineOptions
 from flora_jax.serve.readers import Readers
 from flora_jax.serve.registry import Registry, Source, Version, version
-from flora_jax.serve.request import MAX_STOP_TOKENS, Request
+from flora_jax.serve.request import MAX_STOP_TOKENS, Limits, Request, RequestId, is_request_id
 from flora_jax.serve.residency import make_residency, target_groups
-from flora_jax.serve.scheduler import Limits, Plan, Scheduler
+from flora_jax.serve.scheduler import Bounds, Plan, Scheduler
 from flora_jax.serve.sequence import Sequence
 from flora_jax.serve.state import BROKEN, MAX_STOPS
 from flora_jax.serve.stream import Stream
@@ -42,6 +42,8 @@ from flora_jax.serve.updates import Stats, Update
 
 # Where an adapter is: in the bank's slots, ready in memory, or in its folder.
 AdapterState = Literal["resident", "host", "disk"]
+# A sequence's number and what is told of it.
+_Told = tuple[int, Update]
 
 
 class Engine:
@@ -94,11 +96,14 @@ class Engine:
         groups = target_groups(first)
         self.lattice = lattice = Lattice(self.residency, options, context, platform, groups)
         self.device = Device(model, self.residency, lattice, options, platform)
-        limits = limits_of(lattice, options, platform, self.device.blocks)
-        self.scheduler = Scheduler(limits, self.device.form_of)
-        self._request_ids = itertools.count()
-        self._inbox: collections.deque[Sequence | int] = collections.deque()
+        bounds = bounds_of(lattice, options, platform, self.device.blocks)
+        self.scheduler = Scheduler(bounds, self.device.form_of)
+        self.limits = Limits(context, config.vocab_size, tokenizer)
+        self._arrivals = itertools.count()
+        self._inbox: collections.deque[Sequence | RequestId] = collections.deque()
+        # Those that have not ended: by number of arrival, and the numbers by request id.
         self._sequences: dict[int, Sequence] = {}
+        self._numbers: dict[RequestId, int] = {}
         # What the blocks of preempted sequences hold.
         self._copies: dict[int, Any] = {}
         self._flight: Flight | None = None
@@ -206,47 +211,61 @@ class Engine:
             running=len(scheduler.running), waiting=scheduler.waiting + len(self._inbox),
             preemptions=scheduler.preemptions,
             adapter_loads=self.residency.loads, adapter_evictions=self.residency.evictions,
-            cache_usage=1 - len(scheduler.free_blocks) / scheduler.limits.blocks,
+            cache_usage=1 - len(scheduler.free_blocks) / scheduler.bounds.blocks,
         )  # fmt: skip
 
-    def add(self, request: Request) -> int:
+    def add(self, request: Request) -> RequestId:
         """Takes a request under the adapter that its name stands for now; any thread may call.
 
         Returns:
-            The request id that updates carry.
+            The request id that updates carry: the request's own, or a number that no other has.
 
         Raises:
-            InputError: the model or the known adapters cannot serve it.
+            InputError: the model or the known adapters cannot serve it, or its id is in use.
             RunError: an iteration broke off.
         """
         self._check_whole()
         own = self._check(request)
-        ids = request.token_ids
-        budget = min(request.max_tokens, self.max_model_len - len(ids))
+        ids, params = request.prompt_token_ids, request.sampling_params
+        budget = min(params.max_tokens, self.max_model_len - len(ids))
         most = self.device.blocks * self.options.page
         if len(ids) + budget > most:
             raise InputError(
-                f"request {request.index}: {len(ids)} tokens and {budget} more, the cache holds {most}"
+                f"{request.label}: {len(ids)} tokens and {budget} more, the cache holds {most}"
             )
-        ends = () if request.ignore_eos else self.config.eos_token_ids
-        stream = Stream(request, {*request.stop_token_ids, *ends}, budget, self.tokenizer)
-        request_id = next(self._request_ids)
-        sequence = Sequence(request_id, request.adapter, len(ids), budget, request, own, stream)
+        stops = self.limits.stop_ids(params, self.config.eos_token_ids)
         with self._changed:
-            self._sequences[request_id] = sequence
+            request, request_id, number = self._named(request)
+            stream = Stream(request, stops, budget, self.tokenizer)
+            sequence = Sequence(number, request.adapter, len(ids), budget, request, own, stream)
+            self._sequences[number], self._numbers[request_id] = sequence, number
             self._inbox.append(sequence)
         self._notify()
         return request_id
 
-    def cancel(self, request_id: int) -> None:
+    def _named(self, request: Request) -> tuple[Request, RequestId, int]:
+        """The request with an id and a number to fold in, its id, and its number of arrival."""
+        number = next(self._arrivals)
+        found = request.request_id
+        if found is None:
+            found = number
+            while found in self._numbers:
+                found = next(self._arrivals)
+        elif found in self._numbers:
+            raise InputError(f"{request.label}: another request with this id has not ended")
+        fold_in = number % 2**32 if request.fold_in is None else request.fold_in
+        return dataclasses.replace(request, request_id=found, fold_in=fold_in), found, number
+
+    def cancel(self, request_id: RequestId) -> None:
         """Ends a request without a further update; one that is gone already is no error. Any thread.
 
         Raises:
             TypeError: no request id is of this type.
         """
-        number = operator.index(request_id)
+        if not is_request_id(request_id):
+            raise TypeError(f"request_id is {request_id!r}, expected a string or an integer")
         with self._changed:
-            self._inbox.append(number)
+            self._inbox.append(request_id)
         self._notify()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -279,7 +298,7 @@ class Engine:
             self._changed.notify_all()
 
     def step(self) -> list[Update]:
-        """Runs one iteration and returns what it brought, in the order of request ids.
+        """Runs one iteration and returns what it brought, in the order in which the requests came.
 
         It returns at once where nothing can run; see :meth:`wait`.
 
@@ -293,7 +312,7 @@ class Engine:
         except BaseException as error:
             self._broken = error
             raise
-        return sorted(updates, key=lambda update: update.ticket)
+        return [update for _, update in sorted(updates, key=lambda found: found[0])]
 
     def close(self) -> None:
         """Reads no further adapters. Waits for none that is being read."""
@@ -305,7 +324,7 @@ class Engine:
                 f"the engine is of no use since an iteration broke off ({self._broken!r}), make another"
             )
 
-    def _iterate(self) -> list[Update]:
+    def _iterate(self) -> list[_Told]:
         updates = self._receive()
         self.residency.expire()
         if self.scheduler.swapped:
@@ -313,7 +332,7 @@ class Engine:
         plan = self.scheduler.plan(self.residency)
         for sequence, why in plan.refused:
             self._release(sequence, claimed=False)
-            updates.append(Update(sequence.request_id, error=why))
+            updates.append(_told(sequence, error=why))
         # The adapters of those that come next are read, though there is no row for them yet.
         for sequence in self.scheduler.heads():
             if sequence.version is not None:
@@ -327,7 +346,7 @@ class Engine:
     def _run(self, plan: Plan) -> Flight | None:
         """Dispatches what a plan says, in its order; nothing waits for the device."""
         for sequence in plan.swapped_in:
-            self.device.swap_in(sequence, self._copies.pop(sequence.request_id))
+            self.device.swap_in(sequence, self._copies.pop(sequence.number))
         self.residency.write_claimed()
         prefilled = []
         for chunks in plan.chunks:
@@ -335,20 +354,20 @@ class Engine:
             if tokens_B is not None:
                 prefilled.append((chunks, tokens_B))
         for sequence, blocks in plan.swapped_out:
-            self._copies[sequence.request_id] = self.device.copy_out(blocks)
+            self._copies[sequence.number] = self.device.copy_out(blocks)
         tokens_BN = None if plan.decode is None else self.device.decode(plan.decode)
         if plan.decode is None and not prefilled:
             return None
         return Flight(prefilled, plan.decode, tokens_BN)
 
     def _check(self, request: Request) -> Version | None:
-        request.check(self.max_model_len, self.config.vocab_size, self.tokenizer is not None)
+        self.limits.check(request)
         if request.adapter is None:
             return None
         try:
             return self._current(request.adapter)
         except InputError as error:
-            raise InputError(f"request {request.index}: {error}") from None
+            raise InputError(f"{request.label}: {error}") from None
 
     def _current(self, name: str) -> Version:
         try:
@@ -356,32 +375,32 @@ class Engine:
         except KeyError:
             raise InputError(f"unknown adapter {name!r}") from None
 
-    def _receive(self) -> list[Update]:
+    def _receive(self) -> list[_Told]:
         """Takes what has come; the updates of requests that end without a token."""
         with self._changed:
             arrived, self._news = [*self._inbox], False
             self._inbox.clear()
-        cancelled = {one for one in arrived if isinstance(one, int)}
+        cancelled = {one for one in arrived if not isinstance(one, Sequence)}
         updates = []
         for one in arrived:
-            if isinstance(one, int):
-                sequence = self._sequences.get(one)
+            if not isinstance(one, Sequence):
+                sequence = self._sequences.get(self._numbers.get(one, -1))
                 if sequence is not None:
                     self._drop(sequence)
             elif one.budget:
                 self.scheduler.add(one)
             else:
                 self._forget(one)
-                if one.request_id not in cancelled:
-                    updates.append(self._ended(one, ()))
+                if one.request.request_id not in cancelled:
+                    updates.append(_ended(one, ()))
         return updates
 
-    def _land(self) -> list[Update]:
+    def _land(self) -> list[_Told]:
         """Reads what is under way, if anything is."""
         flight, self._flight = self._flight, None
         return self._read(flight)
 
-    def _read(self, flight: Flight | None) -> list[Update]:
+    def _read(self, flight: Flight | None) -> list[_Told]:
         """Waits for the tokens of a dispatch and gives them to those sequences that are still there."""
         if flight is None:
             return []
@@ -389,13 +408,13 @@ class Engine:
         if flight.decode is not None:
             self.scheduler.landed(flight.decode)
         found = [
-            self._extend(self._sequences[request_id], tokens)
-            for request_id, tokens in drawn.items()
-            if request_id in self._sequences
+            self._extend(self._sequences[number], tokens)
+            for number, tokens in drawn.items()
+            if number in self._sequences
         ]
-        return [update for update in found if update is not None]
+        return [told for told in found if told is not None]
 
-    def _extend(self, sequence: Sequence, tokens: list[int]) -> Update | None:
+    def _extend(self, sequence: Sequence, tokens: list[int]) -> _Told | None:
         """Gives a sequence its new tokens; ends it where they do."""
         stream = sequence.stream
         before = len(stream.token_ids)
@@ -404,7 +423,7 @@ class Engine:
             stream.add(tokens[: tokens.index(BROKEN)] if broken else tokens)
         except Exception as error:  # What a tokenizer makes of its text is its own affair.
             self._drop(sequence)
-            return Update(sequence.request_id, error=_no_text(error))
+            return _told(sequence, error=_no_text(error))
         new = tuple(stream.token_ids[before:])
         self.scheduler.drew(sequence, len(stream.token_ids))
         if broken and stream.running:
@@ -415,19 +434,11 @@ class Engine:
                 f"{self.device.dtype}"
             )
             self._drop(sequence)
-            return Update(sequence.request_id, new, error=reason)
+            return _told(sequence, new, error=reason)
         if not stream.running:
             self._drop(sequence)
-            return self._ended(sequence, new)
-        return Update(sequence.request_id, new) if new else None
-
-    def _ended(self, sequence: Sequence, new: tuple[int, ...]) -> Update:
-        """The last update of a request that is through."""
-        try:
-            completion = sequence.stream.completion()
-        except Exception as error:
-            return Update(sequence.request_id, new, error=_no_text(error))
-        return Update(sequence.request_id, new, completion=completion)
+            return _ended(sequence, new)
+        return _told(sequence, new) if new else None
 
     def _drop(self, sequence: Sequence) -> None:
         """Takes a sequence out with all that it holds."""
@@ -447,14 +458,16 @@ class Engine:
         self._forget(sequence)
 
     def _forget(self, sequence: Sequence) -> None:
-        self._copies.pop(sequence.request_id, None)
+        self._copies.pop(sequence.number, None)
+        request_id = sequence.request.request_id
+        assert request_id is not None
         with self._changed:
-            del self._sequences[sequence.request_id]
+            del self._sequences[sequence.number], self._numbers[request_id]
 
 
-def limits_of(lattice: Lattice, options: EngineOptions, platform: Platform, blocks: int) -> Limits:
+def bounds_of(lattice: Lattice, options: EngineOptions, platform: Platform, blocks: int) -> Bounds:
     """What the scheduler keeps to, for an engine of these sizes with so many blocks of the cache."""
-    return Limits(
+    return Bounds(
         rows=options.max_num_seqs,
         blocks=blocks,
         block=options.page,
@@ -478,6 +491,22 @@ def _longest_sequence(config: StarCoderConfig, options: EngineOptions) -> int:
             f"max_model_len is {context}, the model has {config.n_positions} positions"
         )
     return context
+
+
+def _told(sequence: Sequence, new: tuple[int, ...] = (), **end: Any) -> _Told:
+    """An update with what is new of a sequence's tokens and text."""
+    request_id = sequence.request.request_id
+    assert request_id is not None
+    return sequence.number, Update(request_id, new, sequence.stream.take_text(), **end)
+
+
+def _ended(sequence: Sequence, new: tuple[int, ...]) -> _Told:
+    """The last update of a sequence that is through."""
+    try:
+        completion = sequence.stream.completion()
+    except Exception as error:
+        return _told(sequence, new, error=_no_text(error))
+    return _told(sequence, new, completion=completion)
 
 
 def _no_text(error: Exception) -> str:

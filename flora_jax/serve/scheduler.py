@@ -47,7 +47,7 @@ class Adapters(Protocol):
         ...
 
 
-class Limits(NamedTuple):
+class Bounds(NamedTuple):
     """The fixed sizes that plans keep to.
 
     ``rows`` sequences run at once over ``blocks`` blocks of ``block`` positions. Prompts are cut into
@@ -118,16 +118,16 @@ class Scheduler:
     """Rows, blocks and queues.
 
     Args:
-        limits: the fixed sizes.
+        bounds: the fixed sizes.
         form_of: in which compiled form a running sequence's prompt is prefilled.
     """
 
     def __init__(
-        self, limits: Limits, form_of: Callable[[Sequence], Hashable] = lambda sequence: None
+        self, bounds: Bounds, form_of: Callable[[Sequence], Hashable] = lambda sequence: None
     ):
-        self.limits = limits
-        self.free_blocks = list(range(limits.blocks - 1, -1, -1))
-        self.free_rows = list(range(limits.rows - 1, -1, -1))
+        self.bounds = bounds
+        self.free_blocks = list(range(bounds.blocks - 1, -1, -1))
+        self.free_rows = list(range(bounds.rows - 1, -1, -1))
         self.running: list[Sequence] = []
         self.swapped: list[Sequence] = []
         self.preemptions = 0
@@ -185,11 +185,11 @@ class Scheduler:
         self._cut_prompts(plan)
         # Nobody should wait for long who has, or could have, a row; how long a read takes nobody knows.
         hurry = plan.chunks or due or any(s.stage == "prefill" for s in self.running)
-        limits = self.limits
-        most = limits.steps_while_reading if reading else limits.steps
+        bounds = self.bounds
+        most = bounds.steps_while_reading if reading else bounds.steps
         if hurry:
-            most = limits.steps_while_waiting
-        self._grow(plan, min(most, limits.steps))
+            most = bounds.steps_while_waiting
+        self._grow(plan, min(most, bounds.steps))
         return plan
 
     def landed(self, decode: Decode) -> None:
@@ -214,10 +214,10 @@ class Scheduler:
         sequence.row, sequence.stage = self.free_rows.pop(), stage
         self._share[sequence.owner] += 1
         self.running.append(sequence)
-        self.running.sort(key=lambda s: s.request_id)
+        self.running.sort(key=lambda s: s.number)
 
     def _blocks_for(self, positions: int) -> int:
-        return -(-positions // self.limits.block)
+        return -(-positions // self.bounds.block)
 
     def reserve(self, sequence: Sequence, positions: int) -> bool:
         """Gives a sequence blocks for its first ``positions``; false, and nothing done, if there are
@@ -297,7 +297,7 @@ class Scheduler:
                     passed.overtaken += 1
                 return sequence
             # No slots for its adapter until a running one ends: do not let others take them for ever.
-            if found == "full" and sequence.overtaken >= self.limits.rows:
+            if found == "full" and sequence.overtaken >= self.bounds.rows:
                 return None
         return None
 
@@ -310,11 +310,11 @@ class Scheduler:
 
     @property
     def _looked_at(self) -> int:
-        return 4 * self.limits.rows
+        return 4 * self.bounds.rows
 
     def _cut_prompts(self, plan: Plan) -> None:
         """Chunks of prompts within the iteration's budget of tokens."""
-        budget = self.limits.budget - sum(s.stage == "decode" for s in self.running)
+        budget = self.bounds.budget - sum(s.stage == "decode" for s in self.running)
         while chunks := self._next_chunks(budget):
             for chunk in chunks:
                 sequence = chunk.sequence
@@ -329,21 +329,21 @@ class Scheduler:
         where no prompt is left, or the ``budget`` of tokens does not reach for one.
         """
         found: list[Chunk] = []
-        limits = self.limits
+        bounds = self.bounds
         shared: Hashable = None
         for sequence in self.running:
             if sequence.stage != "prefill":
                 continue
             start, form = sequence.prefilled, self._form_of(sequence)
-            if sequence.prompt - start >= limits.long_chunk:
+            if sequence.prompt - start >= bounds.long_chunk:
                 if not found:
-                    return [Chunk(sequence, start, limits.long_chunk)] if budget > 0 else []
+                    return [Chunk(sequence, start, bounds.long_chunk)] if budget > 0 else []
                 continue
             if shared not in (None, form):
                 continue
             shared = form
-            while start < sequence.prompt and len(found) < limits.chunks:
-                count = min(limits.chunk, sequence.prompt - start)
+            while start < sequence.prompt and len(found) < bounds.chunks:
+                count = min(bounds.chunk, sequence.prompt - start)
                 if count > budget:
                     return found
                 found.append(Chunk(sequence, start, count))
@@ -396,5 +396,5 @@ class Scheduler:
             plan.swapped_out.append((sequence, blocks))
         sequence.stage = "swapped"
         self.swapped.append(sequence)
-        self.swapped.sort(key=lambda s: s.request_id)
+        self.swapped.sort(key=lambda s: s.number)
         self.preemptions += 1

@@ -23,7 +23,7 @@ class Sequence:
     """One request's progress; ``prompt``, ``budget``, ``prefilled`` and ``drawn`` count tokens.
 
     Args:
-        request_id: the engine's name for it; smaller is older.
+        number: in the order of arrival; smaller is older.
         owner: whose share of the rows it takes.
         prompt: length of the prompt.
         budget: the most tokens that it may draw.
@@ -39,7 +39,7 @@ class Sequence:
         overtaken: how many sequences ran before it although it was first in line.
     """
 
-    request_id: int
+    number: int
     owner: Hashable
     prompt: int
     budget: int

@@ -12,8 +12,8 @@ from flora_jax.peft.write import write_adapter
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import WHILE_READING, EngineOptions
 from flora_jax.serve.registry import Version
-from flora_jax.serve.request import Request
 from tests.helpers.random_adapters import random_adapter
+from tests.helpers.requests import make_request
 
 CONFIG = StarCoderConfig(vocab_size=61, n_positions=80, n_embd=16, n_layer=1, n_head=2, n_inner=32)
 STEPS = 8
@@ -67,32 +67,32 @@ def run(engine, updates=None):
         for update in engine.step():
             assert update.error is None
             if updates is not None and update.completion is not None:
-                updates[update.ticket] = update.completion.token_ids
+                updates[update.request_id] = update.completion.token_ids
 
 
 def test_a_read_shortens_dispatches_but_not_to_single_tokens(engine, dispatched, monkeypatch):
     there = hold(monkeypatch, {"1"})
-    engine.add(Request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
-    waiting = engine.add(Request(1, (4, 5), "1", max_tokens=2, ignore_eos=True))
+    engine.add(make_request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
+    waiting = engine.add(make_request(1, (4, 5), "1", max_tokens=2, ignore_eos=True))
     for _ in range(6):
-        assert all(update.ticket != waiting for update in engine.step())
+        assert all(update.request_id != waiting for update in engine.step())
     # The first dispatch comes with the prompt, whose row should not wait for its second token.
     assert dispatched == [1] + [WHILE_READING] * 5
     there.set()
     ended = {}
     run(engine, ended)
     assert len(ended[waiting]) == 2
-    alone = engine.add(Request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
+    alone = engine.add(make_request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
     before = dict(ended)
     run(engine, ended)
     assert ended[alone] == before[next(t for t in before if t != waiting)]
 
 
 def test_an_adapter_whose_turn_to_be_written_comes_next_waits_for_one_token(engine, dispatched):
-    engine.add(Request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
+    engine.add(make_request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
     engine.step()
     for number, name in enumerate("123", 1):
-        engine.add(Request(number, (4, 5), name, max_tokens=30, ignore_eos=True))
+        engine.add(make_request(number, (4, 5), name, max_tokens=30, ignore_eos=True))
     loads = engine.stats.adapter_loads
     while engine.stats.running < 4:
         before = engine.stats.adapter_loads
@@ -111,16 +111,16 @@ def test_who_is_cancelled_takes_no_read_from_others_who_wait_for_it(engine, monk
     monkeypatch.setattr(
         Version, "read", lambda v, config: reads.append(v.name) or delayed(v, config)
     )
-    patient = engine.add(Request(0, (4, 5), "1", max_tokens=2, ignore_eos=True))
+    patient = engine.add(make_request(0, (4, 5), "1", max_tokens=2, ignore_eos=True))
     for _ in range(3):
-        engine.cancel(engine.add(Request(1, (4, 5), "1", max_tokens=2, ignore_eos=True)))
+        engine.cancel(engine.add(make_request(1, (4, 5), "1", max_tokens=2, ignore_eos=True)))
         engine.step()
     there.set()
     ended = {}
     run(engine, ended)
     assert len(ended[patient]) == 2
     assert reads == ["1"]
-    again = engine.add(Request(2, (4, 5), "1", max_tokens=2, ignore_eos=True))
+    again = engine.add(make_request(2, (4, 5), "1", max_tokens=2, ignore_eos=True))
     run(engine, ended)
     assert ended[again] == ended[patient]
 
@@ -129,18 +129,20 @@ def test_any_number_of_owners_that_are_being_read_hold_up_none_that_is_there(eng
     there = hold(monkeypatch, {"1"} | {f"cold {n}" for n in range(20)})
     for number in range(20):
         engine.register(f"cold {number}", engine.registry.current("1").source)
-        engine.add(Request(number, (4, 5), f"cold {number}", max_tokens=1, ignore_eos=True))
-    ready = [engine.add(Request(30, (1, 2), n, max_tokens=2, ignore_eos=True)) for n in (None, "0")]
+        engine.add(make_request(number, (4, 5), f"cold {number}", max_tokens=1, ignore_eos=True))
+    ready = [
+        engine.add(make_request(30, (1, 2), n, max_tokens=2, ignore_eos=True)) for n in (None, "0")
+    ]
     done = set()
     for _ in range(8):
-        done |= {update.ticket for update in engine.step() if update.completion}
+        done |= {update.request_id for update in engine.step() if update.completion}
     assert done == set(ready)
     there.set()
     run(engine)
 
 
 def test_nothing_is_shortened_where_nothing_is_read(engine, dispatched):
-    engine.add(Request(0, (1, 2, 3), "0", max_tokens=41, ignore_eos=True))
+    engine.add(make_request(0, (1, 2, 3), "0", max_tokens=41, ignore_eos=True))
     run(engine)
     assert dispatched[:1] == [1]
     assert set(dispatched[1:]) == {STEPS}
@@ -155,7 +157,7 @@ def seconds(call):
 def test_a_step_never_sleeps_and_who_waits_is_woken_by_what_comes(engine, monkeypatch):
     there = hold(monkeypatch, {"1"})
     assert not engine.wait(0.01)
-    slow = engine.add(Request(0, (4, 5), "1", max_tokens=1, ignore_eos=True))
+    slow = engine.add(make_request(0, (4, 5), "1", max_tokens=1, ignore_eos=True))
     assert engine.wait(10)
     engine.step()
     assert engine.has_work
@@ -169,10 +171,12 @@ def test_a_step_never_sleeps_and_who_waits_is_woken_by_what_comes(engine, monkey
         assert found
         assert 0.03 < waited < 10
         while engine.wait(0):
-            ended.update(update.ticket for update in engine.step() if update.completion)
+            ended.update(update.request_id for update in engine.step() if update.completion)
 
     added = []
-    woken_by(lambda: added.append(engine.add(Request(1, (1, 2), max_tokens=1, ignore_eos=True))))
+    woken_by(
+        lambda: added.append(engine.add(make_request(1, (1, 2), max_tokens=1, ignore_eos=True)))
+    )
     assert ended == {*added}
     woken_by(lambda: engine.cancel(10**6))
     assert ended == {*added}
@@ -187,7 +191,7 @@ def test_an_engine_has_work_for_as_long_as_a_request_is_on_its_way(engine, monke
     monkeypatch.setattr(
         engine.scheduler, "add", lambda sequence: seen.append(engine.has_work) or add(sequence)
     )
-    engine.add(Request(0, (1, 2), max_tokens=1, ignore_eos=True))
+    engine.add(make_request(0, (1, 2), max_tokens=1, ignore_eos=True))
     assert engine.has_work
     run(engine)
     assert seen == [True]
@@ -211,13 +215,13 @@ def test_mounts_that_hang_fail_their_own_requests_and_no_others(monkeypatch):
     before = threading.active_count()
     for round_ in range(2):
         names = {
-            engine.add(Request(0, (4, 5), name, max_tokens=2, ignore_eos=True)): name
+            engine.add(make_request(0, (4, 5), name, max_tokens=2, ignore_eos=True)): name
             for name in (*bad, "1", "0", None)
         }
         ended = {}
         while engine.has_work:
             assert engine.wait(20)
-            ended |= {names[u.ticket]: u for u in engine.step() if u.completion or u.error}
+            ended |= {names[u.request_id]: u for u in engine.step() if u.completion or u.error}
         for name in bad:
             assert ended[name].error == f"adapter {name!r}: memory: not read within 0.3 s"
         for name in ("1", "0", None):
@@ -242,12 +246,12 @@ def test_adapters_are_known_by_name_and_by_where_they_are(tmp_path):
         assert engine.stats.adapter_loads == 2
         engine.preload(["3"])
         assert engine.adapters == {"0": "resident", "2": "host", "3": "resident"}
-        engine.add(Request(0, (4, 5), "2", max_tokens=2, ignore_eos=True))
+        engine.add(make_request(0, (4, 5), "2", max_tokens=2, ignore_eos=True))
         engine.unregister("2")
         for unknown in (
             lambda: engine.unregister("2"),
             lambda: engine.preload(["2"]),
-            lambda: engine.add(Request(1, (4, 5), "2")),
+            lambda: engine.add(make_request(1, (4, 5), "2")),
         ):
             with pytest.raises(InputError, match="unknown adapter '2'"):
                 unknown()
@@ -262,7 +266,7 @@ def test_adapters_are_known_by_name_and_by_where_they_are(tmp_path):
 
 def test_preloading_what_running_requests_leave_no_slots_for_says_so(engine):
     for name in "0123":
-        engine.add(Request(0, (1, 2), name, max_tokens=60, ignore_eos=True))
+        engine.add(make_request(0, (1, 2), name, max_tokens=60, ignore_eos=True))
     while engine.stats.running < 4:
         engine.step()
     engine.register("more", engine.registry.current("1").source)

@@ -16,8 +16,8 @@ from flora_jax.peft.read import write_adapter
 from flora_jax.serve.ahead import Compilations
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
-from flora_jax.serve.request import Request
 from tests.helpers.random_adapters import random_adapter
+from tests.helpers.requests import make_request, with_settings
 from tests.helpers.tiny_engine import (
     CONFIG,
     CONTENTS,
@@ -28,6 +28,7 @@ from tests.helpers.tiny_engine import (
     make_engine,
     random_request,
     run_schedule,
+    without_id,
 )
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -130,7 +131,7 @@ def test_a_row_whose_logits_are_not_finite_fails_and_harms_nobody(engine, alone)
     )
     run_schedule(engine, 0)
     engine.register("lora1", sick)
-    bad = Request(7, tuple(range(1, 50)), adapter="lora1", max_tokens=4)
+    bad = make_request(7, range(1, 50), "lora1", request_id=7, max_tokens=4)
     reason = r"request 7 \(adapter 'lora1': the logits after 0 tokens are not finite in float32\)"
     with pytest.raises(InputError, match=reason):
         list(generate(engine, [bad]))
@@ -150,17 +151,18 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_requests_alone(alone, tmp_pa
     engine.register("large", large)
     content = 0
     engine.register("flora4", CONTENTS["flora4", content])
-    good = dataclasses.replace(random_request(4), index=10**4, adapter="flora4", seed=1)
+    good = dataclasses.replace(random_request(4), fold_in=10**4, adapter="flora4")
+    good = with_settings(good, seed=1)
     tickets = {
         name: engine.add(dataclasses.replace(good, adapter=name))
         for name in ("changing", "flora4", "large")
     }
     ended = {}
     while engine.has_work:
-        ended |= {u.ticket: u for u in engine.step() if u.completion or u.error}
+        ended |= {u.request_id: u for u in engine.step() if u.completion or u.error}
     assert "changed since it was registered" in ended[tickets["changing"]].error
     assert "at most" in ended[tickets["large"]].error
-    assert ended[tickets["flora4"]].completion == alone(good, content)
+    assert without_id(ended[tickets["flora4"]].completion) == alone(good, content)
 
 
 @pytest.mark.parametrize("changes", [{"chunk": 16, "pieces": 3}, {"page": 16}, {"decode_steps": 1}])

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from flora_jax.serve.scheduler import Limits, LoadError, Scheduler
+from flora_jax.serve.scheduler import Bounds, LoadError, Scheduler
 from flora_jax.serve.sequence import Sequence
 
 
@@ -35,16 +35,16 @@ class Adapters:
 READY = Adapters()
 
 
-def scheduler_of(rows, blocks=100, block=4, form_of=lambda sequence: None, **limits):
-    return Scheduler(Limits(rows, blocks, block, **limits), form_of)
+def scheduler_of(rows, blocks=100, block=4, form_of=lambda sequence: None, **bounds):
+    return Scheduler(Bounds(rows, blocks, block, **bounds), form_of)
 
 
-def sequence(request_id, owner=None, prompt=4, budget=8):
-    return Sequence(request_id, owner, prompt, budget, None, owner, None)
+def sequence(number, owner=None, prompt=4, budget=8):
+    return Sequence(number, owner, prompt, budget, None, owner, None)
 
 
 def numbers(sequences):
-    return [one.request_id for one in sequences]
+    return [one.number for one in sequences]
 
 
 def admitted(scheduler, adapters=READY):
@@ -143,7 +143,7 @@ def test_a_request_whose_adapter_cannot_be_loaded_is_refused_and_the_others_ente
     for number in range(4):
         scheduler.add(sequence(number, owner=str(number)))
     plan = scheduler.plan(Adapters(**{"0": "no such file", "2": "too large"}))
-    assert [(one.request_id, why) for one, why in plan.refused] == [
+    assert [(one.number, why) for one, why in plan.refused] == [
         (0, "no such file"),
         (2, "too large"),
     ]
@@ -170,14 +170,14 @@ def test_one_adapter_is_written_in_an_iteration_while_others_decode():
 def test_chunks_keep_to_the_budget_and_one_dispatch_has_one_form():
     form = {0: "a", 1: "b", 2: "a", 3: "a"}
     scheduler = scheduler_of(
-        4, 1000, form_of=lambda one: form[one.request_id],
+        4, 1000, form_of=lambda one: form[one.number],
         chunk=8, long_chunk=32, chunks=3, budget=66,
     )  # fmt: skip
     for number, prompt in enumerate((50, 8, 12, 8)):
         scheduler.add(sequence(number, owner=number, prompt=prompt))
 
     def cut(plan):
-        return [[(c.sequence.request_id, c.start, c.length) for c in d] for d in plan.chunks]
+        return [[(c.sequence.number, c.start, c.length) for c in d] for d in plan.chunks]
 
     # A long chunk of the oldest, then short ones of its form; 20 tokens are left for another form.
     first = scheduler.plan(READY)
@@ -202,7 +202,7 @@ def test_the_youngest_is_preempted_when_the_cache_is_full_and_comes_back_first()
         assert not plan.unread
         land(scheduler, plan)
     ((preempted, blocks),) = plan.swapped_out
-    assert preempted.request_id == 2
+    assert preempted.number == 2
     assert len(blocks) == -(-preempted.cached // 4)
     assert numbers(plan.decode.sequences) == [0, 1]
     land(scheduler, plan)
@@ -249,9 +249,7 @@ def test_who_enters_and_is_preempted_in_one_plan_has_nothing_dispatched():
     assert numbers(plan.decode.sequences) == [0]
     finish(scheduler)
     plan = scheduler.plan(READY)
-    assert [(c.sequence.request_id, c.start, c.length) for d in plan.chunks for c in d] == [
-        (1, 0, 3)
-    ]
+    assert [(c.sequence.number, c.start, c.length) for d in plan.chunks for c in d] == [(1, 0, 3)]
     assert plan.swapped_in == []
 
 

@@ -167,7 +167,9 @@ def start_engine(
 def rehearse(engine: Engine, requests: Sequence[Request]) -> None:
     """Runs the first two requests for some tokens, untimed: a first run touches memory anew."""
     for request in requests[:2]:
-        engine.add(dataclasses.replace(request, max_tokens=min(4, request.max_tokens)))
+        params = request.sampling_params
+        params = dataclasses.replace(params, max_tokens=min(4, params.max_tokens))
+        engine.add(dataclasses.replace(request, sampling_params=params))
     while engine.has_work:
         engine.wait()
         engine.step()
@@ -283,8 +285,10 @@ def describe_run(
     """What a result file says beside its lines."""
     requests = workload.requests
     lengths = {
-        "mean_input_tokens": sum(len(request.token_ids) for request in requests) / len(requests),
-        "mean_output_tokens": sum(request.max_tokens for request in requests) / len(requests),
+        "mean_input_tokens": sum(len(request.prompt_token_ids) for request in requests)
+        / len(requests),
+        "mean_output_tokens": sum(request.sampling_params.max_tokens for request in requests)
+        / len(requests),
         "longest": longest(requests),
     }
     if workload.file_rows is not None:

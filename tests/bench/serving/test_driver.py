@@ -8,7 +8,7 @@ import pytest
 
 from flora_jax.bench.serving.drive import drive, most_at_once, run_latency, run_throughput
 from flora_jax.errors import InputError, RunError
-from flora_jax.serve.request import Request
+from tests.helpers.requests import make_request
 
 SEEDS = range(5)
 
@@ -28,7 +28,7 @@ class FakeEngine:
         self.live = {}
         self.slept = []
         self.batches = []
-        self.tickets = 100
+        self.count = 100
         self.stats = SimpleNamespace(preemptions=3, adapter_loads=5, adapter_evictions=7)
         self.compilations = SimpleNamespace(count=2)
 
@@ -45,11 +45,11 @@ class FakeEngine:
         return bool(self.live)
 
     def add(self, request):
-        if request.index in self.refuses:
-            raise InputError(f"request {request.index}: refused")
-        self.tickets += 1
-        self.live[self.tickets] = [request, 0]
-        return self.tickets
+        if request.fold_in in self.refuses:
+            raise InputError(f"request {request.fold_in}: refused")
+        self.count += 1
+        self.live[self.count] = [request, 0]
+        return self.count
 
     def wait(self, timeout=None):
         return True
@@ -57,21 +57,21 @@ class FakeEngine:
     def step(self):
         self.now += self.seconds
         self.stats.preemptions += 1
-        self.batches.append([request.index for request, _ in self.live.values()])
+        self.batches.append([request.fold_in for request, _ in self.live.values()])
         updates = []
         for ticket, entry in list(self.live.items()):
             request, drawn = entry
-            new = min(self.per_step, request.max_tokens - drawn)
+            new = min(self.per_step, request.sampling_params.max_tokens - drawn)
             entry[1] = drawn + new
-            error = "broken" if self.fails.get(request.index, 10**9) <= entry[1] else None
-            ended = entry[1] == request.max_tokens or request.index in self.short
-            if error or ended or request.index in self.loses:
+            error = "broken" if self.fails.get(request.fold_in, 10**9) <= entry[1] else None
+            ended = entry[1] == request.sampling_params.max_tokens or request.fold_in in self.short
+            if error or ended or request.fold_in in self.loses:
                 del self.live[ticket]
-            if request.index in self.loses:
+            if request.fold_in in self.loses:
                 continue
             updates.append(
                 SimpleNamespace(
-                    ticket=ticket, token_ids=(1,) * new, error=error,
+                    request_id=ticket, token_ids=(1,) * new, error=error,
                     completion="done" if ended and not error else None,
                 )
             )  # fmt: skip
@@ -86,7 +86,7 @@ class FakeEngine:
 
 def requests(*outputs, adapters=None, prompt=3):
     return [
-        Request(n, (1,) * prompt, adapters[n] if adapters else f"a{n}", max_tokens=output,
+        make_request(n, (1,) * prompt, adapters[n] if adapters else f"a{n}", max_tokens=output,
                 ignore_eos=True)
         for n, output in enumerate(outputs)
     ]  # fmt: skip
@@ -124,7 +124,7 @@ def test_every_request_ends_once_and_none_before_it_arrived(seed):
     assert len(ended) == len(driven.records) == 40
     for record, request, arrival in zip(driven.records, work, arrivals):
         assert record.completed
-        assert record.output_tokens == request.max_tokens
+        assert record.output_tokens == request.sampling_params.max_tokens
         assert record.start_s == arrival
         assert record.ttft_s > 0
     assert driven.duration_s == max(record.end_s for record in driven.records)
