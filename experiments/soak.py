@@ -116,9 +116,9 @@ class Soak:
         self.engine, self.traffic, self.on_end = engine, traffic, on_end
         self.draw = random.Random(seed)
         self.running: dict[RequestId, Request] = {}
-        self.tokens: dict[int, list[int]] = {}
-        self.doomed: dict[int, int] = {}
-        self.cancelled: set[int] = set()
+        self.tokens: dict[RequestId, list[int]] = {}
+        self.doomed: dict[RequestId, int] = {}
+        self.cancelled: set[RequestId] = set()
         self.kept: list[tuple[Request, list[int]]] = []
         self.errors: list[str] = []
         self.ended = self.generated = self.cancellations = 0

@@ -13,6 +13,7 @@ from rich.text import Text
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.checkpoints.checkpoint import load_model
 from flora_jax.checkpoints.tokenizer import load_tokenizer
+from flora_jax.errors import RunError
 from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.peft.read import read_adapter
 from flora_jax.serve.engine import Engine
@@ -51,7 +52,7 @@ def run_demo(assets: Path, *, language: str, max_tokens: int, seed: int) -> None
     under the other kinds as well.
 
     Raises:
-        RuntimeError: a row's tokens differ from those it has without company.
+        RunError: a row's tokens differ from those it has without company.
     """
     params = SamplingParams(max_tokens=max_tokens, temperature=0.7, seed=seed)
     console = Console()
@@ -86,7 +87,7 @@ def run_demo(assets: Path, *, language: str, max_tokens: int, seed: int) -> None
     again = list(generate(engine, requests))
     seconds = time.perf_counter() - started
     if [c.token_ids for c in again] != [c.token_ids for c in completions]:
-        raise RuntimeError("the same batch gave other tokens the second time")
+        raise RunError("the same batch gave other tokens the second time")
 
     _show(console, dict(zip(wanted, completions, strict=True)), language)
     tokens = sum(len(c.token_ids) for c in completions)
@@ -128,4 +129,4 @@ def _check_alone(
     )
     console.print(f"{same} of {len(requests)} rows have the same tokens as when they run alone")
     if same < len(requests):
-        raise RuntimeError("a row's tokens depend on its company")
+        raise RunError("a row's tokens depend on its company")

@@ -108,6 +108,10 @@ class Journal:
         self._file.write(json.dumps(raw).encode() + b"\n")
         self._file.flush()
 
+    def clear(self) -> None:
+        """Takes all lines out."""
+        self._file.truncate(0)
+
     def close(self) -> None:
         self._file.close()
 

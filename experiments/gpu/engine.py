@@ -44,7 +44,7 @@ def stage(own: Stage, words: list[str]) -> None:
         adapters = make_adapters(model.config, Contender(kind, rank), names, contents=_CONTENTS)
         requests = [
             Request(
-                tokens, SamplingParams(max_tokens=new, ignore_eos=True),
+                tokens.tolist(), SamplingParams(max_tokens=new, ignore_eos=True),
                 adapter=names[row] if adapters else None,
             )
             for row, tokens in enumerate(tokens_BT)

@@ -146,7 +146,7 @@ class Rig(Device):
         for row in range(self.rows):
             tokens = rng.integers(1, self.config.vocab_size, prompt or 1)
             params = SamplingParams(max_tokens=context, ignore_eos=True)
-            request = Request(tokens, params, request_id=row, fold_in=row)
+            request = Request(tokens.tolist(), params, request_id=row, fold_in=row)
             own: Any = row if adapted else None
             stream = Stream(request, (), context)
             sequence = Scheduled(row, row, prompt or position, context, request, own, stream)

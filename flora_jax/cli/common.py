@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flora_jax.errors import InputError
+from flora_jax.shipped import ASSETS as ASSETS
+from flora_jax.shipped import adapter_source, model_source
 
 if TYPE_CHECKING:
     from flora_jax.adapters.model_adapter import ModelAdapter
 
-ASSETS = Path(__file__).parents[1] / "assets"
 MODEL_HELP = "Hugging Face directory, converted directory, hub id, or 'mini' (embedded)."
 
 
@@ -33,7 +34,7 @@ def lines(path: Path) -> Iterator[str]:
 
 def source(model: str) -> str:
     """The path of the embedded model where it is asked for by name."""
-    return str(ASSETS / "mini") if model == "mini" else model
+    return model_source(model)
 
 
 def named_values(values: list[str], option: str, form: str = "NAME=PATH") -> dict[str, str]:
@@ -54,7 +55,13 @@ def named_paths(values: list[str], option: str, form: str = "NAME=PATH") -> dict
     return {name: Path(path) for name, path in named_values(values, option, form).items()}
 
 
-def read_adapters(directories: dict[str, Path], config: Any) -> dict[str, ModelAdapter]:
+def named_adapters(values: list[str]) -> dict[str, Path]:
+    """The folders of ``--adapter NAME=DIR``, where DIR may be the name of a shipped adapter."""
+    paths = named_paths(values, "adapter", "NAME=DIR")
+    return {name: adapter_source(path) for name, path in paths.items()}
+
+
+def read_adapters(directories: Mapping[str, Path], config: Any) -> dict[str, ModelAdapter]:
     from flora_jax.peft.read import read_adapter
 
     return {
@@ -100,10 +107,13 @@ def compiling() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[], None]]:
+def progress(
+    total: int, done: int = 0, name: str = "generate"
+) -> Iterator[Callable[[int, str], None]]:
+    """A bar on standard error, gone at the end; yields what takes how many more are done, and of what."""
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("generate", total=total)
-        yield lambda: progress.advance(task)
+        task = progress.add_task(name, total=total, completed=done)
+        yield lambda more, name: progress.update(task, advance=more, description=name)

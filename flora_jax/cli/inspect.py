@@ -27,8 +27,8 @@ def info(
 
 
 def demo(
-    max_tokens: Annotated[int, typer.Option(help="Tokens a row.")] = 40,
-    seed: Annotated[int, typer.Option(help="Of every row.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of every row.")] = 0,
     language: Annotated[
         str, typer.Option(help="Shown under every kind: d, perl, ruby, rust, racket, swift, lua.")
     ] = "lua",

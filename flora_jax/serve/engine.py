@@ -361,7 +361,10 @@ class Engine:
         return Flight(prefilled, plan.decode, tokens_BN)
 
     def _check(self, request: Request) -> Version | None:
-        self.limits.check(request)
+        try:
+            self.limits.check(request)
+        except InputError as error:
+            raise InputError(f"{request.label}: {error}") from None
         if request.adapter is None:
             return None
         try:

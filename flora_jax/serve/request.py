@@ -153,20 +153,16 @@ class Limits:
 
         Raises:
             RequestError: the prompt is longer than the context, a token is outside the vocabulary, stop
-                strings where there is no text, or too many stop tokens.
+                strings where there is no text, or too many stop tokens. It does not name the request.
         """
-        try:
-            params = request.sampling_params
-            count = len(request.prompt_token_ids)
-            if count > self.context:
-                raise RequestError(f"the prompt has {count} tokens, the context {self.context}")
-            self._known("prompt_token_ids", request.prompt_token_ids)
-            self._known("stop_token_ids", params.stop_token_ids)
-            if params.stop and self.tokenizer is None:
-                raise RequestError("stop strings need a tokenizer, and the checkpoint has none")
-            _check_stop_count(self.stop_ids(params))
-        except RequestError as error:
-            raise RequestError(f"{request.label}: {error}") from None
+        params, ids = request.sampling_params, request.prompt_token_ids
+        if len(ids) > self.context:
+            raise RequestError(f"the prompt has {len(ids)} tokens, the context {self.context}")
+        self._known("prompt_token_ids", ids)
+        self._known("stop_token_ids", params.stop_token_ids)
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and the checkpoint has none")
+        _check_stop_count(self.stop_ids(params))
 
     def _known(self, name: str, ids: Sequence[int]) -> None:
         if ids and max(ids) >= self.vocab_size:
@@ -292,9 +288,9 @@ class Reader:
         ids = self.limits.encode(text) if ids is None else _token_ids("prompt_token_ids", ids)
         if self.keep_last:
             ids = ids[-max(1, self.limits.context - params.max_tokens) :]
-        request = Request(ids, params, adapter, fold_in=index)
+        request = Request(ids, params, adapter, request_id=index, fold_in=index)
         self.limits.check(request)
-        return dataclasses.replace(request, request_id=index)
+        return request
 
 
 def read_requests(lines: Iterable[str], where: str, reader: Reader) -> list[Request]:

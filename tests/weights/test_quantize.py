@@ -304,7 +304,7 @@ def test_the_command_generates_with_a_quantised_base(tmp_path, monkeypatch, caps
     code, err = run("int3")
     assert code == 2
     assert err.strip().count("\n") == 0
-    assert "'int3', expected int8, int4 or none" in err
+    assert "'int3' is not one of 'none', 'int8', 'int4'" in err
 
 
 # The number of devices is fixed when JAX starts, hence a process of its own.

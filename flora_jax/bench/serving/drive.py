@@ -131,7 +131,7 @@ def drive(
 
 def _let_in(
     waiting: list[_Waiting],
-    running: Mapping[int, _Waiting],
+    running: Mapping[RequestId, _Waiting],
     max_concurrency: int | None,
     one_adapter_at_a_time: bool,
 ) -> list[_Waiting]:
