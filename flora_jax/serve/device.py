@@ -262,7 +262,7 @@ class Device:
     def copy_out(self, blocks: Sequence[int]) -> Any:
         """The contents of some blocks, on the host."""
         numbers_M = self._block_numbers(blocks)
-        copies = jax.device_get(self._verb(steps.take_pages)(self.cache, numbers_M))
+        copies = jax.device_get(self._verb(steps.take_blocks)(self.cache, numbers_M))
         # Copied again: what lies behind the last block is not kept.
         return jax.tree.map(lambda pool: pool[: len(blocks)].copy(), copies)
 
@@ -283,7 +283,7 @@ class Device:
             return np.pad(copy, ((0, self.lattice.width - len(copy)), *((0, 0),) * 3))
 
         numbers_M = self._block_numbers(blocks)
-        self.cache = self._verb(steps.put_pages)(self.cache, numbers_M, jax.tree.map(pad, copies))
+        self.cache = self._verb(steps.put_blocks)(self.cache, numbers_M, jax.tree.map(pad, copies))
 
     def beside_parameters(self, tree: Any) -> Any:
         """The arrays, committed to the parameters' devices where those are (as a checkpoint's can be).

@@ -104,7 +104,7 @@ class Entries:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Chunks of prompts: their adapters' components, all in one form, the pages of each one's sequence,
+    """Chunks of prompts: their adapters' components, all in one form, the blocks of each one's sequence,
     the tokens padded, each one's first position, and how many of its tokens are real (0: no chunk).
     """
 
@@ -118,7 +118,7 @@ class Prompts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """Which rows decode (past the last one: none), with their adapters' components and their pages."""
+    """Which rows decode (past the last one: none), with their adapters' components and their blocks."""
 
     pairs: Mapping[str, Pairs]
     paging: Paging
