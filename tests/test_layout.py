@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import its own room and rooms of lower rank; rooms of one rank know nothing of each
 # other.
 RANKS = [
-    ("errors",), ("shapes", "files", "jsonl", "platforms", "shipped", "xla_flags"), ("weights",),
-    ("adapters",),
+    ("errors",), ("shapes", "files", "jsonl", "terminal", "platforms", "shipped", "xla_flags"),
+    ("weights",), ("adapters",),
     ("mixing", "peft"), ("models",), ("checkpoints",), ("serve", "train", "sandbox"),
     ("evaluate", "bench", "plan"), ("demo", "llm"), ("cli",), ("__main__",),
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from flora_jax.adapters.registry import TRAITS
 from flora_jax.cli.common import MODEL_HELP, dtype_of, prepare_jax, say, source
 from flora_jax.errors import InputError
 
@@ -18,7 +19,7 @@ Preset = Annotated[
 Kind = Annotated[
     str,
     typer.Option(
-        help="flora, lora, ia3, hira, none; sequential: FLoRA, one adapter at a time; "
+        help=f"{', '.join(TRAITS)}, none; sequential: FLoRA, one adapter at a time; "
         "unmerged: FLoRA by the paper's formula in prompts too."
     ),
 ]

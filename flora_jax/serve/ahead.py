@@ -5,7 +5,7 @@ for a device that is not there; and a counter of the programs that XLA builds or
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax.adapters.kind import KINDS
 from flora_jax.mixing.bank import Count
 from flora_jax.models.starcoder.model import Model
 from flora_jax.platforms import Platform
@@ -71,6 +72,7 @@ def programs(device: Device) -> list[Program]:
         ways: tuple[Draw, ...] = ("digits", "plain", "greedy")
         found += [_drawing(device, rows, how) for rows in device.lattice.rows for how in ways]
     found += [_beginning(device, count) for count in _entering(device)]
+    found += _reading(device)
     found.append(Program("write an adapter", None, device.residency.write_nothing))
     if device.may_preempt:
         found.append(Program("insert", None, partial(device.insert, [], [0])))
@@ -215,6 +217,20 @@ def _beginning(device: Device, count: int) -> Program:
         device.state_rows, _ = call(hidden_BD).run()
 
     return Program(f"begin {count} sequences", call, run)
+
+
+def _reading(device: Device) -> Iterator[Program]:
+    """What an adapter's reading runs, of a kind that asks for the base's weights, at any rank."""
+    residency = device.residency
+    if residency.weights is None:
+        return
+    for kind in KINDS.values():
+        for target in residency.targets:
+            if kind.rehearse is not None:
+                run = partial(
+                    kind.rehearse, residency.weights(0, target), residency.most(target)[1]
+                )
+                yield Program(f"read {target} of a {kind.name} adapter", None, run)
 
 
 def _copy_nothing(device: Device) -> None:

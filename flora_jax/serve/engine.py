@@ -82,7 +82,7 @@ class Engine:
         first: dict[Version, Prepared] = {}
         for name, source in (adapters or {}).items():
             known = version(name, source)
-            first[known] = known.read(config)
+            first[known] = known.read(config, model.weight)
             self.registry.register(name, known.source)
         # Guards the inbox, which sequences there are, and whether something has come since the last step.
         self._changed = threading.Condition()
@@ -93,6 +93,7 @@ class Engine:
             readers=Readers(options.adapter_readers, options.adapter_timeout_s, self._notify),
             is_pinned=self.registry.is_pinned,
         )  # fmt: skip
+        self.residency.weights = model.weight
         groups = target_groups(first)
         self.lattice = lattice = Lattice(self.residency, options, context, platform, groups)
         self.device = Device(model, self.residency, lattice, options, platform)

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from flora_jax.adapters.model_adapter import ModelAdapter
+from flora_jax.adapters.model_adapter import ModelAdapter, WeightsOf
 from flora_jax.errors import InputError
 from flora_jax.mixing.bank import Prepared, prepare
 from flora_jax.models.starcoder.config import StarCoderConfig
@@ -35,8 +35,8 @@ class Version:
         """Whether its source is an adapter in memory, not a folder."""
         return isinstance(self.source, ModelAdapter)
 
-    def read(self, config: StarCoderConfig) -> Prepared:
-        """The adapter's components.
+    def read(self, config: StarCoderConfig, weights: WeightsOf | None = None) -> Prepared:
+        """The adapter's components; ``weights`` gives the base's to a kind that asks for them.
 
         Raises:
             InputError: it cannot be read, does not fit the model, or has changed since it was hashed.
@@ -46,7 +46,8 @@ class Version:
             adapter = read_adapter(Path(adapter), config.projections(), config.n_layer)
             if digest(self.source) != self.digest:
                 raise InputError(f"{self.source}: changed since it was registered as {self.name!r}")
-        return prepare(adapter, config.projections(), config.n_layer, f"adapter {self.name!r}")
+        where = f"adapter {self.name!r}"
+        return prepare(adapter, config.projections(), config.n_layer, where, weights)
 
 
 class Registry:

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from flora_jax.adapters.model_adapter import TARGETS, match_targets
+from flora_jax.adapters.model_adapter import TARGETS, WeightsOf, match_targets
 from flora_jax.errors import InputError
 from flora_jax.mixing.bank import (
     BASE,
@@ -50,7 +50,7 @@ class _Resident:
     def held(self) -> Held:
         return collections.Counter(
             {(t, side): len(own) for t, s in self.slots.items()
-             for side, own in enumerate(_numbers(s)) if own}
+             for side, own in enumerate(s.numbers()) if own}
         )  # fmt: skip
 
 
@@ -83,6 +83,8 @@ class Residency:
         self.config = config
         self.room = room
         self.capacity = most
+        # Gives the base's weights to kinds of adapters that ask for them.
+        self.weights: WeightsOf | None = None
         self.targets = tuple(room)
         make = partial(empty_layers, room, config.projections(), config.n_layer, additive)
         self.layers: Any = make() if allocate else jax.eval_shape(make)
@@ -125,7 +127,7 @@ class Residency:
             begun = self._left.pop(version, None)
             # While a thread hangs in this read, another one would hang there as well.
             if begun is None or (begun.done and not begun.hung):
-                begun = self._readers.submit(partial(version.read, self.config))
+                begun = self._readers.submit(partial(version.read, self.config, self.weights))
             self._loading[version] = begun
 
     def forget(self, version: Version) -> None:
@@ -285,7 +287,7 @@ class Residency:
 
     def _evict(self, version: Version) -> None:
         for target, slots in self._residents.pop(version).slots.items():
-            for free, numbers in zip(self._free[target], _numbers(slots)):
+            for free, numbers in zip(self._free[target], slots.numbers()):
                 free.extend(numbers)
         self.evictions += 1
 
@@ -340,7 +342,3 @@ def make_residency(
 def target_groups(first: Mapping[Version, Prepared]) -> list[tuple[str, ...]]:
     """The sets of targets that the adapters have."""
     return [tuple(t for t in TARGETS if t in own.counts) for own in first.values()]
-
-
-def _numbers(slots: Slots) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    return slots.multiplicative, slots.additive, (slots.bias,) if slots.bias else ()

@@ -18,12 +18,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, match_targets
+from flora_jax.adapters.registry import TRAITS
 from flora_jax.checkpoints.checkpoint import describe, load_model
 from flora_jax.checkpoints.sources import resolve
 from flora_jax.checkpoints.tokenizer import load_tokenizer
 from flora_jax.errors import InputError
 from flora_jax.models.sharding import make_mesh
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.starcoder.model import Model
 from flora_jax.train.adapt import (
     GroupedBatch,
     StepOptions,
@@ -118,7 +119,7 @@ def train(
     schedule = warmup_then(options.schedule, options.rate, options.steps, options.warmup)
     optimizer = make_optimizer(schedule, clip=options.clip, weight_decay=options.weight_decay)
     keys = {name: adapter_key(options.seed, name) for name in options.data}
-    fresh = [_fresh(options, config, key) for key in keys.values()]
+    fresh = [_fresh(options, model, key) for key in keys.values()]
     layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one.layers for one in fresh))
     with jax.numpy_dtype_promotion("standard"):
         state = init_adapter_state(layers, optimizer)
@@ -188,18 +189,16 @@ def adapter_key(seed: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def _fresh(options: TrainOptions, config: StarCoderConfig, key: jax.Array) -> ModelAdapter:
-    given = {name: getattr(options, name) for name in ("init", "reduction", "alpha")}
+def _fresh(options: TrainOptions, model: Model, key: jax.Array) -> ModelAdapter:
+    config = model.config
+    own = TRAITS[options.kind].options
     adapter = init_adapter(
         key, options.kind, config.projections(), config.n_layer, rank=options.rank,
-        targets=match_targets(options.targets),
-        **{name: value for name, value in given.items() if value is not None},
+        targets=match_targets(options.targets), weights=model.weight,
+        **{option.name: getattr(options, option.name) for option in own if option.at_start},
     )  # fmt: skip
-    settings: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-    if options.kind == "lora":
-        settings["lora_dropout"] = options.dropout
-    if options.kind == "flora":
-        settings["init"] = options.init
+    settings = {o.setting: getattr(options, o.name) for o in own if o.setting is not None}
+    settings["task_type"] = "CAUSAL_LM"
     return dataclasses.replace(adapter, settings=settings)
 
 

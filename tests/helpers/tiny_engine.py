@@ -26,7 +26,7 @@ CONTENTS = {
     (f"{kind}{rank}", content): random_adapter(
         kind, 10 * content + rank, CONFIG.projections(), 2, rank=rank, targets=targets
     )
-    for kind in KINDS
+    for kind in (*KINDS, "dora")
     for rank, targets in [(1, TARGETS), (4, TARGETS), (3, TARGETS[:1])]
     for content in range(2)
     if kind != "ia3" or rank == 1

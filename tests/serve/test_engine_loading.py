@@ -53,10 +53,10 @@ def hold(monkeypatch, slow):
     there = threading.Event()
     read = Version.read
 
-    def delayed(version, config):
+    def delayed(version, *rest):
         if version.name in slow:
             assert there.wait(60)
-        return read(version, config)
+        return read(version, *rest)
 
     monkeypatch.setattr(Version, "read", delayed)
     return there
@@ -108,9 +108,7 @@ def test_who_is_cancelled_takes_no_read_from_others_who_wait_for_it(engine, monk
     reads = []
     there = hold(monkeypatch, {"1"})
     delayed = Version.read
-    monkeypatch.setattr(
-        Version, "read", lambda v, config: reads.append(v.name) or delayed(v, config)
-    )
+    monkeypatch.setattr(Version, "read", lambda v, *rest: reads.append(v.name) or delayed(v, *rest))
     patient = engine.add(make_request(0, (4, 5), "1", max_tokens=2, ignore_eos=True))
     for _ in range(3):
         engine.cancel(engine.add(make_request(1, (4, 5), "1", max_tokens=2, ignore_eos=True)))

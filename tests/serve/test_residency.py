@@ -67,7 +67,7 @@ def test_what_waits_for_room_is_read_once_however_small_the_hosts_cache_is(monke
     pool.host_bytes = 1
     reads = []
     read = Version.read
-    monkeypatch.setattr(Version, "read", lambda v, config: reads.append(v.name) or read(v, config))
+    monkeypatch.setattr(Version, "read", lambda v, *rest: reads.append(v.name) or read(v, *rest))
     versions = [pool.register(str(n), flora(n)) for n in range(4)]
     assert ready(pool, versions[0]) == "ready"
     for _ in range(3):
@@ -149,10 +149,10 @@ def test_what_nobody_waits_for_is_not_kept(monkeypatch):
     read = Version.read
     seen = []
 
-    def delayed(version, config):
+    def delayed(version, *rest):
         assert there.wait(60)
         seen.append(version.name)
-        return read(version, config)
+        return read(version, *rest)
 
     monkeypatch.setattr(Version, "read", delayed)
     versions = [pool.register(str(n), flora(n)) for n in range(20)]
@@ -203,7 +203,7 @@ def test_what_lies_in_the_bank_is_the_adapter_after_any_number_of_evictions():
         for layer, found in enumerate(pool.layers):
             slots = np.array(pool.of(version, TARGET).multiplicative)
             own = adapters[number].layers[layer][TARGET]
-            np.testing.assert_array_equal(found[TARGET].pre_CI[slots], own.B_RI)
+            np.testing.assert_array_equal(found[TARGET].pre_CI[slots], own.down_RI)
         # The reserved slots stay what they are.
         np.testing.assert_array_equal(pool.layers[0][TARGET].pre_CI[:2], [[0] * 16, [1] * 16])
         pool.release(version)

@@ -13,10 +13,11 @@ import jax
 
 from flora_jax.adapters.model_adapter import (
     ModelAdapter,
-    init_adapter,
+    abstract_adapter,
     match_targets,
     randomise,
 )
+from flora_jax.adapters.registry import TRAITS
 from flora_jax.bench.serving.drive import run_latency, run_throughput
 from flora_jax.bench.serving.workload import Workload, WorkloadOptions, longest, make_workload
 from flora_jax.checkpoints.checkpoint import describe, load_model
@@ -29,7 +30,9 @@ from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Request
 
-KINDS = ("flora", "lora", "ia3", "hira", "none", "sequential", "unmerged")
+# What else a line can be about, and the kind of its adapters.
+_OTHERS = {"none": None, "sequential": "flora", "unmerged": "flora"}
+KINDS = (*TRAITS, *_OTHERS)
 Progress = Callable[[str, int, int], None]
 
 
@@ -55,15 +58,17 @@ class Contender:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InputError(f"--kind is {self.kind!r}, expected one of {', '.join(KINDS)}")
-        fixed = {"none": 0, "ia3": 1}.get(self.kind)
-        if self.rank < 1 if fixed is None else self.rank != fixed:
-            expected = "at least 1" if fixed is None else f"{fixed} with --kind {self.kind}"
-            raise InputError(f"--rank is {self.rank}, expected {expected}")
+        if self.adapter_kind is None:
+            expected = None if self.rank == 0 else "0"
+        else:
+            expected = TRAITS[self.adapter_kind].rank_problem(self.rank)
+        if expected is not None:
+            raise InputError(f"--rank is {self.rank}, expected {expected} with --kind {self.kind}")
         match_targets(self.targets)
 
     @property
     def adapter_kind(self) -> str | None:
-        return {"none": None, "sequential": "flora", "unmerged": "flora"}.get(self.kind, self.kind)
+        return _OTHERS.get(self.kind, self.kind)
 
 
 class Base(NamedTuple):
@@ -132,12 +137,13 @@ def make_adapters(
     """
     if contender.adapter_kind is None:
         return {}
-    fresh = init_adapter(
-        jax.random.key(seed), contender.adapter_kind, config.projections(), config.n_layer,
+    shapes = abstract_adapter(
+        contender.adapter_kind, config.projections(), config.n_layer,
         rank=contender.rank, targets=match_targets(contender.targets),
     )  # fmt: skip
     made = [
-        randomise(fresh, seed + number) for number in range(min(len(names), contents or len(names)))
+        randomise(shapes, seed + number)
+        for number in range(min(len(names), contents or len(names)))
     ]
     return {name: made[number % len(made)] for number, name in enumerate(names)}
 
