@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from flora_jax.errors import InputError
 from flora_jax.shipped import ASSETS as ASSETS
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from flora_jax.adapters.model_adapter import ModelAdapter
 
 MODEL_HELP = "Hugging Face directory, converted directory, hub id, or 'mini' (embedded)."
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")]
 
 
 def say(message: str) -> None:
