@@ -1,6 +1,5 @@
 """The driver of a load, against a fake engine that moves a fake clock."""
 
-import dataclasses
 import random
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from flora_jax.bench.serving.drive import (
     run_throughput,
 )
 from flora_jax.errors import InputError, RunError
-from tests.helpers.requests import make_request
+from tests.helpers.requests import make_request, with_settings
 
 SEEDS = range(5)
 
@@ -217,7 +216,7 @@ def test_failures_are_counted_with_their_reasons_and_nothing_is_dropped():
 
 
 def test_a_request_with_other_stops_may_end_early():
-    stopping = [dataclasses.replace(requests(5)[0], stop_token_ids=(1,))]
+    stopping = [with_settings(requests(5)[0], stop_token_ids=(1,))]
     engine = FakeEngine(short={0})
     assert run_throughput(engine, stopping, clock=Clock(engine.clock))["completed"] == 1
 
