@@ -62,7 +62,9 @@ def step_seconds(
     request_ids = [
         engine.add(Request((1 + row,) * prompt, params, name)) for row, name in enumerate(names)
     ]
-    while any(s.stage != "decode" for s in engine.scheduler.running) or not engine.stats.running:
+    while engine.stats.running < len(names) or any(
+        s.stage != "decode" for s in engine.scheduler.running
+    ):
         engine.step()
     engine.step()
     seconds: tuple[list[float], list[float]] = ([], [])

@@ -136,9 +136,11 @@ def test_a_decode_dispatch_copies_its_small_arguments_at_once(choices, copies, m
         found.append(hosted(call.arguments))
         return run(call)
 
+    engine.preload(NAMES[:3])
     for n in range(3):
         engine.add(make_request(n, (5, 6, 7), adapter=NAMES[n], max_tokens=20, ignore_eos=True))
-    while any(s.stage != "decode" for s in engine.scheduler.running) or not engine.stats.running:
+    while engine.stats.running < 3 or any(s.stage != "decode" for s in engine.scheduler.running):
+        engine.wait()
         engine.step()
     decode = engine.scheduler.plan(engine.residency).decode
     assert (len(decode.sequences), decode.steps) == (3, 5)
