@@ -135,6 +135,7 @@ class Soak:
                 more = request is not None
                 if request is not None:
                     self._add(request)
+            self.engine.wait(1.0)
             updates = self.engine.step()
             for update in updates:
                 self._take(update)
@@ -201,6 +202,7 @@ def alone(engine: Engine, request: Request) -> list[int]:
     engine.add(request)
     found: list[int] = []
     while engine.has_work:
+        engine.wait()
         for update in engine.step():
             found += update.token_ids
     return found

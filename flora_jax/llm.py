@@ -161,7 +161,7 @@ class LLM:
         count = len(prompts)
         params = _each("sampling_params", sampling_params, SamplingParams, count)
         names = _each("adapters", adapters, str, count)
-        known = self.engine.pool.names()
+        known = self.engine.adapters
         found = []
         for index, (prompt, own, name) in enumerate(zip(prompts, params, names)):
             try:

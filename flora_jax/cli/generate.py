@@ -205,8 +205,8 @@ def _open(
         options = dataclasses.replace(options, row_buckets=(rows,))
     model = for_decoding(model, consume=True)
     engine = Engine(model, adapters, tokenizer=tokenizer, options=options, platform=choices)
-    if (why := engine.device.attention_note) is not None:
-        say(f"prompts: attention by {engine.device.prompt_attention} ({why})")
+    if engine.attention_note is not None:
+        say(f"prompts: attention by {engine.attention_note}")
     if choices.few_shapes:
         with compiling() as report:
             engine.warm_up(report)

@@ -69,11 +69,8 @@ class Local:
 
     def stream(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[tuple[Job, Generation]]:
         """The same for any mix of problems and adapters."""
-        engine = self._engine(sampling)
-        try:
+        with self._engine(sampling) as engine:
             yield from run(engine, jobs, sampling)
-        finally:
-            engine.close()
 
     def beyond(self) -> list[Problem]:
         """Those of ``problems`` whose prompt leaves no room for a token in the model's context."""
@@ -158,10 +155,11 @@ def _samples(
     params = SamplingParams(
         max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p
     )
-    reader = Reader(engine.limits, frozenset(engine.pool.names()), params)
+    reader = Reader(engine.limits, frozenset(engine.adapters), params)
+    longest = engine.max_model_len
     for job in jobs:
         problem = job.problem
-        if _length(engine.tokenizer, problem) >= engine.context:
+        if _length(engine.tokenizer, problem) >= longest:
             yield _Open(job, [""] * sampling.n_samples), 0, None
             continue
         raw = {

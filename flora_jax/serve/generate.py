@@ -45,6 +45,7 @@ def run(
                     )  # fmt: skip
             if not places:
                 continue
+            engine.wait()
             for update in engine.step():
                 if update.request_id not in places:
                     continue

@@ -10,7 +10,7 @@ from flora_jax.adapters.dora import KIND, DoRA, gain
 from flora_jax.mixing.bank import build_bank
 from flora_jax.mixing.pairs import form, list_pairs, row_components
 from flora_jax.mixing.ragged import Ragged, RowWise
-from flora_jax.serve.compilations import Compilations
+from flora_jax.serve.ahead import Compilations
 from flora_jax.weights.product import explicit
 from flora_jax.weights.quantized import dequantize, quantize
 from flora_jax.weights.transposed import Transposed

@@ -86,7 +86,7 @@ def run_schedule(engine, seed, requests=150):
     current = {}
     for name in NAMES:
         current[name] = int(rng.integers(2))
-        engine.pool.register(name, CONTENTS[name, current[name]])
+        engine.register(name, CONTENTS[name, current[name]])
     live, results = {}, []
 
     def step():
@@ -110,10 +110,11 @@ def run_schedule(engine, seed, requests=150):
         elif action == "replace":
             name = NAMES[rng.integers(len(NAMES))]
             current[name] = 1 - current[name]
-            engine.pool.register(name, CONTENTS[name, current[name]])
+            engine.register(name, CONTENTS[name, current[name]])
         else:
             step()
     while engine.has_work:
+        engine.wait()
         step()
     assert not live
     return results

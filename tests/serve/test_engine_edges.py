@@ -9,6 +9,8 @@ from flora_jax.errors import InputError, RunError
 from flora_jax.models.starcoder.model import init_model
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
+from flora_jax.serve.stream import Stream, TextDecoder
+from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.random_adapters import random_adapter
 from tests.helpers.requests import make_request
 from tests.helpers.tiny_engine import CONFIG, OPTIONS, make_engine
@@ -168,7 +170,7 @@ def test_targets_of_later_adapters_have_room_for_the_largest_of_the_first():
         later = random_adapter(
             "flora", rank, CONFIG.projections(), 2, rank=rank, targets=("mlp.c_fc",)
         )
-        engine.pool.register("later", later)
+        engine.register("later", later)
         request = make_request(0, (5, 6), adapter="later", max_tokens=3, ignore_eos=True)
         if fits:
             assert len(next(generate(engine, [request])).token_ids) == 3
@@ -200,3 +202,41 @@ def test_prompts_up_to_the_context_are_cut_with_reason_length(engine):
         (completion,) = generate(engine, [make_request(0, ids, max_tokens=50, ignore_eos=True)])
         assert len(completion.token_ids) == expected
         assert completion.finish_reason == "length"
+
+
+def test_a_tokenizers_error_ends_its_own_request_alone(engine, monkeypatch):
+    """While tokens come, and where the completion is made."""
+    prompts = [tuple(range(first, first + 5)) for first in range(1, 9)]
+    settings = {"max_tokens": 9, "ignore_eos": True}
+    requests = [make_request(n, prompt, **settings) for n, prompt in enumerate(prompts)]
+    expected = list(generate(engine, requests))
+    bad = expected[0].token_ids[4]
+    own = Engine(engine.model, options=OPTIONS, tokenizer=byte_tokenizer())
+    add, completion = TextDecoder.add, Stream.completion
+
+    def faulty_add(decoder, token):
+        if token == bad:
+            raise OverflowError("no such piece")
+        return add(decoder, token)
+
+    def faulty_completion(stream):
+        if stream.token_ids == [*expected[1].token_ids]:
+            raise ValueError("no such text")
+        return completion(stream)
+
+    monkeypatch.setattr(TextDecoder, "add", faulty_add)
+    monkeypatch.setattr(Stream, "completion", faulty_completion)
+    asked = {own.add(request): one.token_ids for request, one in zip(requests, expected)}
+    ended = {}
+    while own.has_work:
+        ended |= {u.request_id: u for u in own.step() if u.completion or u.error}
+    reasons = {update.error for update in ended.values()}
+    assert reasons >= {"its tokens have no text: OverflowError: no such piece", None}
+    for request_id, token_ids in asked.items():
+        if bad in token_ids:
+            assert ended[request_id].error.endswith("OverflowError: no such piece")
+        elif token_ids == expected[1].token_ids:
+            assert ended[request_id].error.endswith("ValueError: no such text")
+        else:
+            assert ended[request_id].completion.token_ids == token_ids
+    assert own.stats.cache_usage == 0

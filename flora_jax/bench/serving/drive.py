@@ -22,6 +22,8 @@ class Steppable(Protocol):
 
     def add(self, request: Request, /) -> RequestId: ...
 
+    def wait(self, timeout: float | None = None, /) -> bool: ...
+
     def step(self) -> Sequence[Any]: ...
 
     @property
@@ -124,6 +126,11 @@ def drive(
             raise RunError(
                 f"the engine has nothing to do, but {len(running)} requests have not ended"
             )
+        left_s = None
+        if len(records) < len(requests):
+            left_s = max(0.0, arrivals_s[len(records)] - (clock.now() - began))
+        if not engine.wait(left_s):
+            continue  # A request arrives while adapters are being read.
         updates = engine.step()
         iterations += 1
         now_s = clock.now() - began

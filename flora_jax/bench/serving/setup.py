@@ -23,7 +23,7 @@ from flora_jax.bench.serving.drive import run_latency, run_throughput
 from flora_jax.bench.serving.workload import Workload, WorkloadOptions, longest, make_workload
 from flora_jax.checkpoints.checkpoint import describe, load_model
 from flora_jax.checkpoints.sources import resolve
-from flora_jax.errors import InputError, RunError
+from flora_jax.errors import InputError
 from flora_jax.models.starcoder.config import PRESETS, StarCoderConfig
 from flora_jax.models.starcoder.model import Model, init_model
 from flora_jax.models.transpose import for_decoding
@@ -164,22 +164,11 @@ def start_engine(
     first = names[: options.resident_adapters]
     engine = Engine(model, {name: adapters[name] for name in first}, options=options)
     for name in names[len(first) :]:
-        engine.pool.register(name, adapters[name])
+        engine.register(name, adapters[name])
     engine.warm_up(on_compile)
     if options.resident_adapters is None:
-        for name in names:
-            preload(engine, name)
+        engine.preload(names)
     return engine
-
-
-def preload(engine: Engine, name: str) -> None:
-    """Writes an adapter into the device's bank, as its first request would."""
-    version = engine.pool.current(name)
-    while (found := engine.pool.acquire(version)) != "ready":
-        if found == "full":
-            raise RunError(f"no room on the device for adapter {name!r}, expected room for all")
-        engine.pool.wait([version])
-    engine.pool.release(version)
 
 
 def rehearse(engine: Engine, requests: Sequence[Request]) -> None:
@@ -189,6 +178,7 @@ def rehearse(engine: Engine, requests: Sequence[Request]) -> None:
         params = dataclasses.replace(params, max_tokens=min(4, params.max_tokens))
         engine.add(dataclasses.replace(request, sampling_params=params))
     while engine.has_work:
+        engine.wait()
         engine.step()
 
 
@@ -212,7 +202,7 @@ def running(
         options = dataclasses.replace(options, merge_prompts=False)
     began = time.perf_counter()
     engine = start_engine(model, adapters, options, on_compile)
-    try:
+    with engine:
         rehearse(engine, workload.requests)
         line = {
             "kind": contender.kind,
@@ -224,8 +214,6 @@ def running(
             "warm_up_s": time.perf_counter() - began,
         }
         yield engine, line
-    finally:
-        engine.close()
 
 
 @dataclasses.dataclass(frozen=True)

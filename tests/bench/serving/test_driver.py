@@ -57,6 +57,9 @@ class FakeEngine:
         self.live[self.count] = [request, 0]
         return self.count
 
+    def wait(self, timeout=None):
+        return True
+
     def step(self):
         self.now += self.seconds
         self.stats.preemptions += 1

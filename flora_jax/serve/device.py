@@ -1,4 +1,5 @@
-"""From sequences to the arrays of the jitted steps, and the state and bank that they take and return.
+"""Runs what a plan says: from sequences to the arrays of the jitted steps, and the cache and rows that
+they take and return.
 
 Knows nothing of queues, text or who waits.
 """
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from flora_jax.mixing.pairs import Form, form, list_pairs, row_components
+from flora_jax.mixing.pairs import Form, form, row_components
+from flora_jax.mixing.ragged import Pairs
 from flora_jax.models.attention import cudnn_refuses
 from flora_jax.models.attention_trial import fails_on_cache
 from flora_jax.models.cache import Paging
@@ -22,36 +24,27 @@ from flora_jax.models.cached_attention import OTHERWISE, key_blocks
 from flora_jax.models.starcoder.model import Model, definition_of, leaves_of
 from flora_jax.platforms import Platform
 from flora_jax.serve import steps
-from flora_jax.serve.entries import list_entries
+from flora_jax.serve.lattice import DecodeShape, Lattice, PrefillShape
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.packing import Packed, pack
-from flora_jax.serve.pool import AdapterPool, Version
-from flora_jax.serve.programs import DecodeShape, Lattice, PrefillShape
+from flora_jax.serve.registry import Version
 from flora_jax.serve.request import Request
+from flora_jax.serve.residency import Residency
 from flora_jax.serve.sampling import Draw
-from flora_jax.serve.scheduler import Sequence as Scheduled
-from flora_jax.serve.state import RESTING, Decoding, Entries, Prompts, Steps, init_state
-from flora_jax.serve.stream import Stream
-
-
-class Job(NamedTuple):
-    """What a scheduled sequence carries: its request, its adapter's version, its tokens so far."""
-
-    request: Request
-    version: Version | None
-    stream: Stream
-
-
-class Piece(NamedTuple):
-    """``length`` tokens of a sequence's prompt from position ``start``."""
-
-    sequence: Scheduled
-    start: int
-    length: int
-
-    @property
-    def last(self) -> bool:
-        return self.start + self.length == self.sequence.prompt
+from flora_jax.serve.scheduler import Decode
+from flora_jax.serve.sequence import Chunk
+from flora_jax.serve.sequence import Sequence as Scheduled
+from flora_jax.serve.state import (
+    MAX_STOPS,
+    RESTING,
+    Decoding,
+    Entries,
+    Packed,
+    Prompts,
+    Settings,
+    Steps,
+    init_state,
+    pack,
+)
 
 
 class Call(NamedTuple):
@@ -68,15 +61,37 @@ class Call(NamedTuple):
         return self.function.lower(*self.arguments, **self.static)
 
 
+class Flight(NamedTuple):
+    """What was dispatched and is not read yet: chunks of prompts with the first tokens by chunk, and a
+    decode dispatch with its tokens ``[B, N]``; tokens are on the device.
+    """
+
+    prefilled: list[tuple[list[Chunk], jax.Array]]
+    decode: Decode | None
+    tokens_BN: jax.Array | None
+
+    def read(self) -> dict[int, list[int]]:
+        """Waits for the tokens and returns them by their sequences' numbers, in order."""
+        drawn: dict[int, list[int]] = {}
+        for chunks, tokens_B in self.prefilled:
+            for chunk, token in zip(chunks, jax.device_get(tokens_B)):
+                if chunk.last:
+                    drawn[chunk.sequence.number] = [int(token)]
+        if self.decode is not None:
+            for sequence, own_N in zip(self.decode.sequences, np.asarray(self.tokens_BN)):
+                own = drawn.setdefault(sequence.number, [])
+                own += [int(token) for token in own_N if token != RESTING]
+        return drawn
+
+
 class Device:
     """The engine's arrays and the verbs on them.
 
     Args:
         model: the base.
-        pool: whose bank the steps read.
+        residency: whose bank the steps read.
         lattice: the shapes they are padded to.
         options: the engine's.
-        pages: pages of the cache.
         platform: whose choices the programs follow.
         allocate: without it the state has shapes in place of arrays, and nothing can be run.
     """
@@ -84,22 +99,22 @@ class Device:
     def __init__(
         self,
         model: Model,
-        pool: AdapterPool,
+        residency: Residency,
         lattice: Lattice,
         options: EngineOptions,
-        pages: int,
         platform: Platform,
         *,
         allocate: bool = True,
     ):
-        self.pool, self.lattice, self.options = pool, lattice, options
-        self.config, self.pages, self.platform = model.config, pages, platform
+        self.residency, self.lattice, self.options = residency, lattice, options
+        self.config, self.platform = model.config, platform
+        self.blocks = options.cache_blocks(lattice.context)
         self.rows = options.max_num_seqs
         # The embedding is never quantised.
         leaf = jax.tree.leaves(model.params["wte"])[0]
         self.dtype, self._place = leaf.dtype, _replicated(leaf) if allocate else None
         self.definition, self.leaves = definition_of(model), leaves_of(model)
-        make = partial(init_state, model.config, self.rows, pages, options.page, self.dtype)
+        make = partial(init_state, model.config, self.rows, self.blocks, options.page, self.dtype)
         state = self.beside_parameters(make()) if allocate else jax.eval_shape(make)
         self.cache, self.state_rows = state.cache, state.rows
         self._compiler_options = platform.invariant_options if options.batch_invariant else ()
@@ -132,38 +147,34 @@ class Device:
     @property
     def may_preempt(self) -> bool:
         """Whether the cache can be too small for sequences that have rows."""
-        return self.pages < self.rows * self.lattice.width
+        return self.blocks < self.rows * self.lattice.width
 
     def resting(self, rows: int) -> jax.Array:
         """Tokens ``[B, N]`` of rows before the first step of a dispatch."""
         return self._resting[rows]
 
-    def prefill(self, pieces: Sequence[Piece]) -> jax.Array | None:
-        """Runs pieces, all of one form and length; the sequences that are through begin to decode.
+    def prefill(self, chunks: Sequence[Chunk]) -> jax.Array | None:
+        """Runs chunks, all of one form and length; the sequences that are through begin to decode.
 
         Returns:
-            First tokens by piece, on the device, which mean something for the last one of a prompt.
+            First tokens by chunk, on the device, which mean something for the last one of a prompt.
         """
         rows, length = 1, self.lattice.long
-        if max(piece.length for piece in pieces) <= self.lattice.short:
-            rows, length = self.lattice.piece_rows(len(pieces)), self.lattice.short
-        span = self.lattice.prompt_span(max(piece.start + length for piece in pieces))
-        own = self.form_of(pieces[0].sequence)
-        shape = PrefillShape(rows, length, own, span)
-        self.cache, hidden_BD = self.prefill_call(shape, pieces).run()
-        if not any(piece.last for piece in pieces):
+        if max(chunk.length for chunk in chunks) <= self.lattice.short:
+            rows, length = self.lattice.chunk_rows(len(chunks)), self.lattice.short
+        span = self.lattice.prompt_span(max(chunk.start + length for chunk in chunks))
+        shape = PrefillShape(rows, length, self.form_of(chunks[0].sequence), span)
+        self.cache, hidden_BD = self.prefill_call(shape, chunks).run()
+        if not any(chunk.last for chunk in chunks):
             return None
-        entering = [piece.sequence if piece.last else None for piece in pieces]
+        entering = [chunk.sequence if chunk.last else None for chunk in chunks]
         self.state_rows, tokens_B = self.begin_call(entering, hidden_BD).run()
         return tokens_B
 
     def form_of(self, sequence: Scheduled) -> Form:
         """In which compiled form a sequence's prompt is prefilled."""
-        version = sequence.content.version
-        return self.lattice.form(None if version is None else form(self.pool, version))
-
-    def _entries(self, entering: Sequence[Scheduled | None], count: int) -> Entries:
-        return list_entries(entering, count, self.rows, self.options.seed)
+        version = sequence.version
+        return self.lattice.form(None if version is None else form(self.residency, version))
 
     def _verb(self, verb: Any) -> Any:
         return steps.under(verb, self._compiler_options)
@@ -174,70 +185,73 @@ class Device:
     def _base(self) -> tuple[Any, ...]:
         return self.definition, self.platform, self.leaves
 
-    def prefill_call(self, shape: PrefillShape, pieces: Sequence[Piece]) -> Call:
+    def prefill_call(self, shape: PrefillShape, chunks: Sequence[Chunk]) -> Call:
         rows = shape.rows
         tokens_BT = np.zeros((rows, shape.length), np.int32)
         start_B, count_B = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
         names: list[Version | None] = [None] * rows
-        for row, (sequence, start, count) in enumerate(pieces):
-            job = sequence.content
-            tokens_BT[row, :count] = job.request.prompt_token_ids[start : start + count]
-            start_B[row], count_B[row], names[row] = start, count, job.version
-        sequences = [piece.sequence for piece in pieces]
-        longest = max((piece.start + piece.length for piece in pieces), default=1)
+        for row, (sequence, start, count) in enumerate(chunks):
+            ids = sequence.request.prompt_token_ids[start : start + count]
+            tokens_BT[row, :count] = ids
+            start_B[row], count_B[row], names[row] = start, count, sequence.version
+        sequences = [chunk.sequence for chunk in chunks]
+        longest = max((chunk.start + chunk.length for chunk in chunks), default=1)
         paging = self._paging(sequences, rows, shape.span, longest, self.prompt_attention)
-        own = row_components(self.pool, names, shape.form)
+        own = row_components(self.residency, names, shape.form)
         work = Prompts(own, paging, tokens_BT, start_B, count_B)
-        results = self.lattice.pieces[-1] if self.lattice.few else rows
-        arguments = (*self._base(), self.pool.layers, self.cache, pack(work))
+        results = self.lattice.chunks[-1] if self.lattice.few else rows
+        arguments = (*self._base(), self.residency.layers, self.cache, pack(work))
         return self._call(steps.prefill, arguments, dict(results=results))
 
     def begin_call(self, entering: Sequence[Scheduled | None], hidden_BD: jax.Array) -> Call:
         entries = pack(self._entries(entering, hidden_BD.shape[0]))
         return self._call(steps.begin, (*self._base(), self.state_rows, hidden_BD, entries), {})
 
-    def decode(self, sequences: Sequence[Scheduled], number: int, eager: bool) -> jax.Array:
-        """Begins to draw up to ``number`` tokens for each sequence.
+    def decode(self, decode: Decode) -> jax.Array:
+        """Begins to draw up to ``decode.steps`` tokens for each sequence.
 
         Returns:
             The tokens ``[B, N]`` on the device, in order, ``RESTING`` where a sequence has ended.
         """
-        names = [sequence.content.version for sequence in sequences]
-        shape = self.lattice.decode(names, max(s.reach for s in sequences) + number)
-        work = self.decoding(shape, sequences, number)
+        versions = [sequence.version for sequence in decode.sequences]
+        shape, pairs = self.lattice.decode(versions, decode.longest)
+        work = self._decoding(shape, pairs, decode.sequences, decode.longest)
         if self.platform.steps_on_device:
-            call = self.decode_call(work, number, eager)
+            call = self.decode_call(work, decode.steps, decode.eager)
             self.cache, self.state_rows, tokens_BN = call.run()
             return tokens_BN
-        how = _least_draw([sequence.content.request for sequence in sequences])
+        how = _least_draw([sequence.request for sequence in decode.sequences])
         packed, rows_B = jax.device_put((pack(work), work.rows_B))
         tokens_BN = self.resting(shape.rows)
-        for _ in range(min(number, most_left(sequences))):
+        for _ in range(max(decode.most)):
             self.cache, logits_BV = self.forward_call(packed).run()
             draw = self.draw_call(logits_BV, rows_B, tokens_BN, how)
             self.state_rows, tokens_BN = draw.run()
         return tokens_BN
 
-    def decoding(self, shape: DecodeShape, sequences: Sequence[Scheduled], number: int) -> Decoding:
+    def nothing(self, shape: DecodeShape) -> Decoding:
+        """A decode dispatch of a shape in which no row runs."""
+        return self._decoding(shape, self.lattice.nothing(shape), [], 1)
+
+    def _decoding(
+        self, shape: DecodeShape, pairs: Mapping[str, Pairs], sequences: Sequence[Scheduled],
+        longest: int,
+    ) -> Decoding:  # fmt: skip
         rows_B = np.full(shape.rows, self.rows, np.int32)
         for entry, sequence in enumerate(sequences):
             assert sequence.row is not None
             rows_B[entry] = sequence.row
-        names = [sequence.content.version for sequence in sequences]
-        names += [None] * (shape.rows - len(names))
-        pairs = list_pairs(self.pool, names, self.lattice.pair_sizes(shape))
-        longest = max((sequence.reach for sequence in sequences), default=0) + max(number, 1)
         attention = self.platform.decode_attention
         paging = self._paging(sequences, shape.rows, shape.span, longest, attention)
         return Decoding(pairs, paging, rows_B)
 
     def decode_call(self, work: Decoding, number: int, eager: bool) -> Call:
         packed = pack((work, Steps(np.int32(number), np.bool_(eager))))
-        arguments = (*self._base(), self.pool.layers, self.cache, self.state_rows, packed)
+        arguments = (*self._base(), self.residency.layers, self.cache, self.state_rows, packed)
         return self._call(steps.decode, arguments, dict(most=self.options.decode_steps))
 
     def forward_call(self, packed: Packed) -> Call:
-        arguments = (*self._base(), self.pool.layers, self.cache, self.state_rows, packed)
+        arguments = (*self._base(), self.residency.layers, self.cache, self.state_rows, packed)
         return self._call(steps.forward, arguments, {})
 
     def draw_call(self, logits_BV: Any, rows_B: Any, tokens_BN: Any, how: Draw) -> Call:
@@ -245,28 +259,31 @@ class Device:
             steps.draw, (self.state_rows, logits_BV, rows_B, tokens_BN), dict(how=how)
         )
 
-    def copy_out(self, pages: Sequence[int]) -> Any:
-        """The contents of some pages, on the host."""
-        copies = jax.device_get(self._verb(steps.take_pages)(self.cache, self._page_numbers(pages)))
-        # Copied again: what lies behind the last page is not kept.
-        return jax.tree.map(lambda pool: pool[: len(pages)].copy(), copies)
+    def copy_out(self, blocks: Sequence[int]) -> Any:
+        """The contents of some blocks, on the host."""
+        numbers_M = self._block_numbers(blocks)
+        copies = jax.device_get(self._verb(steps.take_blocks)(self.cache, numbers_M))
+        # Copied again: what lies behind the last block is not kept.
+        return jax.tree.map(lambda pool: pool[: len(blocks)].copy(), copies)
 
-    def restore(self, sequence: Scheduled, copies: Any) -> None:
-        """Puts such contents into a sequence's pages and gives it its row."""
-        self.put_back(sequence.pages[: jax.tree.leaves(copies)[0].shape[0]], copies)
-        last = sequence.content.stream.token_ids[-1]
-        self.insert([sequence], [last])
+    def swap_in(self, sequence: Scheduled, copies: Any) -> None:
+        """Puts such contents into a sequence's blocks and gives it its row."""
+        self.copy_in(sequence.blocks[: jax.tree.leaves(copies)[0].shape[0]], copies)
+        self.insert([sequence], [sequence.stream.token_ids[-1]])
 
     def insert(self, entering: Sequence[Scheduled | None], tokens: list[int]) -> None:
+        """Gives rows to sequences whose last tokens are these."""
         packed = pack((np.asarray(tokens, np.int32), self._entries(entering, len(tokens))))
         self.state_rows = self._verb(steps.insert)(self.state_rows, packed)
 
-    def put_back(self, pages: Sequence[int], copies: Any) -> None:
+    def copy_in(self, blocks: Sequence[int], copies: Any) -> None:
+        """Puts contents of :meth:`copy_out` into blocks, the same or others."""
+
         def pad(copy: np.ndarray) -> np.ndarray:
             return np.pad(copy, ((0, self.lattice.width - len(copy)), *((0, 0),) * 3))
 
-        numbers_M = self._page_numbers(pages)
-        self.cache = self._verb(steps.put_pages)(self.cache, numbers_M, jax.tree.map(pad, copies))
+        numbers_M = self._block_numbers(blocks)
+        self.cache = self._verb(steps.put_blocks)(self.cache, numbers_M, jax.tree.map(pad, copies))
 
     def beside_parameters(self, tree: Any) -> Any:
         """The arrays, committed to the parameters' devices where those are (as a checkpoint's can be).
@@ -275,21 +292,56 @@ class Device:
         """
         return tree if self._place is None else jax.device_put(tree, self._place)
 
-    def _page_numbers(self, pages: Sequence[int]) -> np.ndarray:
-        numbers_M = np.full(self.lattice.width, self.pages, np.int32)
-        numbers_M[: len(pages)] = pages
+    def _block_numbers(self, blocks: Sequence[int]) -> np.ndarray:
+        numbers_M = np.full(self.lattice.width, self.blocks, np.int32)
+        numbers_M[: len(blocks)] = blocks
         return numbers_M
 
     def _paging(
         self, sequences: Sequence[Scheduled], rows: int, span: int, longest: int, attention: str
     ) -> Paging:
         width = -(-span // self.options.page)
-        table_BM = np.full((rows, width), self.pages, np.int32)
+        table_BM = np.full((rows, width), self.blocks, np.int32)
         for row, sequence in enumerate(sequences):
-            own = sequence.pages[:width]
+            own = sequence.blocks[:width]
             table_BM[row, : len(own)] = own
-        blocks = np.int32(key_blocks(longest, self.options.page)) if self.lattice.dynamic else None
-        return Paging(table_BM, blocks, attention)
+        trips = np.int32(key_blocks(longest, self.options.page)) if self.lattice.dynamic else None
+        return Paging(table_BM, trips, attention)
+
+    def _entries(self, entering: Sequence[Scheduled | None], count: int) -> Entries:
+        """What sequences start from that begin to decode; ``None`` is no sequence, and stands past the
+        last row.
+        """
+        row_B = np.full(count, self.rows, np.int32)
+        position_B, drawn_B, left_B = (np.zeros(count, np.int32) for _ in range(3))
+        stops_BE = np.full((count, MAX_STOPS), -1, np.int32)
+        for entry, sequence in enumerate(entering):
+            if sequence is not None:
+                # A row that has not drawn yet has done so with this token.
+                drawn = max(1, sequence.drawn)
+                assert sequence.row is not None
+                row_B[entry], drawn_B[entry] = sequence.row, drawn
+                position_B[entry] = sequence.prompt + drawn - 1
+                left_B[entry] = sequence.budget - drawn
+                stops = sequence.stream.stops
+                stops_BE[entry, : len(stops)] = sorted(stops)
+        settings = self._settings(entering, count)
+        return Entries(row_B, position_B, drawn_B, left_B, stops_BE, settings)
+
+    def _settings(self, entering: Sequence[Scheduled | None], count: int) -> Settings:
+        temperature_B, top_p_B = np.zeros(count, np.float32), np.ones(count, np.float32)
+        top_k_B, seeded_B = np.zeros(count, np.int32), np.zeros(count, bool)
+        seed_BX = np.zeros((count, 2), np.uint32)
+        for row, sequence in enumerate(entering):
+            if sequence is None:
+                continue
+            params, fold_in = sequence.request.sampling_params, sequence.request.fold_in
+            temperature_B[row] = params.temperature
+            top_k_B[row], top_p_B[row] = params.top_k, params.top_p
+            seeded_B[row] = params.seed is not None
+            assert fold_in is not None
+            seed_BX[row] = (self.options.seed, fold_in) if params.seed is None else (params.seed, 0)
+        return Settings(temperature_B, top_k_B, top_p_B, seed_BX, seeded_B)
 
 
 def _replicated(leaf: jax.Array) -> Any:
@@ -299,11 +351,6 @@ def _replicated(leaf: jax.Array) -> Any:
     if isinstance(leaf.sharding, NamedSharding):
         return NamedSharding(leaf.sharding.mesh, PartitionSpec())
     return leaf.sharding
-
-
-def most_left(sequences: Sequence[Scheduled]) -> int:
-    """How many tokens any of them may still draw; the host dispatches no step beyond."""
-    return max(max(1, sequence.left) for sequence in sequences)
 
 
 def _least_draw(requests: Sequence[Request]) -> Draw:
