@@ -1,11 +1,21 @@
-"""Output that appears under its name only when it is whole. Knows nothing of what is written."""
+"""Output that appears whole or not at all, in a directory that one process writes at a time.
+
+Knows nothing of what is written.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import fcntl
+import json
 import os
 import secrets
+import shlex
 import shutil
+import socket
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -13,6 +23,102 @@ from typing import TextIO
 from flora_jax.errors import InputError
 
 Target = str | os.PathLike[str]
+LOCK = ".lock"
+"""The file of :func:`directory_lock` in its directory."""
+
+
+@contextlib.contextmanager
+def directory_lock(target: Target) -> Iterator[Path]:
+    """Makes ``target`` if it is missing, and keeps all other processes from it until the end.
+
+    Take it before anything in the directory is read or written. The kernel releases it at any death
+    of the process. A file in the directory says who holds it; :func:`entries` leaves it out, and it is
+    removed at the end, together with directories made here that stayed empty. A second lock in the
+    same process is refused as well.
+
+    Yields:
+        The directory as an absolute path, links followed.
+
+    Raises:
+        InputError: another process holds it (the message says which), or nothing can be written there.
+    """
+    path = Path(target).resolve()
+    missing = [one for one in (path, *path.parents) if not one.exists()]
+    descriptor = _lock(path, target)
+    try:
+        yield path
+    finally:
+        # Removed while it is locked: who has opened it meanwhile sees that, and starts again.
+        (path / LOCK).unlink(missing_ok=True)
+        os.close(descriptor)
+        with contextlib.suppress(OSError):  # Something is in it, as it should be.
+            for one in missing:
+                one.rmdir()
+
+
+def _lock(path: Path, target: Target) -> int:
+    """The descriptor of the lock file, locked."""
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{target}: is a file, expected a directory")
+    last = "its lock file is removed again and again"
+    for _ in range(100):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError as error:  # Its last user may have removed it in between.
+            last = str(error.strerror)
+            continue
+        except OSError as error:
+            raise InputError(f"{target}: cannot be written to: {error.strerror}") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_still(descriptor, path / LOCK):
+                os.truncate(descriptor, 0)
+                os.write(descriptor, json.dumps(_this_process()).encode())
+                return descriptor
+        except BlockingIOError:
+            said = _holder(descriptor)
+            os.close(descriptor)
+            raise InputError(f"{target}: {said}") from None
+        except OSError as error:
+            os.close(descriptor)
+            raise InputError(f"{target}: cannot be locked: {error.strerror}") from None
+        os.close(descriptor)
+    raise InputError(f"{target}: cannot be written to: {last}")
+
+
+def _is_still(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _this_process() -> dict[str, object]:
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _holder(descriptor: int) -> str:
+    """Who holds a lock, from the file that it writes at once after locking."""
+    for _ in range(20):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            raw = json.loads(os.pread(descriptor, 1 << 20, 0))
+            return (
+                f"in use by process {raw['pid']} on {raw['host']} since {raw['started']} "
+                f"({raw['command']})"
+            )
+        time.sleep(0.01)
+    return "in use by another process"
+
+
+def entries(path: Path) -> list[Path]:
+    """What is in a directory, sorted, but for the file of its lock."""
+    return sorted(one for one in path.iterdir() if one.name != LOCK)
 
 
 def require_new(target: Target) -> Path:
@@ -22,7 +128,7 @@ def require_new(target: Target) -> Path:
         InputError: it is a file, a directory with something in it, or where a file system is mounted.
     """
     path = Path(target).resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or entries(path)):
         raise InputError(f"{target}: exists already, and is not an empty directory")
     if path.is_mount():  # Nothing can be renamed to it.
         raise InputError(f"{target}: a file system is mounted there; give a directory inside it")
