@@ -1,6 +1,6 @@
 """One adapter over the layers of a model: which projections it has, with which factors.
 
-Knows nothing of files or of the model; a model's projections are given as ``{target: (I, O)}``.
+Knows nothing of files; of a model it knows its projections (:mod:`flora_jax.adapters.projections`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters import IA3, KINDS, kind_of
+from flora_jax.adapters.projections import Projections, match_targets
 from flora_jax.errors import InputError
-
-TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,26 +24,31 @@ class ModelAdapter:
     ``HiRA``, without a batch axis); a projection that the adapter leaves alone is absent.
 
     ``settings`` are the fields of adapter_config.json that do not change the forward pass but belong
-    to the adapter (dropout, the base model's name, how it started).
+    to the adapter (dropout, the base model's name, how it started). ``projections`` are those of the
+    base model, whose names and order are the adapter's.
+
+    Raises:
+        ValueError: factors of another kind, or on a projection that the base does not have.
     """
 
     kind: str
     layers: tuple[dict[str, Any], ...]
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    projections: Projections = dataclasses.field(kw_only=True)
 
     def __post_init__(self) -> None:
         expected = KINDS[self.kind].type
         for number, layer in enumerate(self.layers):
             for target, params in layer.items():
-                if target not in TARGETS or type(params) is not expected:
+                if target not in self.projections or type(params) is not expected:
                     raise ValueError(
                         f"layer {number}: {type(params).__name__} on {target!r}, expected "
-                        f"{expected.__name__} on one of {', '.join(TARGETS)}"
+                        f"{expected.__name__} on one of {', '.join(self.projections)}"
                     )
 
     def targets(self) -> tuple[str, ...]:
         """The projections adapted in at least one layer, in the order of the block."""
-        return tuple(t for t in TARGETS if any(t in layer for layer in self.layers))
+        return tuple(t for t in self.projections if any(t in layer for layer in self.layers))
 
     def rank(self, target: str) -> int:
         """The largest rank on a target over the layers (1 for IA3, 0 where there is none)."""
@@ -57,18 +61,6 @@ class ModelAdapter:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.layers))
 
 
-def match_targets(names: Sequence[str]) -> tuple[str, ...]:
-    """The projections that ``names`` mean, by the end of their path as in PEFT: "c_proj" is two.
-
-    Raises:
-        InputError: a name that no projection ends in.
-    """
-    for name in names:
-        if not any(f".{target}".endswith(f".{name}") for target in TARGETS):
-            raise InputError(f"target {name!r}: expected the end of one of {', '.join(TARGETS)}")
-    return tuple(t for t in TARGETS if any(f".{t}".endswith(f".{name}") for name in names))
-
-
 def rank_of(params: Any) -> int:
     """The number of learned components of one projection's factors."""
     if isinstance(params, IA3):
@@ -79,17 +71,24 @@ def rank_of(params: Any) -> int:
 def init_adapter(
     key: jax.Array,
     kind: str,
-    projections: Mapping[str, tuple[int, int]],
+    projections: Projections,
     layers: int,
     *,
     rank: int = 1,
-    targets: Sequence[str] = ("attn.c_attn",),
-    feedforward: Sequence[str] = ("mlp.c_proj",),
+    targets: Sequence[str] | None = None,
+    feedforward: Sequence[str] | None = None,
     **options: Any,
 ) -> ModelAdapter:
     """A fresh adapter, the identity, on ``targets`` of every layer; ``options`` go to the kind's
     ``init``. IA3 scales the input of the targets named in ``feedforward``, else the output.
+
+    ``targets`` are PEFT's for LoRA where there are none, ``feedforward`` PEFT's.
     """
+    names = projections.names
+    if targets is None:
+        targets = match_targets(names.default_targets("lora"), projections)
+    if feedforward is None:
+        feedforward = match_targets(names.feedforward, projections)
     made = []
     for layer_key in jax.random.split(key, layers):
         layer = {}
@@ -101,7 +100,7 @@ def init_adapter(
                 extra["side"] = "input" if target in feedforward else "output"
             layer[target] = KINDS[kind].init(target_key, *projections[target], rank, **extra)
         made.append(layer)
-    return ModelAdapter(kind, tuple(made))
+    return ModelAdapter(kind, tuple(made), projections=projections)
 
 
 def randomise(adapter: ModelAdapter, seed: int, spread: float = 0.3) -> ModelAdapter:

@@ -24,7 +24,10 @@ Kind = Annotated[
 ]
 Rank = Annotated[int | None, typer.Option(help="Of the random adapters. Default 1.")]
 Ranks = Annotated[str | None, typer.Option(help="Several, as 1,2,4: a line of the result each.")]
-Targets = Annotated[str, typer.Option(help="Projections, comma-separated, by name.")]
+Targets = Annotated[
+    str | None,
+    typer.Option(help="Projections, comma-separated, by name. Default: PEFT's for LoRA."),
+]
 NumPrompts = Annotated[int, typer.Option(help="Requests.")]
 Scale = Annotated[float, typer.Option(help="Multiplies prompt and output lengths.")]
 Lengths = Annotated[
@@ -75,7 +78,7 @@ def throughput(
     kind: Kind = "flora",
     rank: Rank = None,
     ranks: Ranks = None,
-    targets: Targets = "c_attn",
+    targets: Targets = None,
     num_prompts: NumPrompts = 1000,
     scale: Scale = 1.0,
     lengths: Lengths = None,
@@ -106,7 +109,7 @@ def latency(
     kind: Kind = "flora",
     rank: Rank = None,
     ranks: Ranks = None,
-    targets: Targets = "c_attn",
+    targets: Targets = None,
     request_rate: Annotated[
         str, typer.Option(help="Requests a second, inf, or trace: the times of --lengths.")
     ] = "inf",
@@ -171,7 +174,7 @@ def _run(
     kind: str,
     rank: int | None,
     ranks: str | None,
-    targets: str,
+    targets: str | None,
     dtype: str | None,
     output: Path | None,
     plot: Path | None,
@@ -199,7 +202,7 @@ def _run(
     from flora_jax.bench.serving import setup
 
     contenders = [
-        setup.Contender(kind, number, tuple(targets.split(",")))
+        setup.Contender(kind, number, None if targets is None else tuple(targets.split(",")))
         for number in _ranks(kind, rank, ranks)
     ]
     base = setup.find_base(None if model is None else source(model), preset)
@@ -234,10 +237,12 @@ def _run(
     return lines
 
 
-def _refuse_adapter_options(targets: str, resident: int | None, workload: dict[str, Any]) -> None:
+def _refuse_adapter_options(
+    targets: str | None, resident: int | None, workload: dict[str, Any]
+) -> None:
     """What would say nothing without adapters is a mistake."""
     for name, value, default in (
-        ("targets", targets, "c_attn"),
+        ("targets", targets, None),
         ("resident-adapters", resident, None),
         ("num-adapters", workload["num_adapters"], None),
         ("adapter-distribution", workload["adapter_distribution"], "distinct"),

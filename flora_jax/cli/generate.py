@@ -50,9 +50,7 @@ def generate(
     ] = False,
 ) -> None:
     """Completes every request of a file, each with its own adapter, settings and seed."""
-    from flora_jax.checkpoints.checkpoint import describe, load_model
-    from flora_jax.checkpoints.sources import resolve
-    from flora_jax.checkpoints.tokenizer import load_tokenizer
+    from flora_jax.checkpoints import open_checkpoint
     from flora_jax.serve.request import Defaults, parse_requests
 
     defaults = Defaults(max_tokens, temperature, top_k, top_p)
@@ -71,9 +69,8 @@ def generate(
         raise InputError(f"--dtype is {dtype!r}, expected float32, bfloat16 or float16")
     if quantize not in ("none", "int8", "int4"):
         raise InputError(f"--quantize is {quantize!r}, expected int8, int4 or none")
-    directory = resolve(source(model))
-    config = describe(directory).config
-    tokenizer = load_tokenizer(directory, config.vocab_size)
+    opened = open_checkpoint(source(model))
+    config, tokenizer = opened.config, opened.tokenizer
     adapters = read_adapters(directories, config)
     requests = parse_requests(
         lines(input),
@@ -91,8 +88,8 @@ def generate(
     from flora_jax.serve.generate import generate as complete
     from flora_jax.serve.options import EngineOptions
 
-    loaded = load_model(
-        directory, dtype_of(dtype), quantize=None if quantize == "none" else cast(Any, quantize)
+    loaded = opened.load(
+        dtype_of(dtype), quantize=None if quantize == "none" else cast(Any, quantize)
     )
     rows, longest = batch_size, config.n_positions
     if not batch_invariant:  # Else the shapes, and so the bits, would be those of this file.

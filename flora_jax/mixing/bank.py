@@ -18,7 +18,7 @@ import numpy as np
 
 from flora_jax.adapters import kind_of
 from flora_jax.adapters.kind import Components, ones, zeros
-from flora_jax.adapters.model_adapter import TARGETS, ModelAdapter, check_fits
+from flora_jax.adapters.model_adapter import ModelAdapter, check_fits
 from flora_jax.mixing.ragged import IDENTITY, BankLayers, TargetBank
 
 
@@ -160,7 +160,7 @@ def empty_layers(
             jnp.array(zeros(count.bias, outputs)) if count.bias > RESERVED.bias else None,
         )
 
-    targets = [target for target in TARGETS if target in room]
+    targets = [target for target in projections if target in room]
     return tuple({target: target_bank(target) for target in targets} for _ in range(layers))
 
 
@@ -256,8 +256,7 @@ def most_of(prepared: Sequence[Prepared]) -> dict[str, Count]:
         target: Count(
             *(max(n) for n in zip(*(p.counts.get(target, Count(1, 0, 0)) for p in prepared)))
         )
-        for target in TARGETS
-        if any(target in p.counts for p in prepared)
+        for target in dict.fromkeys(target for p in prepared for target in p.counts)
     }
 
 

@@ -13,17 +13,13 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from flora_jax.adapters.flora import Reduction
 from flora_jax.errors import InputError
 
 CONFIG_FILE = "adapter_config.json"
 PEFT_TYPES = {"LORA": "lora", "FLORA": "flora", "IA3": "ia3", "HIRA": "hira"}
-
-# PEFT's defaults for gpt_bigcode, taken where target_modules is null.
-_DEFAULT_TARGETS = {"ia3": ("c_attn", "mlp.c_proj")}
-_DEFAULT_FEEDFORWARD = ("mlp.c_proj",)
 
 _RANKED = "r rank_pattern layers_to_transform layers_pattern"
 _READ = {
@@ -67,6 +63,9 @@ _REFUSED = {
 _INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+Default = TypeVar("Default", None, tuple[str, ...])
+
+
 class AdapterError(InputError):
     """An adapter folder that cannot be read, does not fit its base, or cannot be written."""
 
@@ -76,14 +75,15 @@ class AdapterConfig:
     """What adapter_config.json says, checked field by field.
 
     ``targets``, ``excluded`` and ``feedforward`` are suffixes of module paths (a tuple) or one
-    regular expression over the whole path (a string). Patterns keep the file's order.
+    regular expression over the whole path (a string); where the file has none, ``None`` for targets and
+    feedforward are PEFT's own for the base model's family. Patterns keep the file's order.
     """
 
     path: Path
     kind: str
-    targets: str | tuple[str, ...]
+    targets: str | tuple[str, ...] | None
     excluded: str | tuple[str, ...] = ()
-    feedforward: str | tuple[str, ...] = _DEFAULT_FEEDFORWARD
+    feedforward: str | tuple[str, ...] | None = None
     layers: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
     rank: int = 1
@@ -124,12 +124,12 @@ def read_config(directory: Path) -> AdapterConfig:
     problems = _unsupported(raw, kind)
     fields = _Fields(raw, problems)
     values: dict[str, Any] = dict(
-        targets=fields.names("target_modules", _DEFAULT_TARGETS.get(kind, ("c_attn",))),
+        targets=fields.names("target_modules", None),
         excluded=fields.names("exclude_modules", ()),
         settings={k: raw[k] for k in SETTINGS[kind] if raw.get(k) is not None},
     )
     if kind == "ia3":
-        values["feedforward"] = fields.names("feedforward_modules", _DEFAULT_FEEDFORWARD)
+        values["feedforward"] = fields.names("feedforward_modules", None)
     else:
         values["rank"] = fields.number("r", int)
         values["rank_pattern"] = fields.pattern("rank_pattern", int)
@@ -194,7 +194,7 @@ class _Fields:
             self._wrong(name, words)
         return value
 
-    def names(self, name: str, default: tuple[str, ...]) -> str | tuple[str, ...]:
+    def names(self, name: str, default: Default) -> str | tuple[str, ...] | Default:
         value = self.raw.get(name)
         if value is None:
             return default

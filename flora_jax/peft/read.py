@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters import IA3, FLoRA, HiRA, LoRA
-from flora_jax.adapters.model_adapter import TARGETS, ModelAdapter
+from flora_jax.adapters.model_adapter import ModelAdapter
+from flora_jax.adapters.projections import Projections
+from flora_jax.errors import listing
 from flora_jax.peft.config import AdapterConfig, AdapterError, read_config
 from flora_jax.peft.targets import (
     EMBEDDINGS_REFUSED,
     adapted_modules,
     is_embedding,
     is_feedforward,
-    listing,
-    module_path,
     pattern_value,
 )
 from flora_jax.peft.tensors import (
@@ -40,12 +39,10 @@ from flora_jax.peft.write import write_adapter
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
-def read_adapter(
-    directory: str | Path, projections: Mapping[str, tuple[int, int]], n_layer: int
-) -> ModelAdapter:
+def read_adapter(directory: str | Path, projections: Projections, n_layer: int) -> ModelAdapter:
     """Reads a LoRA, IA3, HiRA or FLoRA folder for a base of these widths; factors in float32.
 
-    ``projections`` is ``{target: (inputs, outputs)}`` of the base model's blocks.
+    ``projections`` are the base model's (``config.projections()``), ``n_layer`` the number of its blocks.
 
     Raises:
         AdapterError: a missing or damaged file, a configuration that is refused (``read_config``),
@@ -54,18 +51,18 @@ def read_adapter(
     """
     directory = Path(directory)
     config = read_config(directory)
-    modules = adapted_modules(config, n_layer)
+    modules = adapted_modules(config, projections, n_layer)
     path, tensors = read_tensors(directory)
     layers: list[dict[str, Any]] = [{} for _ in range(n_layer)]
     problems = []
     taken: set[str] = set()
     for layer, target in modules:
-        module = module_path(layer, target)
-        names = tensor_names(config.kind, layer, target)
+        module = projections.names.path(layer, target)
+        names = tensor_names(config.kind, module)
         taken.update(names)
         found = [tensors.get(name) for name in names]
         rank = _rank(config, module, found[0])
-        feedforward = config.kind == "ia3" and is_feedforward(config, module)
+        feedforward = config.kind == "ia3" and is_feedforward(config, module, projections.names)
         shapes = tensor_shapes(config.kind, *projections[target], rank, feedforward)
         wrong = [
             line
@@ -77,7 +74,7 @@ def read_adapter(
             layers[layer][target] = _factors(config, module, found, rank, feedforward)
     problems += [
         f"{name}: {EMBEDDINGS_REFUSED}"
-        if is_embedding(name)
+        if is_embedding(name, projections.names)
         else f"{name}: found shape {tensors[name].shape}, expected no such tensor"
         for name in tensors
         if name not in taken
@@ -86,7 +83,7 @@ def read_adapter(
         raise AdapterError(
             listing(f"{path}: {len(problems)} tensors do not fit the config and the base", problems)
         )
-    return ModelAdapter(config.kind, tuple(layers), config.settings)
+    return ModelAdapter(config.kind, tuple(layers), config.settings, projections=projections)
 
 
 def _rank(config: AdapterConfig, module: str, first: np.ndarray | None) -> int:
@@ -160,10 +157,9 @@ def describe_adapter(directory: str | Path) -> AdapterSummary:
     directory = Path(directory)
     config = read_config(directory)
     path, headers = read_headers(directory)
-    name_of = re.compile(
-        rf"{re.escape(PREFIX)}transformer\.h\.(\d+)\.({'|'.join(map(re.escape, TARGETS))})\."
-        rf"({'|'.join(map(re.escape, LEAVES[config.kind]))})"
-    )
+    # The blocks of any family of models: the first number in the path is the block's.
+    leaves = "|".join(map(re.escape, LEAVES[config.kind]))
+    name_of = re.compile(rf"{re.escape(PREFIX)}(\D+)\.(\d+)\.(.+)\.({leaves})")
     layers: set[int] = set()
     ranks: dict[str, set[int]] = {}
     widths: dict[str, tuple[int | None, int | None]] = {}
@@ -171,16 +167,17 @@ def describe_adapter(directory: str | Path) -> AdapterSummary:
     for name, header in headers.items():
         match = name_of.fullmatch(name)
         if match is None or len(header.shape) != 2:
-            reason = EMBEDDINGS_REFUSED if is_embedding(name) else f"not of a {config.kind} adapter"
-            problems.append(f"{name}: shape {header.shape}: {reason}")
+            problems.append(
+                f"{name}: shape {header.shape}: not of a {config.kind} adapter's blocks"
+            )
             continue
-        layer, target, leaf = match.groups()
+        blocks, layer, target, leaf = match.groups()
         layers.add(int(layer))
         rank, width, inward = _sides(config.kind, leaf, header.shape)
         ranks.setdefault(target, set()).add(rank)
         inputs, outputs = widths.get(target, (None, None))
         widths[target] = (width, outputs) if inward else (inputs, width)
-        others = tensor_names(config.kind, int(layer), target)
+        others = tensor_names(config.kind, f"{blocks}.{layer}.{target}")
         problems += [f"{other}: missing beside {name}" for other in others if other not in headers]
     if problems:
         raise AdapterError(
@@ -191,10 +188,10 @@ def describe_adapter(directory: str | Path) -> AdapterSummary:
         kind=config.kind,
         r=config.rank,
         reduction=config.reduction if config.kind == "flora" else None,
-        targets=tuple(target for target in TARGETS if target in ranks),
+        targets=tuple(sorted(ranks)),
         layers=tuple(sorted(layers)),
-        ranks={target: tuple(sorted(ranks[target])) for target in TARGETS if target in ranks},
-        widths={target: widths[target] for target in TARGETS if target in widths},
+        ranks={target: tuple(sorted(ranks[target])) for target in sorted(ranks)},
+        widths={target: widths[target] for target in sorted(widths)},
         parameters=sum(sizes.values()),
         bytes=sum(size * _ITEM_BYTES[headers[name].dtype] for name, size in sizes.items()),
         dtypes=tuple(sorted({header.dtype for header in headers.values()})),

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from flora_jax.errors import listing
 from flora_jax.peft.config import AdapterError
-from flora_jax.peft.targets import listing, module_path
 
 TENSORS_FILE = "adapter_model.safetensors"
 TORCH_FILE = "adapter_model.bin"
@@ -41,9 +41,9 @@ class Header(NamedTuple):
     dtype: str
 
 
-def tensor_names(kind: str, layer: int, target: str) -> tuple[str, ...]:
-    """Names in the file of a module's tensors, input side first."""
-    return tuple(f"{PREFIX}{module_path(layer, target)}.{leaf}" for leaf in LEAVES[kind])
+def tensor_names(kind: str, module: str) -> tuple[str, ...]:
+    """Names in the file of the tensors of a module (its path), input side first."""
+    return tuple(f"{PREFIX}{module}.{leaf}" for leaf in LEAVES[kind])
 
 
 def tensor_shapes(

@@ -1,6 +1,6 @@
 """Writing an adapter folder that PEFT loads (LoRA, IA3, HiRA) and that reads back bit for bit.
 
-Knows nothing of the base model. The folder appears whole or not at all.
+Of the base model it knows the names of its projections. The folder appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,16 +20,8 @@ from flora_jax.adapters import IA3
 from flora_jax.adapters.model_adapter import ModelAdapter, rank_of
 from flora_jax.files import require_new, whole_directory
 from flora_jax.peft.config import CONFIG_FILE, PEFT_TYPES, SETTINGS, AdapterError
-from flora_jax.peft.targets import module_path
 from flora_jax.peft.tensors import TENSORS_FILE, tensor_names
 
-# The shortest names that mean one projection.
-_SUFFIX = {
-    "attn.c_attn": "c_attn",
-    "attn.c_proj": "attn.c_proj",
-    "mlp.c_fc": "c_fc",
-    "mlp.c_proj": "mlp.c_proj",
-}
 Modules = Mapping[tuple[int, str], Any]
 Value = TypeVar("Value", int, float)
 
@@ -65,7 +57,7 @@ def write_adapter(
     config = _config(adapter, modules, directory)
     if base_model_name_or_path is not None:
         config["base_model_name_or_path"] = base_model_name_or_path
-    tensors = _tensors(adapter.kind, modules, directory)
+    tensors = _tensors(adapter, modules, directory)
 
     try:
         with whole_directory(directory) as part:
@@ -79,11 +71,11 @@ def write_adapter(
     return directory
 
 
-def _tensors(kind: str, modules: Modules, where: Path) -> dict[str, np.ndarray]:
+def _tensors(adapter: ModelAdapter, modules: Modules, where: Path) -> dict[str, np.ndarray]:
     tensors = {}
     for (layer, target), params in modules.items():
-        names = tensor_names(kind, layer, target)
-        for name, array in zip(names, _arrays(kind, params), strict=True):
+        names = tensor_names(adapter.kind, adapter.projections.names.path(layer, target))
+        for name, array in zip(names, _arrays(adapter.kind, params), strict=True):
             if array.ndim != 2:
                 raise AdapterError(
                     f"{where}: {name}: found shape {array.shape}, expected the 2 axes of one adapter"
@@ -123,15 +115,16 @@ def _config(adapter: ModelAdapter, modules: Modules, where: Path) -> dict[str, A
     }
     if kind == "ia3":
         return config
+    path = adapter.projections.names.path
     ranks = {module: rank_of(params) for module, params in modules.items()}
-    config["r"], config["rank_pattern"] = _pattern(ranks)
+    config["r"], config["rank_pattern"] = _pattern(ranks, path)
     if kind == "lora":
         for module, params in modules.items():
             if not math.isfinite(params.scale):
-                raise AdapterError(f"{where}: {module_path(*module)}: scale is {params.scale}")
+                raise AdapterError(f"{where}: {path(*module)}: scale is {params.scale}")
         root = math.sqrt if adapter.settings.get("use_rslora") else float
         alphas = {m: _alpha(params.scale, root(ranks[m])) for m, params in modules.items()}
-        config["lora_alpha"], config["alpha_pattern"] = _pattern(alphas)
+        config["lora_alpha"], config["alpha_pattern"] = _pattern(alphas, path)
         config["bias"] = "none"
     if kind == "flora":
         ways = {(params.reduction, params.frozen) for params in modules.values()}
@@ -149,6 +142,7 @@ def _config(adapter: ModelAdapter, modules: Modules, where: Path) -> dict[str, A
 def _places(adapter: ModelAdapter, modules: Modules) -> dict[str, Any]:
     """Targets by suffix where that says it all; whole paths where layers differ among themselves."""
     targets = list(dict.fromkeys(target for _, target in modules))
+    path, suffix = adapter.projections.names.path, adapter.projections.suffix
     layers = {target: [n for n, t in modules if t == target] for target in targets}
     inputs = {
         m for m, params in modules.items() if isinstance(params, IA3) and params.side == "input"
@@ -160,26 +154,28 @@ def _places(adapter: ModelAdapter, modules: Modules) -> dict[str, Any]:
     )
     # IA3Config has no layers_to_transform.
     if alike and (everywhere or adapter.kind != "ia3"):
-        places: dict[str, Any] = {"target_modules": [_SUFFIX[target] for target in targets]}
-        feedforward = [_SUFFIX[target] for target in targets if (numbers[0], target) in inputs]
+        places: dict[str, Any] = {"target_modules": [suffix(target) for target in targets]}
+        feedforward = [suffix(target) for target in targets if (numbers[0], target) in inputs]
         if not everywhere:
             places["layers_to_transform"] = numbers
     else:
-        places = {"target_modules": [module_path(*module) for module in modules]}
-        feedforward = [module_path(*module) for module in modules if module in inputs]
+        places = {"target_modules": [path(*module) for module in modules]}
+        feedforward = [path(*module) for module in modules if module in inputs]
     if adapter.kind == "ia3":
         places["feedforward_modules"] = feedforward
     return places
 
 
-def _pattern(values: Mapping[tuple[int, str], Value]) -> tuple[Value, dict[str, Value]]:
+def _pattern(
+    values: Mapping[tuple[int, str], Value], path: Callable[[int, str], str]
+) -> tuple[Value, dict[str, Value]]:
     """The commonest value and what differs from it: by target, or by path where layers differ."""
     common = Counter(values.values()).most_common(1)[0][0]
     pattern: dict[str, Value] = {}
     for target in dict.fromkeys(target for _, target in values):
         own = {module: value for module, value in values.items() if module[1] == target}
         if len(set(own.values())) > 1:
-            pattern |= {module_path(*m): value for m, value in own.items() if value != common}
+            pattern |= {path(*m): value for m, value in own.items() if value != common}
         elif (value := next(iter(own.values()))) != common:
             pattern[target] = value
     return common, pattern

@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from flora_jax.adapters.projections import match_targets
 from flora_jax.errors import InputError
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.family import Family, ModelConfig, family_of
 from flora_jax.plan.cards import Card
 from flora_jax.platforms import GPU
 
-TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 KINDS = ("none", "flora", "lora", "ia3", "hira")
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 METHODS = ("none", "int8", "int4")
@@ -35,7 +35,7 @@ class Setting:
         quantize: "none", "int8" or "int4".
         kind: of all adapters; "none" is the base alone.
         rank: of all adapters; 0 for "none", 1 for "ia3".
-        targets: full names of the projections that they are on.
+        targets: full names of the projections that they are on; PEFT's for LoRA where it is ``None``.
         max_num_seqs: sequences that run at once.
         max_model_len: prompt and output together; the model's positions where it is ``None``.
         resident_adapters: on the device; ``max_num_seqs`` where it is ``None``.
@@ -46,14 +46,14 @@ class Setting:
     """
 
     name: str
-    config: StarCoderConfig
+    config: ModelConfig
     card: Card
     devices: int = 1
     dtype: str = "float16"
     quantize: str = "none"
     kind: str = "none"
     rank: int = 0
-    targets: tuple[str, ...] = ("attn.c_attn",)
+    targets: tuple[str, ...] | None = None
     max_num_seqs: int = 16
     max_model_len: int | None = None
     resident_adapters: int | None = None
@@ -116,7 +116,23 @@ class Setting:
     @property
     def adapted(self) -> tuple[str, ...]:
         """The projections that have room for adapters."""
-        return () if self.kind == "none" else self.targets
+        if self.kind == "none":
+            return ()
+        if self.targets is not None:
+            return self.targets
+        projections = self.config.projections()
+        return match_targets(projections.names.default_targets("lora"), projections)
+
+    @property
+    def family(self) -> Family:
+        """The model's."""
+        return family_of(self.config)
+
+    @property
+    def split_kv_heads(self) -> int:
+        """Heads of keys and values on one device; all of them where the devices cannot share them."""
+        heads = self.config.kv_heads
+        return heads // self.devices if heads % self.devices == 0 else heads
 
     @property
     def residents(self) -> int:
@@ -140,8 +156,14 @@ class Setting:
             "flora": (self.rank, 0, 0),
             "lora": (1, self.rank, 0),
             "hira": (self.rank + 1, 0, 0),
-            "ia3": (1, 0, int(target != "mlp.c_proj")),  # It scales the inputs of that one.
+            "ia3": (1, 0, int(target not in self._scaled_inputs)),
         }[self.kind]
+
+    @property
+    def _scaled_inputs(self) -> tuple[str, ...]:
+        """The projections of which IA3 scales the inputs."""
+        projections = self.config.projections()
+        return match_targets(projections.names.feedforward, projections)
 
     def room(self) -> Mapping[str, Count]:
         """By projection the bank's numbers of components, those that it begins with included."""
@@ -153,7 +175,9 @@ class Setting:
             )
             return multiplicative, additive, bias
 
-        return {target: whole(target) for target in TARGETS if target in self.adapted}
+        return {
+            target: whole(target) for target in self.config.projections() if target in self.adapted
+        }
 
 
 def int4_group(inputs: int) -> int:

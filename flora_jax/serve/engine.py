@@ -13,11 +13,9 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-
 from flora_jax.errors import InputError, RunError
 from flora_jax.mixing.bank import Prepared
-from flora_jax.models.starcoder.model import Model
+from flora_jax.models.model import Model
 from flora_jax.models.transpose import for_decoding
 from flora_jax.platforms import Platform
 from flora_jax.platforms import platform as platform_of
@@ -75,7 +73,7 @@ class Engine:
         for name, source in (adapters or {}).items():
             known = version(name, source)
             first[known] = known.read(config)
-        additive = platform.additive(jax.tree.leaves(model.params["wte"])[0].dtype)
+        additive = platform.additive(model.embedding.dtype)
         self.pool = make_pool(first, config, options, additive)
         self.lattice = Lattice(self.pool, options, context, platform, target_groups(first))
         pages = options.cache_pages(context)

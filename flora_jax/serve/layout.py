@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flora_jax.adapters.model_adapter import TARGETS, match_targets
+from flora_jax.adapters.projections import match_targets
 from flora_jax.errors import InputError
 from flora_jax.mixing.bank import Count, Prepared, most_of, room_for, sum_of
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.family import ModelConfig
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.pool import AdapterPool
 from flora_jax.serve.request import MAX_STOP_TOKENS
@@ -18,7 +18,7 @@ from flora_jax.serve.state import MAX_STOPS
 from flora_jax.serve.versions import Version
 
 
-def longest_sequence(config: StarCoderConfig, options: EngineOptions) -> int:
+def longest_sequence(config: ModelConfig, options: EngineOptions) -> int:
     """Positions of the longest sequence, prompt and output together.
 
     Raises:
@@ -37,7 +37,7 @@ def longest_sequence(config: StarCoderConfig, options: EngineOptions) -> int:
 
 def make_pool(
     first: Mapping[Version, Prepared],
-    config: StarCoderConfig,
+    config: ModelConfig,
     options: EngineOptions,
     additive: Any = "float32",
 ) -> AdapterPool:
@@ -51,7 +51,7 @@ def make_pool(
     most, room = most_of(prepared), sum_of(prepared)
     more = options.max_components
     if more is not None:
-        for target in {*most, *match_targets(options.targets)}:
+        for target in {*most, *match_targets(options.targets, config.projections())}:
             known = most.get(target, Count(1, 0, 0))
             most[target] = Count(max(more, known[0]), max(more, known[1]), 1)
     elif options.targets:
@@ -61,12 +61,12 @@ def make_pool(
                 "number where no adapter is there at the start"
             )
         largest = Count(*map(max, zip(*most.values())))
-        most = dict.fromkeys(match_targets(options.targets), largest) | most
+        most = dict.fromkeys(match_targets(options.targets, config.projections()), largest) | most
     number = options.resident_adapters
     if number is not None or more is not None or options.targets:
         number = number or max(len(prepared), options.max_num_seqs)
         room = room_for(most, number)
-    targets = [target for target in TARGETS if target in most]
+    targets = [target for target in config.projections() if target in most]
     pool = AdapterPool(
         config,
         {target: room[target] for target in targets},
@@ -82,4 +82,4 @@ def make_pool(
 
 def target_groups(first: Mapping[Version, Prepared]) -> list[tuple[str, ...]]:
     """The sets of targets that the adapters have."""
-    return [tuple(t for t in TARGETS if t in own.counts) for own in first.values()]
+    return [tuple(own.counts) for own in first.values()]

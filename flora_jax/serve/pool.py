@@ -29,7 +29,7 @@ from flora_jax.mixing.bank import (
     room_for,
     write,
 )
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.family import ModelConfig
 from flora_jax.serve.scheduler import Admission
 from flora_jax.serve.versions import Source, Version
 from flora_jax.serve.versions import version as version_of
@@ -68,7 +68,7 @@ class AdapterPool:
 
     def __init__(
         self,
-        config: StarCoderConfig,
+        config: ModelConfig,
         room: Mapping[str, Count],
         most: Mapping[str, Count],
         host_bytes: int = 4 << 30,
@@ -99,7 +99,7 @@ class AdapterPool:
 
     @classmethod
     def of_size(
-        cls, config: StarCoderConfig, most: Mapping[str, Count], residents: int, **options: Any
+        cls, config: ModelConfig, most: Mapping[str, Count], residents: int, **options: Any
     ) -> AdapterPool:
         """A pool with room for so many adapters of the largest size ``most`` by target."""
         return cls(config, room_for(most, residents), most, **options)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from flora_jax.mixing.ragged import Pairs, RowComponents
 from flora_jax.models.cache import Cache, Paging, init_cache
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.family import ModelConfig
 from flora_jax.serve.sampling import Sampling
 
 MAX_STOPS = 16
@@ -130,7 +130,7 @@ class Steps:
     eager: Any
 
 
-def init_state(config: StarCoderConfig, rows: int, pages: int, page: int, dtype: Any) -> State:
+def init_state(config: ModelConfig, rows: int, pages: int, page: int, dtype: Any) -> State:
     """``rows`` rows at rest over a pool of ``pages`` pages of ``page`` positions."""
     return State(
         cache=init_cache(config, pages, page, dtype),

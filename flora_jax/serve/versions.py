@@ -12,7 +12,7 @@ import numpy as np
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.errors import InputError
 from flora_jax.mixing.bank import Prepared, prepare
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.family import ModelConfig
 from flora_jax.peft.read import read_adapter
 
 Source = ModelAdapter | Path | str
@@ -26,7 +26,7 @@ class Version:
     digest: str
     source: Source = dataclasses.field(compare=False, repr=False)
 
-    def read(self, config: StarCoderConfig) -> Prepared:
+    def read(self, config: ModelConfig) -> Prepared:
         """The adapter's components.
 
         Raises:

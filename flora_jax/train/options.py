@@ -39,7 +39,7 @@ class TrainOptions(BaseModel):
     data: dict[str, str]
     validation: dict[str, str] = {}
     rank: AtLeastOne = 1
-    targets: tuple[str, ...] = Field(("c_attn",), min_length=1)
+    targets: tuple[str, ...] | None = Field(None, min_length=1)
     init: Literal["zero_sum", "ones", "frozen_ones"] | None = None
     reduction: Literal["mean", "sum"] | None = None
     alpha: Positive | None = None

@@ -24,8 +24,8 @@ from flora_jax.checkpoints.checkpoint import (
     save_orbax,
 )
 from flora_jax.errors import InputError
+from flora_jax.models.model import Model, abstract_model
 from flora_jax.models.sharding import named_leaves
-from flora_jax.models.starcoder.model import Model, abstract_model
 from flora_jax.models.starcoder.names import hf_tensors
 from tests.helpers.torch_models import flax_logits, random_tokens, tiny_torch_model, torch_logits
 
@@ -310,7 +310,7 @@ def test_an_index_and_its_shards_must_agree(tmp_path):
             {**good["weight_map"], "more": "../x.safetensors"},
             "names of files in the same directory",
         ),
-        (dict(list(good["weight_map"].items())[1:]), "holds other tensors than the index says"),
+        (dict(list(good["weight_map"].items())[1:]), "holds tensors that the index does not have"),
         (3, "not an index of shards"),
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))

@@ -11,9 +11,10 @@ import pytest
 
 from flora_jax.adapters import HiRA
 from flora_jax.adapters.model_adapter import ModelAdapter
+from flora_jax.models.starcoder.config import NAMES, StarCoderConfig
 from flora_jax.peft.config import AdapterConfig
 from flora_jax.peft.read import AdapterError, write_adapter
-from flora_jax.peft.targets import adapted_modules, module_path, pattern_value
+from flora_jax.peft.targets import adapted_modules, pattern_value
 from tests.helpers.peft_folders import assert_logits_equal, assert_same, read_for, some_adapter
 from tests.helpers.torch_models import (
     flax_logits,
@@ -130,8 +131,9 @@ def test_a_hira_of_uneven_ranks_reads_back(tmp_path):
     layers = tuple(
         {t: HiRA(p.down_RI, p.up_RO) for t, p in layer.items()} for layer in uneven.layers
     )
-    write_adapter(ModelAdapter("hira", layers), tmp_path / "a")
-    assert_same(read_for(model, tmp_path / "a"), ModelAdapter("hira", layers))
+    adapter = ModelAdapter("hira", layers, projections=model.config.projections())
+    write_adapter(adapter, tmp_path / "a")
+    assert_same(read_for(model, tmp_path / "a"), adapter)
 
 
 def test_a_hira_whose_rank_pattern_peft_ignored_is_read_at_its_tensors_rank(tmp_path):
@@ -171,7 +173,7 @@ def test_targets_and_patterns_match_as_pefts_own_functions_do():
         r"h\.(1|2)\.mlp.*",
     ]
     paths = [
-        module_path(n, t)
+        NAMES.path(n, t)
         for n in range(12)
         for t in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     ]
@@ -196,7 +198,9 @@ def test_targets_and_patterns_match_as_pefts_own_functions_do():
         # An object that says "excluded" is true to Python, but no match.
         expected = [p for p in paths if (m := check_target_module_exists(theirs, p)) and _match(m)]
         try:
-            found = [module_path(*module) for module in adapted_modules(ours, 12)]
+            found = [
+                NAMES.path(*m) for m in adapted_modules(ours, StarCoderConfig().projections(), 12)
+            ]
         except AdapterError:
             assert "proj" in targets or not expected
             continue

@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
+from flora_jax.models.model import init_model
 from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.model import init_model
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import WHILE_READING, EngineOptions
 from flora_jax.serve.request import Request

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flora_jax.adapters import KINDS, apply, apply_vmap, kind_of, stack
 from flora_jax.adapters.lora import LoRA
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, randomise
+from flora_jax.adapters.projections import ModuleNames, Projections
 from flora_jax.bench.layer.options import BASE, PLAIN, Case, LayerOptions
 from flora_jax.bench.receipts import device_loop, machine
 from flora_jax.bench.receipts.device_loop import Calls
@@ -32,7 +33,11 @@ from flora_jax.weights.quantized import quantize
 from flora_jax.weights.transposed import Transposed
 
 # Adapters want a projection's name; which one it is makes no difference here.
-TARGET = "attn.c_attn"
+TARGET = "projection"
+_NAMES = ModuleNames(
+    blocks="blocks", embeddings=(), others=(), others_in_block=(), defaults={"lora": (TARGET,)},
+    feedforward=(),
+)  # fmt: skip
 _GIB = 2**30
 
 
@@ -41,12 +46,13 @@ def make_adapters(
 ) -> dict[str, ModelAdapter]:
     """``count`` different random adapters of one projection, float32, by the names "0", "1", …"""
 
+    projections = Projections({TARGET: (inputs, outputs)}, _NAMES)
+
     def layers() -> tuple[dict[str, Any], ...]:
-        projections = {TARGET: (inputs, outputs)}
         return init_adapter(jax.random.key(0), kind, projections, 1, rank=rank).layers
 
     # Shapes alone: the start of a kind is of no use, and takes a compilation for each operation.
-    shapes = ModelAdapter(kind, jax.eval_shape(layers))
+    shapes = ModelAdapter(kind, jax.eval_shape(layers), projections=projections)
     return {str(number): randomise(shapes, seed + number) for number in range(count)}
 
 
