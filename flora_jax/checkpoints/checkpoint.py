@@ -26,6 +26,7 @@ from flora_jax.checkpoints.describe import (
     Description,
     Source,
     describe_directory,
+    format_of,
     is_ours,
     parameter_dtype,
     read_config,
@@ -84,6 +85,15 @@ class Opened:
             InputError: its file is damaged, or has ids that the model has no embedding for.
         """
         return load_tokenizer(self.directory, self.config.vocab_size)
+
+    @property
+    def format(self) -> str:
+        """How the weights are held: "safetensors", "pytorch", "orbax", or "hub" for a hub id.
+
+        Raises:
+            CheckpointError: no weights, a broken index, or an unknown version of our layout.
+        """
+        return format_of(self.source, self.directory)[0]
 
     def describe(self) -> Description:
         """Format and sizes, the files' headers checked against the configuration.

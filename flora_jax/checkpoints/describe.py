@@ -50,15 +50,9 @@ def describe_directory(source: Source, directory: Path, config: ModelConfig) -> 
     Raises:
         CheckpointError: safetensors that do not fit config.json, or an unknown version of our layout.
     """
-    if not Path(source).exists():
-        kind, files = "hub", list[Path]()
-    elif is_ours(directory):
-        kind = "orbax"
-        files = [file for file in (directory / "params").rglob("*") if file.is_file()]
-    else:
-        kind, files, _ = open_directory(directory)
-        if kind == "safetensors":
-            match_tensors(directory, stored_tensors(directory), config)
+    kind, files = format_of(source, directory)
+    if kind == "safetensors":
+        match_tensors(directory, stored_tensors(directory), config)
     count = parameters(config)
     return Description(
         source=os.fspath(source),
@@ -68,6 +62,20 @@ def describe_directory(source: Source, directory: Path, config: ModelConfig) -> 
         bytes=count * parameter_dtype(None, config).itemsize,
         disk_bytes=sum(file.stat().st_size for file in files),
     )
+
+
+def format_of(source: Source, directory: Path) -> tuple[str, list[Path]]:
+    """How a checkpoint holds its weights, as :class:`Description` has it, and the files of them.
+
+    Raises:
+        CheckpointError: no weights, a broken index, or an unknown version of our layout.
+    """
+    if not Path(source).exists():
+        return "hub", []
+    if is_ours(directory):
+        return "orbax", [file for file in (directory / "params").rglob("*") if file.is_file()]
+    kind, files, _ = open_directory(directory)
+    return kind, files
 
 
 def is_ours(directory: Path) -> bool:

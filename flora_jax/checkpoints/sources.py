@@ -10,7 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
-from flora_jax.checkpoints.tensor_files import CheckpointError
+from flora_jax.checkpoints.tensor_files import CheckpointError, unreadable
 
 # What a user expects to find beside the weights, copied along unread.
 COMPANIONS = (
@@ -44,7 +44,14 @@ def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
         raise CheckpointError(
             f"the model is {text!r}, expected a directory or a Hugging Face id (owner/name)"
         )
-    if not _exists(directory):
+    try:
+        return _resolve(text, directory, weights)
+    except OSError as error:  # A name that is too long, a directory that may not be entered.
+        raise unreadable(directory, error) from None
+
+
+def _resolve(text: str, directory: Path, weights: bool) -> Path:
+    if not directory.exists():
         if not _HUB_ID.fullmatch(text):
             raise CheckpointError(
                 f"{text}: no such file or directory, and not a Hugging Face id (owner/name)"
@@ -55,13 +62,6 @@ def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{text}: not a checkpoint: no config.json in it")
     return directory
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError as error:  # A name that is too long, a directory that may not be entered.
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _fetch(hub_id: str, weights: bool) -> Path:

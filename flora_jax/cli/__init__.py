@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from flora_jax.cli import bench, bench_serving, evaluate, program
 from flora_jax.cli.common import cache_directory
+from flora_jax.cli.convert import convert
 from flora_jax.cli.generate import generate
 from flora_jax.cli.inspect import demo, info
 from flora_jax.cli.plan import plan
@@ -17,7 +18,7 @@ app = program.new_app(
     no_args_is_help=True,
 )
 
-for _verb in (generate, train, info, demo, plan):
+for _verb in (generate, train, convert, info, demo, plan):
     app.command()(_verb)
 bench.app.command()(bench_serving.throughput)
 bench.app.command()(bench_serving.latency)
