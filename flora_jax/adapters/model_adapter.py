@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters import IA3, KINDS, kind_of
-from flora_jax.adapters.projections import Projections, match_targets
+from flora_jax.adapters.projections import Projections, ends_in, match_targets
 from flora_jax.errors import InputError
 
 
@@ -88,7 +88,8 @@ def init_adapter(
     if targets is None:
         targets = match_targets(names.default_targets("lora"), projections)
     if feedforward is None:
-        feedforward = match_targets(names.feedforward, projections)
+        ends = names.feedforward
+        feedforward = [t for t in projections if any(ends_in(t, end) for end in ends)]
     made = []
     for layer_key in jax.random.split(key, layers):
         layer = {}

@@ -15,8 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from flora_jax.models.axes import MESH_AXES, Rules, logical_axes
 from flora_jax.models.family import family_of
 from flora_jax.models.model import Model
-from flora_jax.weights.quantized import Quantized
-from flora_jax.weights.transposed import Transposed
+from flora_jax.weights.held import Held
 
 
 def make_mesh(data: int, tensor: int) -> Mesh:
@@ -29,13 +28,13 @@ def make_mesh(data: int, tensor: int) -> Mesh:
 
 
 def named_leaves(params: Any) -> tuple[dict[str, Any], Any]:
-    """Leaves by dotted path (``h.0.attn.c_attn.kernel``), in order, and the tree's structure.
+    """Leaves by dotted path (``h.0.mlp.up.kernel``, say), in order, and the tree's structure.
 
-    A quantised or transposed weight is one leaf. ``jax.tree.unflatten(structure, values)`` takes values
-    in the same order.
+    A weight is one leaf however it is held. ``jax.tree.unflatten(structure, values)`` takes values in the
+    same order.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=lambda leaf: isinstance(leaf, Quantized | Transposed)
+        params, is_leaf=lambda leaf: isinstance(leaf, Held)
     )
     return {_dotted(path): leaf for path, leaf in flat}, structure
 
@@ -61,9 +60,7 @@ def partition_specs(
         if unknown:
             raise ValueError(f"sharding: {name} has the logical axis {unknown[0]!r}, unknown here")
         spec = PartitionSpec(*(mesh_axes[axis] for axis in axes))
-        # The values and scales of a quantised weight have its axes, on the inputs shorter ones.
-        is_quantised = isinstance(leaf, Quantized)
-        specs.append(jax.tree.map(lambda _, spec=spec: spec, leaf) if is_quantised else spec)
+        specs.append(leaf.specs(spec) if isinstance(leaf, Held) else spec)
     return jax.tree.unflatten(structure, specs)
 
 

@@ -440,7 +440,7 @@ def test_names_and_files_that_cannot_be_read_are_one_line(tiny, tmp_path):
     for source, message in (
         ("", "the model is '', expected a directory or a Hugging Face id"),
         (" ", "the model is ' ', expected"),
-        ("x/" * 3 + "y" * 300, "cannot be read: File name too long"),
+        ("y" * 300, "cannot be read: File name too long"),
     ):
         with pytest.raises(CheckpointError, match=message):
             open_checkpoint(source)

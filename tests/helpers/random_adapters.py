@@ -15,7 +15,12 @@ def projections_of(widths):
 
 
 def random_adapter(kind, seed, projections, layers=1, rank=1, targets=("attn.c_attn",), **options):
-    """A ``ModelAdapter`` with random factors; the rank is 1 for IA3 whatever is asked for."""
+    """A ``ModelAdapter`` with random factors; the rank is 1 for IA3 whatever is asked for.
+
+    ``projections`` are a model's, or widths alone.
+    """
+    if not isinstance(projections, Projections):
+        projections = projections_of(projections)
     fresh = init_adapter(
         jax.random.key(seed), kind, projections, layers,
         rank=1 if kind == "ia3" else rank, targets=targets, **options,
