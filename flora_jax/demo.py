@@ -12,12 +12,13 @@ from rich.text import Text
 
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.checkpoints import open_checkpoint
+from flora_jax.errors import RunError
 from flora_jax.models.family import ModelConfig
 from flora_jax.peft.read import read_adapter
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.request import Completion, Defaults, Request, parse_request
+from flora_jax.serve.request import Completion, Request, SamplingParams
 
 # The same function's head in each language, by the name of its adapter.
 PROMPTS = {
@@ -50,13 +51,15 @@ def run_demo(assets: Path, *, language: str, max_tokens: int, seed: int) -> None
     under the other kinds as well.
 
     Raises:
-        RuntimeError: a row's tokens differ from those it has without company.
+        RunError: a row's tokens differ from those it has without company.
     """
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.7, seed=seed)
     console = Console()
     source = assets / "mini"
     opened = open_checkpoint(source)
     config, tokenizer = opened.config, opened.tokenizer
     model = opened.load("float32")
+    assert tokenizer is not None
     adapters = shipped_adapters(assets, config)
     wanted = [
         (name, adapter)
@@ -64,18 +67,9 @@ def run_demo(assets: Path, *, language: str, max_tokens: int, seed: int) -> None
         for adapter in (None, *(f"{kind}/{name}" for kind in KINDS[: 3 if name == language else 1]))
     ]
     requests = [
-        parse_request(
-            {"prompt": PROMPTS[name], "seed": seed} | ({"adapter": adapter} if adapter else {}),
-            index,
-            tokenizer,
-            frozenset(adapters),
-            config.vocab_size,
-            config.n_positions,
-            Defaults(max_tokens=max_tokens, temperature=0.7),
-        )
-        for index, (name, adapter) in enumerate(wanted)
+        Request(tokenizer.encode(PROMPTS[name]).ids, params, adapter) for name, adapter in wanted
     ]
-    longest = max(len(request.token_ids) for request in requests) + max_tokens
+    longest = max(len(request.prompt_token_ids) for request in requests) + max_tokens
     engine = Engine(
         model,
         adapters,
@@ -92,7 +86,7 @@ def run_demo(assets: Path, *, language: str, max_tokens: int, seed: int) -> None
     again = list(generate(engine, requests))
     seconds = time.perf_counter() - started
     if [c.token_ids for c in again] != [c.token_ids for c in completions]:
-        raise RuntimeError("the same batch gave other tokens the second time")
+        raise RunError("the same batch gave other tokens the second time")
 
     _show(console, dict(zip(wanted, completions, strict=True)), language)
     tokens = sum(len(c.token_ids) for c in completions)
@@ -134,4 +128,4 @@ def _check_alone(
     )
     console.print(f"{same} of {len(requests)} rows have the same tokens as when they run alone")
     if same < len(requests):
-        raise RuntimeError("a row's tokens depend on its company")
+        raise RunError("a row's tokens depend on its company")

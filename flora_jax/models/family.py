@@ -179,6 +179,7 @@ class Family:
             ``InputError`` for what it cannot honour.
         names: of the torch model's modules.
         tensors: by our dotted path every parameter as the files have it, in the model's order.
+        blocks: path of the list of blocks; a projection's kernel is ``blocks.layer.target.kernel``.
         embedding: path of the token embedding, whose dtype is the model's and which is never quantised.
         tied_head: name of the output head in files that have it although it is tied; ``None`` where a
             head is never tied.
@@ -196,6 +197,7 @@ class Family:
     config: Callable[[Mapping[str, Any], str], ModelConfig]
     names: ModuleNames
     tensors: Callable[[Any], dict[str, Tensor]]
+    blocks: str
     embedding: str
     tied_head: str | None
     optional_prefix: str

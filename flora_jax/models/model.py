@@ -16,6 +16,7 @@ from flax import nnx
 
 from flora_jax.models.cache import Cache, Paging
 from flora_jax.models.family import ModelConfig, family_of
+from flora_jax.weights.product import Weight
 
 LayerAdapters = Mapping[str, Any]
 Adapters = Sequence[LayerAdapters]
@@ -85,6 +86,14 @@ class Model(NamedTuple):
     config: ModelConfig
     graph: nnx.GraphDef
     params: nnx.State
+
+    def weight(self, layer: int, target: str) -> Weight:
+        """The weight ``[I, O]`` of one projection, as it is held."""
+        node: Any = self.params[family_of(self.config).blocks][layer]
+        for name in (*target.split("."), "kernel"):
+            node = node[name]
+        weight: Weight = node[...]
+        return weight
 
     @property
     def embedding(self) -> jax.Array:

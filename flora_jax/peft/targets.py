@@ -24,9 +24,11 @@ def adapted_modules(
 ) -> list[tuple[int, str]]:
     """The ``(layer, target)`` pairs that the configuration adapts, in the order of the model.
 
+    A name in ``target_modules`` that is in no layer adapts nothing, as in PEFT, where another one does.
+
     Raises:
-        AdapterError: a target or a layer that the base model does not have, a target that is no
-            linear projection of a block, or nothing left to adapt.
+        AdapterError: no target that the base model has, a layer that it does not have, a target that
+            is no linear projection of a block, or nothing left to adapt.
     """
     names = projections.names
     if config.targets is None:
@@ -44,7 +46,7 @@ def adapted_modules(
     else:
         chosen = [path for path in paths if _targeted(config, path)]
         problems = [_no_projection(path, names) for path in others if _targeted(config, path)]
-    if not isinstance(config.targets, str):
+    if not chosen and not isinstance(config.targets, str):
         problems += [
             f"target_modules names {name!r}, which is in no layer of the base model"
             for name in config.targets or ()

@@ -19,9 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter
 from flora_jax.adapters.projections import match_targets
+from flora_jax.adapters.registry import TRAITS
 from flora_jax.checkpoints import open_checkpoint
 from flora_jax.errors import InputError
 from flora_jax.models.family import ModelConfig
+from flora_jax.models.model import Model
 from flora_jax.models.sharding import make_mesh
 from flora_jax.train.adapt import (
     GroupedBatch,
@@ -117,7 +119,7 @@ def train(
     schedule = warmup_then(options.schedule, options.rate, options.steps, options.warmup)
     optimizer = make_optimizer(schedule, clip=options.clip, weight_decay=options.weight_decay)
     keys = {name: adapter_key(options.seed, name) for name in options.data}
-    fresh = [_fresh(options, config, key) for key in keys.values()]
+    fresh = [_fresh(options, model, key) for key in keys.values()]
     layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one.layers for one in fresh))
     with jax.numpy_dtype_promotion("standard"):
         state = init_adapter_state(layers, optimizer)
@@ -194,18 +196,15 @@ def _targets(options: TrainOptions, config: ModelConfig) -> tuple[str, ...]:
     return match_targets(names, projections)
 
 
-def _fresh(options: TrainOptions, config: ModelConfig, key: jax.Array) -> ModelAdapter:
-    given = {name: getattr(options, name) for name in ("init", "reduction", "alpha")}
+def _fresh(options: TrainOptions, model: Model, key: jax.Array) -> ModelAdapter:
+    config, own = model.config, TRAITS[options.kind].options
     adapter = init_adapter(
         key, options.kind, config.projections(), config.n_layer, rank=options.rank,
-        targets=_targets(options, config),
-        **{name: value for name, value in given.items() if value is not None},
+        targets=_targets(options, config), weights=model.weight,
+        **{option.name: getattr(options, option.name) for option in own if option.at_start},
     )  # fmt: skip
-    settings: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-    if options.kind == "lora":
-        settings["lora_dropout"] = options.dropout
-    if options.kind == "flora":
-        settings["init"] = options.init
+    settings = {o.setting: getattr(options, o.name) for o in own if o.setting is not None}
+    settings["task_type"] = "CAUSAL_LM"
     return dataclasses.replace(adapter, settings=settings)
 
 

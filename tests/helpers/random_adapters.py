@@ -1,9 +1,8 @@
 """Random adapters of every kind, far from the identity."""
 
-import jax
-
-from flora_jax.adapters.model_adapter import init_adapter, randomise
+from flora_jax.adapters.model_adapter import abstract_adapter, randomise
 from flora_jax.adapters.projections import Projections
+from flora_jax.adapters.registry import TRAITS
 from flora_jax.models.starcoder.config import NAMES
 
 KINDS = ("lora", "flora", "ia3", "hira")
@@ -21,11 +20,9 @@ def random_adapter(kind, seed, projections, layers=1, rank=1, targets=("attn.c_a
     """
     if not isinstance(projections, Projections):
         projections = projections_of(projections)
-    fresh = init_adapter(
-        jax.random.key(seed), kind, projections, layers,
-        rank=1 if kind == "ia3" else rank, targets=targets, **options,
-    )  # fmt: skip
-    return randomise(fresh, seed)
+    rank = TRAITS[kind].rank(rank)
+    shapes = abstract_adapter(kind, projections, layers, rank=rank, targets=targets, **options)
+    return randomise(shapes, seed)
 
 
 def random_projection(kind, seed, inputs, outputs, rank, **options):

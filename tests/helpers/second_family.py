@@ -199,6 +199,7 @@ FAMILY = Family(
     config=EchoConfig.from_dict,
     names=NAMES,
     tensors=tensors,
+    blocks="blocks",
     embedding="embed",
     tied_head=None,
     optional_prefix="model.",

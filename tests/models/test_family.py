@@ -19,12 +19,12 @@ from flora_jax.peft.read import describe_adapter, read_adapter, write_adapter
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.request import Request
 from flora_jax.train.adapt import StepOptions, init_adapter_state, make_adapter_step
 from flora_jax.weights.quantized import Quantized
 from tests.helpers import second_family
 from tests.helpers.broken_folders import edit
 from tests.helpers.peft_folders import assert_same
+from tests.helpers.requests import make_request
 from tests.helpers.second_family import EchoConfig
 from tests.helpers.tiny_training import random_batch, stacked
 
@@ -46,7 +46,7 @@ def model(registered):
 def adapter_of(kind, seed, targets=None, rank=2):
     fresh = init_adapter(
         jax.random.key(seed), kind, CONFIG.projections(), CONFIG.n_layer,
-        rank=1 if kind == "ia3" else rank, targets=targets,
+        rank=1 if kind == "ia3" else rank, targets=targets, weights=init_model(CONFIG, 3).weight,
     )  # fmt: skip
     return randomise(fresh, seed)
 
@@ -88,7 +88,7 @@ def test_every_parameter_has_axes(model):
         assert len(jax.tree.leaves(specs)) == len(jax.tree.leaves(own.params))
 
 
-@pytest.mark.parametrize("kind", ["lora", "flora", "ia3", "hira"])
+@pytest.mark.parametrize("kind", ["lora", "flora", "ia3", "hira", "dora"])
 def test_its_adapter_folders_have_its_own_names(kind, tmp_path):
     projections = CONFIG.projections()
     whole = adapter_of(kind, 1, tuple(projections))
@@ -113,11 +113,11 @@ def test_rows_of_one_batch_draw_what_the_whole_model_does_under_their_adapters(m
     adapters = {
         kind: adapter_of(kind, n, targets) for n, kind in enumerate(("lora", "flora", "ia3"))
     }
-    options = EngineOptions(max_num_seqs=4, max_model_len=24, chunk=8, page=4)
+    options = EngineOptions(max_num_seqs=5, max_model_len=24, chunk=8, page=4)
     rng = np.random.default_rng(0)
     requests = [
-        Request(
-            n, tuple(rng.integers(1, 97, 11).tolist()), adapter=name, max_tokens=6, ignore_eos=True
+        make_request(
+            n, tuple(rng.integers(1, 97, 11).tolist()), name, max_tokens=6, ignore_eos=True
         )
         for n, name in enumerate((None, *adapters))
     ]
@@ -131,9 +131,9 @@ def test_rows_of_one_batch_draw_what_the_whole_model_does_under_their_adapters(m
     different = set()
     for request, completion in zip(requests, completions, strict=True):
         layers = None if request.adapter is None else adapters[request.adapter].layers
-        tokens = jnp.asarray([(*request.token_ids, *completion.token_ids)], jnp.int32)
+        tokens = jnp.asarray([(*request.prompt_token_ids, *completion.token_ids)], jnp.int32)
         scores = np.asarray(forward(model.params, tokens, layers))[
-            0, len(request.token_ids) - 1 : -1
+            0, len(request.prompt_token_ids) - 1 : -1
         ]
         top = np.sort(scores, axis=-1)
         assert (top[:, -1] - top[:, -2]).min() > 1e-4

@@ -203,7 +203,7 @@ BAD = {
     "target": ([*GOOD, "--targets", "c_attn,q_proj"], "target 'q_proj': expected the end of one of"),
     "devices": ([*GOOD, "--mesh", "tensor=99"], "mesh tensor=99 needs 99 devices, found"),
     "uneven rows": ([*GOOD, "--batch-size", "3", *data_of("ruby")], "batch_size is 3"),
-    "kind": ([*GOOD, "--kind", "dora"], "kind: "),
+    "kind": ([*GOOD, "--kind", "vera"], "kind is 'vera'"),
     "rank": ([*GOOD, "--rank", "two"], "--rank"),
     "config": ([*GOOD, "--config", "none.toml"], "none.toml"),
     "config type": ([*GOOD, "--config", "notes.txt"], "notes.txt: expected a .toml or a .json"),

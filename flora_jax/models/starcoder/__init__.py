@@ -26,6 +26,7 @@ FAMILY = Family(
     config=StarCoderConfig.from_dict,
     names=NAMES,
     tensors=hf_tensors,
+    blocks="h",
     embedding="wte.embedding",
     tied_head="lm_head.weight",
     optional_prefix="transformer.",
