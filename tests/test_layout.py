@@ -1,11 +1,14 @@
 """The rooms of the package import one way, and each module says what it is."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from flora_jax import shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 # A module may import its own room and rooms of lower rank; rooms of one rank know nothing of each
@@ -229,3 +232,113 @@ def test_a_planted_package_is_found_inside_a_function(tmp_path):
     (tmp_path / "flora_jax/adapters/a.py").write_text("def f():\n    from flax import nnx\n")
     (tmp_path / "flora_jax/adapters/b.py").write_text("import flaxen\n")
     assert users_of(tmp_path, "flax", "flora_jax.adapters") == ["flora_jax.adapters.a"]
+
+
+def functions(tree):
+    """Every function of a module, with the number of its parameters, ``self`` and ``cls`` apart."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            arguments = node.args
+            names = [
+                a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
+            ]
+            yield node.name, len([name for name in names if name not in ("self", "cls")])
+
+
+PARAMETERS = 8
+
+
+def long_signatures(root):
+    """Functions with too many parameters. A verb of the command line has one for each of its options."""
+    return [
+        f"{name}.{function}: {count} parameters"
+        for path, name in modules(root)
+        for function, count in functions(ast.parse(path.read_text(encoding="utf-8")))
+        if count > PARAMETERS and not (room_of(name) == "cli" and not function.startswith("_"))
+    ]
+
+
+def test_no_function_has_too_many_parameters():
+    assert long_signatures(ROOT) == []
+
+
+def test_a_planted_long_signature_is_found(tmp_path):
+    (tmp_path / "flora_jax/serve").mkdir(parents=True)
+    (tmp_path / "flora_jax/serve/a.py").write_text(
+        "class A:\n    def f(self, a, b, c, d, e, f, g, h): pass\n"
+        "    def g(self, a, b, c, d, *, e, f, g, h, i): pass\n"
+    )
+    assert long_signatures(tmp_path) == ["flora_jax.serve.a.g: 9 parameters"]
+
+
+def private_imports(root):
+    """Uses of a name that another room keeps to itself: imported, or as an attribute of its module."""
+    found = []
+    names = {name for _, name in modules(root)}
+    for path, name in modules(root):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        foreign = {}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(
+                "flora_jax"
+            ):
+                continue
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                if room_of(full) == room_of(name):
+                    continue
+                if alias.name.startswith("_") and not alias.name.startswith("__"):
+                    found.append(f"{name} imports {full}")
+                if full in names:
+                    foreign[alias.asname or alias.name] = full
+        for node in ast.walk(tree):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id in foreign
+                and node.attr.startswith("_")
+                and not node.attr.startswith("__")
+            ):
+                found.append(f"{name} uses {foreign[node.value.id]}.{node.attr}")
+    return found
+
+
+def test_no_room_uses_what_another_keeps_to_itself():
+    assert private_imports(ROOT) == []
+
+
+def test_a_planted_private_name_is_found(tmp_path):
+    for place, text in {
+        "weights/b.py": "_hidden = 1\n",
+        "serve/a.py": "from flora_jax.weights import b\n"
+        "from flora_jax.weights.b import _hidden\nb._hidden\n",
+        "weights/c.py": "from flora_jax.weights.b import _hidden\n",
+    }.items():
+        (tmp_path / "flora_jax" / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "flora_jax" / place).write_text(text)
+    assert private_imports(tmp_path) == [
+        "flora_jax.serve.a imports flora_jax.weights.b._hidden",
+        "flora_jax.serve.a uses flora_jax.weights.b._hidden",
+    ]
+
+
+LETTERS = re.compile(r"[a-z]_([A-Z]{2,6})$")
+
+
+def unknown_letters(root, key):
+    """Names of arrays whose letters the key does not have."""
+    found = set()
+    for path, name in modules(root):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            said = node.id if isinstance(node, ast.Name) else getattr(node, "arg", None)
+            match = LETTERS.search(said) if isinstance(said, str) else None
+            if match and set(match[1]) - key:
+                found.add(f"{name}: {said}")
+    return sorted(found)
+
+
+def test_every_letter_of_a_name_is_in_the_key_once():
+    lines = (shapes.__doc__ or "").splitlines()
+    letters = re.findall(r"(?:^    |  )([A-Z])  (?=\S)", "\n".join(lines))
+    assert len(letters) == len(set(letters)) > 20
+    assert unknown_letters(ROOT, set(letters)) == []
