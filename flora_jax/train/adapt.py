@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from flora_jax.adapters.kind import kind_of
+from flora_jax.adapters.kind import is_factors, kind_of
 from flora_jax.mixing.grouped import grouped_hooks
 from flora_jax.models.model import LanguageModel, Remat
 from flora_jax.train.data.packing import Batch
@@ -179,9 +179,9 @@ def _divide(leaf: jax.Array, count_N: jax.Array) -> jax.Array:
     return leaf / count_N.reshape(-1, *(1,) * (leaf.ndim - 1))
 
 
-def _hold_frozen(updates: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _hold_frozen(updates: Any) -> Any:
     """No update, not even weight decay's, for what a kind does not train."""
-    return [{t: kind_of(own).freeze(own) for t, own in layer.items()} for layer in updates]
+    return jax.tree.map(lambda own: kind_of(own).freeze(own), updates, is_leaf=is_factors)
 
 
 class Scores(NamedTuple):
