@@ -37,7 +37,7 @@ class TrainOptions(BaseModel):
     data: dict[str, str]
     validation: dict[str, str] = {}
     rank: AtLeastOne = 1
-    targets: tuple[str, ...] = Field(("c_attn",), min_length=1)
+    targets: tuple[str, ...] | None = Field(None, min_length=1)
     init: str | None = None
     reduction: str | None = None
     alpha: Positive | None = None

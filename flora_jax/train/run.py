@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, match_targets
+from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter
+from flora_jax.adapters.projections import match_targets
 from flora_jax.adapters.registry import TRAITS
-from flora_jax.checkpoints.checkpoint import describe, load_model
-from flora_jax.checkpoints.sources import resolve
-from flora_jax.checkpoints.tokenizer import load_tokenizer
+from flora_jax.checkpoints import open_checkpoint
 from flora_jax.errors import InputError
+from flora_jax.models.family import ModelConfig
+from flora_jax.models.model import Model
 from flora_jax.models.sharding import make_mesh
-from flora_jax.models.starcoder.model import Model
 from flora_jax.train.adapt import (
     GroupedBatch,
     StepOptions,
@@ -78,15 +78,15 @@ def train(
     if is_finished(options, output):
         say(f"{output}: this run is finished, nothing to do")
         return folders
-    directory = resolve(source or options.model)
-    config = describe(directory).config
+    opened = open_checkpoint(source or options.model)
+    directory, config = opened.directory, opened.config
     if options.seq_len > config.n_positions:
         raise InputError(
             f"seq_len is {options.seq_len}, the model's context has {config.n_positions} positions"
         )
-    match_targets(options.targets)
+    _targets(options, config)
     mesh = _mesh(options)
-    tokenizer = load_tokenizer(directory, config.vocab_size)
+    tokenizer = opened.tokenizer
     if tokenizer is None or not config.eos_token_ids:
         raise InputError(f"{directory}: training needs tokenizer.json and an end token")
     if (end_id := config.eos_token_ids[0]) >= config.vocab_size:
@@ -112,7 +112,7 @@ def train(
             except InputError as error:
                 raise InputError(f"{split} {name}={paths[name]}: {error}") from None
     quantize = None if options.quantize == "none" else options.quantize
-    model = load_model(directory, options.dtype, mesh=mesh, quantize=quantize)
+    model = opened.load(options.dtype, mesh=mesh, quantize=quantize)
     claim_directory(options, output, training, validation, model.params)
     report_data(training, validation, say)
 
@@ -189,12 +189,18 @@ def adapter_key(seed: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
+def _targets(options: TrainOptions, config: ModelConfig) -> tuple[str, ...]:
+    """The projections that are adapted; PEFT's for LoRA where the options have none."""
+    projections = config.projections()
+    names = options.targets or projections.names.default_targets("lora")
+    return match_targets(names, projections)
+
+
 def _fresh(options: TrainOptions, model: Model, key: jax.Array) -> ModelAdapter:
-    config = model.config
-    own = TRAITS[options.kind].options
+    config, own = model.config, TRAITS[options.kind].options
     adapter = init_adapter(
         key, options.kind, config.projections(), config.n_layer, rank=options.rank,
-        targets=match_targets(options.targets), weights=model.weight,
+        targets=_targets(options, config), weights=model.weight,
         **{option.name: getattr(options, option.name) for option in own if option.at_start},
     )  # fmt: skip
     settings = {o.setting: getattr(options, o.name) for o in own if o.setting is not None}
