@@ -124,8 +124,8 @@ class EngineOptions:
 
 
 class Sizes(NamedTuple):
-    """``chunk``, ``prefill_chunks`` and ``max_num_batched_tokens`` as they are used, and the numbers of rows
-    that a decode dispatch is padded to, ascending.
+    """``chunk``, ``prefill_chunks`` and ``max_num_batched_tokens`` as they are used, and the numbers of
+    rows that a decode dispatch is padded to, ascending.
     """
 
     chunk: int
