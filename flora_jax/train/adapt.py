@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +22,17 @@ from flora_jax.mixing.grouped import grouped_hooks
 from flora_jax.models.starcoder.model import Remat, StarCoder
 from flora_jax.train.data.packing import Batch
 from flora_jax.train.loss import HeadChunks, frozen_head_nll, token_scores
-from flora_jax.train.step import TrainState
 from flora_jax.weights.product import rounding_others
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """``params`` is any pytree; ``step`` (int32 scalar) counts the updates already applied."""
+
+    params: Any
+    opt_state: optax.OptState
+    step: jax.Array
 
 
 class GroupedBatch(NamedTuple):
@@ -41,6 +50,23 @@ class GroupedBatch(NamedTuple):
 def group(batches: Sequence[Batch]) -> GroupedBatch:
     """One batch of each adapter, of equally many rows, side by side; still in NumPy."""
     return GroupedBatch(*(np.stack(parts, axis=1) for parts in zip(*batches, strict=True)))
+
+
+def make_schedule(
+    shape: Literal["cosine", "linear", "constant"], peak: float, steps: int, warmup: int
+) -> optax.Schedule:
+    """The learning rate: linear from 0 over ``warmup`` steps, then to 0 at the last, or constant."""
+    if shape == "constant":
+        return optax.warmup_constant_schedule(0.0, peak, warmup)
+    # A warm-up that fills the run leaves no step to the decay, but optax wants one.
+    end = max(steps, warmup + 1)
+    if shape == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, end)
+    rise, fall = (
+        optax.linear_schedule(0, peak, warmup),
+        optax.linear_schedule(peak, 0, end - warmup),
+    )
+    return optax.join_schedules([rise, fall], [warmup])
 
 
 def make_optimizer(

@@ -7,16 +7,23 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from flora_jax.checkpoints.checkpoint import load_model
-from tests.helpers.training_home import LENGTH, NAMES, data_of, fill, lines_of, read_for, snapshot
+from tests.helpers.training_home import (
+    LENGTH,
+    NAMES,
+    ROOT,
+    data_of,
+    fill,
+    lines_of,
+    read_for,
+    snapshot,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
 # A server forks them after the imports, which take longer than a run.
 SERVER = """
 import json, os, sys

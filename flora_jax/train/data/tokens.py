@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def tokenize(
     *,
     column: str | None = None,
     cache: Path | None = None,
-    limit_bytes: int | None = None,
+    leave_out: Collection[Path] = (),
     progress: Progress | None = None,
     max_corrupt: float = 0.01,
 ) -> tuple[PackedTokens, list[str]]:
@@ -44,8 +44,9 @@ def tokenize(
 
     ``tokenizer`` is a ``tokenizers.Tokenizer``; each document is closed by ``end_id``. ``cache`` is
     a directory (``None``: nothing is kept) for a file whose name is a hash of the data's content, the
-    tokenizer, ``end_id``, ``column`` and the limits; a damaged one is made anew. A hub data set is
-    kept by its revision, where the hub tells it. ``progress(documents, bytes)`` is called with what
+    tokenizer, ``end_id``, ``column`` and ``max_corrupt``; a damaged one is made anew. A hub data set is
+    kept by its revision, where the hub tells it. Neither ``cache`` nor ``leave_out`` is read where they
+    lie in a directory of source files. ``progress(documents, bytes)`` is called with what
     is tokenised so far; not at all where the cache has it.
 
     Raises:
@@ -54,14 +55,16 @@ def tokenize(
     if tokenizer.truncation is not None or tokenizer.padding is not None:
         raise InputError("the tokenizer is set to cut or to pad, which would spoil documents")
     kept = None
-    if cache is not None and (digest := content_digest(source)) is not None:
-        parts = [FORMAT, digest, tokenizer.to_str(), end_id, column, limit_bytes, max_corrupt]
+    if cache is not None:
+        leave_out = [*leave_out, cache]
+    if cache is not None and (digest := content_digest(source, leave_out=leave_out)) is not None:
+        parts = [FORMAT, digest, tokenizer.to_str(), end_id, column, max_corrupt]
         kept = Path(cache) / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npz"
         if (found := _load_whole(kept)) is not None:
             return found
     skipped: list[str] = []
     documents = read_documents(
-        source, column=column, max_corrupt=max_corrupt, corrupt=skipped, limit_bytes=limit_bytes
+        source, column=column, max_corrupt=max_corrupt, corrupt=skipped, leave_out=leave_out
     )
     packed = pack(documents, tokenizer, end_id, progress)
     if kept is not None:

@@ -1,29 +1,37 @@
-"""The jitted training step over donated state. Knows nothing of files, clocks or what is trained.
+"""How all of a model's weights are trained: the loss, the schedule, the optimizer and the jitted step.
 
-``params`` is any pytree: all of a model's weights here, adapters' factors elsewhere.
+`experiments/pretrain_mini.py` trains with it. Knows nothing of files, clocks or models.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from flora_jax.train.adapt import TrainState
+
 LossFunction = Callable[[Any, Any], tuple[jax.Array, jax.Array]]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """``step`` (int32 scalar) counts the updates already applied."""
+def next_token_loss(
+    logits_BTV: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of the masked negative log-likelihoods in nats, and the number of tokens in it.
 
-    params: Any
-    opt_state: optax.OptState
-    step: jax.Array
+    ``logits [B, T, V]`` are taken to float32; ``mask [B, T]`` is 1 where a target counts.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        nll_BT = optax.softmax_cross_entropy_with_integer_labels(
+            logits_BTV.astype(jnp.float32), targets_BT
+        )
+    if mask_BT is None:
+        return jnp.sum(nll_BT), jnp.float32(nll_BT.size)
+    mask_BT = mask_BT.astype(jnp.float32)
+    return jnp.sum(nll_BT * mask_BT), jnp.sum(mask_BT)
 
 
 def warmup_stable_decay(
@@ -42,21 +50,6 @@ def warmup_stable_decay(
         ],
         [warmup, max(warmup, steps - last)],
     )
-
-
-def warmup_then(
-    shape: Literal["cosine", "linear", "constant"], peak: float, steps: int, warmup: int
-) -> optax.Schedule:
-    """Linear warm-up from 0, then down to 0 at the last step, or constant."""
-    rest = max(1, steps - warmup)
-    after = {
-        "cosine": optax.cosine_decay_schedule(peak, rest),
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "constant": optax.constant_schedule(peak),
-    }[shape]
-    if not warmup:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
 def adamw(
