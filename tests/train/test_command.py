@@ -351,7 +351,7 @@ def test_a_run_inside_its_own_data_resumes(home):
     for name in ("a.py", "sub/b.py"):
         (home / "sources" / name).write_text(f"# {name}\nprint({name!r})\n" * 4)
     arguments = [
-        "train", "text", "--data", "perl=sources", "--kind", "lora", "--steps", "4", "--seq-len",
+        "train", "flat", "--data", "perl=sources", "--kind", "lora", "--steps", "4", "--seq-len",
         LENGTH, "--output", "sources/sub/run", "--save-every", "2", "--resume",
     ]  # fmt: skip
     assert program(home, *arguments) == 0
@@ -404,7 +404,7 @@ def test_a_run_killed_before_its_folders_writes_them_on_resume(both, home, unfin
 
 def test_training_that_diverges_ends_in_one_line_with_the_adapter_and_its_documents(home, capsys):
     code = program(
-        home, "train", *GOOD, "--output", "diverged", "--learning-rate", "1e30",
+        home, "train", "flat", *GOOD[1:], "--output", "diverged", "--learning-rate", "1e30",
         "--weight-decay", "1e30", "--steps", "20",
     )  # fmt: skip
     err = capsys.readouterr().err
