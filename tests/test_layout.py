@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import its own room and rooms of lower rank; rooms of one rank know nothing of each
 # other.
 RANKS = [
-    ("errors",), ("shapes", "files", "jsonl", "platforms", "xla_flags"), ("weights",), ("adapters",),
-    ("mixing", "peft"), ("models",), ("checkpoints",), ("serve", "train", "sandbox"),
+    ("errors",), ("shapes", "files", "jsonl", "terminal", "platforms", "xla_flags"), ("weights",),
+    ("adapters",), ("mixing", "peft"), ("models",), ("checkpoints",), ("serve", "train", "sandbox"),
     ("evaluate", "bench", "plan"), ("demo",), ("cli",),
 ]  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
