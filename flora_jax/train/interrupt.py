@@ -35,7 +35,8 @@ class Interrupt:
         """Asks for the end in the name of a signal; sets a flag and nothing else."""
         self._number = number
 
-    def __bool__(self) -> bool:
+    @property
+    def requested(self) -> bool:
         return self._number is not None
 
     def check(self, where: str = "before the first step") -> None:

@@ -14,11 +14,10 @@ from typing import Any, NoReturn, TextIO
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flora_jax.errors import RunError
 from flora_jax.files import whole_file
+from flora_jax.terminal import Bar, progress
 from flora_jax.train.adapt import TrainState
 from flora_jax.train.interrupt import Interrupt
 from flora_jax.train.options import CHECKPOINTS, METRICS
@@ -110,15 +109,9 @@ def run_loop(
     with contextlib.closing(manager):
         state = _restored(manager, state, directory)
         _cut_metrics(metrics, int(state.step))
-        with _progress() as progress, metrics.open("a") as log:
-            task = progress.add_task(
-                "", total=options.steps, completed=int(state.step), note="compiling"
-            )
-
-            def show(done: int, note: str) -> None:
-                progress.update(task, completed=done, note=note)
-
-            return _Loop(work, options, manager, log, show, interrupt).run(state)
+        with progress("step", options.steps, keep=True) as bar, metrics.open("a") as log:
+            bar.show(int(state.step), note="compiling")
+            return _Loop(work, options, manager, log, bar, interrupt).run(state)
 
 
 def _restored(manager: ocp.CheckpointManager, state: TrainState, directory: Path) -> TrainState:
@@ -137,13 +130,6 @@ def _restored(manager: ocp.CheckpointManager, state: TrainState, directory: Path
         ) from error
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"), console=Console(stderr=True),
-    )  # fmt: skip
-
-
 class _Loop:
     """One call of :func:`run_loop`: which measures are not yet looked at, and since when it counts."""
 
@@ -153,11 +139,11 @@ class _Loop:
         options: LoopOptions,
         manager: ocp.CheckpointManager,
         log: TextIO,
-        show: Callable[[int, str], None],
+        bar: Bar,
         interrupt: Interrupt,
     ) -> None:
         self.work, self.options, self.manager = work, options, manager
-        self.log, self.show, self.interrupt = log, show, interrupt
+        self.log, self.bar, self.interrupt = log, bar, interrupt
         self.unseen: dict[int, dict[str, jax.Array]] = {}
         self.loss = math.nan
         self.logged = self.saved = time.monotonic()
@@ -177,7 +163,7 @@ class _Loop:
         # A step and the steps before it that are still to be logged.
         late: tuple[int, int] | None = None
         for number in range(start, options.steps):
-            if self.interrupt:
+            if self.interrupt.requested:
                 self.leave(state, start, number, late)
             state, self.unseen[number] = work.train_step(state, work.batch_at(number))
             if late is not None:
@@ -236,7 +222,7 @@ class _Loop:
             line["validation"] = self.work.evaluate(validate)
             self.logged = time.monotonic()
         self.write(line)
-        self.show(done, f"loss {self.loss:.3f}  {rate:,.0f} tokens/s")
+        self.bar.show(done, note=f"loss {self.loss:.3f}  {rate:,.0f} tokens/s")
 
     def write(self, line: dict[str, Any]) -> None:
         self.log.write(json.dumps(line) + "\n")

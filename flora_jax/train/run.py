@@ -6,7 +6,6 @@ Ties the data, the step and the loop to a directory; knows nothing of the comman
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, match_targets
 from flora_jax.checkpoints.checkpoint import describe, load_model
+from flora_jax.checkpoints.digest import model_digest
 from flora_jax.checkpoints.sources import resolve
 from flora_jax.checkpoints.tokenizer import load_tokenizer
 from flora_jax.errors import InputError
@@ -117,7 +117,7 @@ def prepare(
     quantize = None if options.quantize == "none" else options.quantize
     model = load_model(base.directory, options.dtype, mesh=mesh, quantize=quantize)
     interrupt.check()
-    claim_directory(options, output, training, validation, _digest(model.params))
+    claim_directory(options, output, training, validation, model_digest(base.directory))
     report_data(training, validation, say)
     program = choose(
         StepOptions(options.accumulate, options.remat, options.dropout), base.config, options.dtype,
@@ -302,7 +302,7 @@ def _read(
                 interrupt.check()
                 packed, skipped = tokenize(
                     path, base.tokenizer, base.end_id, column=options.text_column, cache=cache,
-                    leave_out=leave_out, progress=watch, max_corrupt=options.max_corrupt,
+                    leave_out=leave_out, watch=watch, max_corrupt=options.max_corrupt,
                 )  # fmt: skip
                 try:
                     packed.windows(options.seq_len)
@@ -310,14 +310,6 @@ def _read(
                     raise InputError(f"{split} {name}={path}: {error}") from None
                 found[-1][name] = packed, skipped
     return found[0], found[1]
-
-
-def _digest(params: Any) -> str:
-    """SHA-256 (hex) of every weight's bytes."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def adapter_key(seed: int, name: str) -> jax.Array:

@@ -203,7 +203,7 @@ BAD = {
     "a folder without documents": ([*GOOD, "--data", "lua=./nothing"], "./nothing: no documents"),
     "output below a file": ([*GOOD, "--output", "notes.txt/x"], "notes.txt/x: "),
     "output that cannot be": ([*GOOD, "--output", "/proc/x"], "/proc/x: cannot be written to"),
-    "corrupt lines": ([*GOOD, "--data", "lua=corrupt.jsonl"], "corrupt.jsonl, line 2: not JSON"),
+    "corrupt lines": ([*GOOD, "--data", "lua=corrupt.jsonl"], "corrupt.jsonl, line 2: malformed JSON"),
     "no documents": ([*GOOD, "--data", "lua=empty.jsonl"], "empty.jsonl: no documents"),
     "column": ([*GOOD, "--text-column", "code"], "no column 'code'"),
     "data twice": ([*GOOD, *data_of("perl")], "the name is given twice"),

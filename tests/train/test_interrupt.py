@@ -18,7 +18,7 @@ def test_a_signal_sets_the_flag_and_the_handlers_come_back(number, capfd):
     with on_signals() as interrupt:
         interrupt.check()
         os.kill(os.getpid(), number)
-        assert interrupt
+        assert interrupt.requested
         with pytest.raises(InterruptedRun, match=f"stopped by {number.name} at step 3") as stopped:
             interrupt.check("at step 3")
     assert stopped.value.number == number
@@ -46,7 +46,7 @@ def test_a_signal_inside_a_callback_of_the_garbage_collector_is_not_lost():
         finally:
             gc.callbacks.remove(callback)
         assert sent
-        assert interrupt
+        assert interrupt.requested
 
 
 def test_a_second_signal_ends_the_process_at_once():
@@ -69,4 +69,4 @@ with on_signals():
 def test_nothing_is_raised_before_a_request():
     interrupt = Interrupt()
     interrupt.check()
-    assert not interrupt
+    assert not interrupt.requested

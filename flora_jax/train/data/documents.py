@@ -8,19 +8,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import glob
-import gzip
 import hashlib
 import json
 import logging
 import os
 import re
-import zlib
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from flora_jax.errors import InputError, listing
 from flora_jax.files import is_part
+from flora_jax.jsonl import read_lines
 
 COLUMNS = ("content", "text")
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -249,32 +248,13 @@ def _source_file(name: str, file: Path) -> Document | Corrupt:
 
 
 def _lines(name: str, file: Path, column: str | None) -> Iterator[Document | Corrupt]:
-    number = 0
-    try:
-        with gzip.open(file) if name.endswith(".gz") else file.open("rb") as lines:
-            for line in lines:
-                number += 1
-                if not line.strip():
-                    continue
-                try:
-                    yield Document(f"{name}:{number}", _text(_parse(line.strip()), column))
-                except ValueError as error:
-                    yield Corrupt(f"{name}, line {number}", str(error))
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(f"{file}: damaged after line {number}: {error}") from None
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-
-
-def _parse(line: bytes) -> object:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos}") from None
-    except RecursionError:
-        raise ValueError("not JSON that can be read: nested too deeply") from None
+    for line in read_lines(file):
+        try:
+            if line.problem is not None:
+                raise ValueError(line.problem)
+            yield Document(f"{name}:{line.number}", _text(line.value, column))
+        except ValueError as error:
+            yield Corrupt(f"{name}, line {line.number}", str(error))
 
 
 def _text(record: object, column: str | None) -> str:

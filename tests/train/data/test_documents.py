@@ -102,7 +102,7 @@ def test_a_column_that_no_line_has_is_told_once_with_the_option(tmp_path):
     assert "--text-column NAME reads another (and 2 more)" in message
     assert "line 2" not in message
     assert "line 4: no column" in message
-    assert "line 5: not JSON" in message
+    assert "line 5: malformed JSON" in message
 
 
 def test_a_walk_leaves_out_caches_half_written_output_and_what_it_is_told_to(tmp_path):
@@ -126,12 +126,13 @@ def test_a_walk_leaves_out_caches_half_written_output_and_what_it_is_told_to(tmp
 
 
 BAD = [
-    (b"{", "not JSON: Expecting property name enclosed in double quotes at character 1"),
-    (b"[]", "not an object but of type list"),
-    (b"3", "not an object but of type int"),
-    (b'"content"', "not an object but of type str"),
+    (b"{", "malformed JSON: Expecting property name enclosed in double quotes at character 1"),
+    (b"[]", "found a list, expected an object"),
+    (b"3", "found a number, expected an object"),
+    (b'"content"', "found a string, expected an object"),
     (b"\xff", "not UTF-8 at byte 0"),
-    (b"[" * 200_000, "not JSON that can be read: nested too deeply"),
+    (b"[" * 200_000, "malformed JSON: nested too deeply"),
+    (b'{"text": "a", "text": "b"}', "key 'text' is given twice"),
     (b'{"text": "\\ud83d"}', "'text' has half a surrogate pair at 0"),
     (
         {"path": "x"},
@@ -173,7 +174,7 @@ def test_more_than_the_share_of_corrupt_lines_stops(corrupt, share, stops, seed,
         with pytest.raises(InputError) as caught:
             texts(path, max_corrupt=share, corrupt=skipped)
         first, *others = numbers
-        assert f"d.jsonl.gz, line {first}: not JSON" in str(caught.value)
+        assert f"d.jsonl.gz, line {first}: malformed JSON" in str(caught.value)
         assert not others or f"(and {len(others)} more)" in str(caught.value)
     assert [int(place.split("line ")[1].split(":")[0]) for place in skipped] == numbers
 
@@ -262,7 +263,7 @@ def test_a_directory_with_data_files_is_read_from_these(data_sets, tmp_path):
         ("a.parquet:1", "0"), ("a.parquet:2", "1"), ("b.jsonl:1", "2"), ("c.jsonl.gz:1", "3"),
     ]  # fmt: skip
     assert len(skipped) == 1
-    assert skipped[0].startswith("b.jsonl, line 2: not JSON")
+    assert skipped[0].startswith("b.jsonl, line 2: malformed JSON")
 
 
 @pytest.mark.parametrize("lines", [[], [b""], [b"{"]])
