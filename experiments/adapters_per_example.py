@@ -34,6 +34,8 @@ from flora_jax.bench.layer.options import parse_ranks
 from flora_jax.bench.receipts import report
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
+from flora_jax.files import require_file
+from flora_jax.terminal import progress
 
 RESULTS = Path(__file__).parent / "results" / "adapters_per_example.json"
 KINDS = ("flora", "lora")
@@ -170,7 +172,7 @@ def main(
     from flora_jax.bench.receipts.timing import interleaved
 
     started = time.perf_counter()
-    report.check_output(output)
+    require_file(output, overwrite=True)
     size = projection_of(preset, "attn.c_attn")
     numbers = list(parse_ranks(counts))
     for number in numbers:
@@ -187,8 +189,8 @@ def main(
     }
     found: list[dict[str, Any]] = []
     for sweep, programs in sweeps.items():
-        with report.progress(sweep, (repeats + 1) * len(programs)) as advance:
-            times = interleaved(programs, repeats, advance)
+        with progress(sweep, (repeats + 1) * len(programs)) as bar:
+            times = interleaved(programs, repeats, bar.advance)
         base = statistics.median(times[sweep, "base", 0])
         for (_, name, count), own in times.items():
             seconds = statistics.median(own)

@@ -32,6 +32,8 @@ from flora_jax.bench.layer.options import parse_ranks
 from flora_jax.bench.receipts import report
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
+from flora_jax.files import require_file
+from flora_jax.terminal import progress
 
 RESULTS = Path(__file__).parent / "results" / "attention_share.json"
 PARTS = ("attention", "projections", "head")
@@ -141,7 +143,7 @@ def main(
     from flora_jax.models.transpose import for_decoding
 
     started = time.perf_counter()
-    report.check_output(output)
+    require_file(output, overwrite=True)
     if preset not in PRESETS:
         raise InputError(f"--preset is {preset!r}, expected one of {', '.join(PRESETS)}")
     config = PRESETS[preset]
@@ -155,8 +157,8 @@ def main(
         for length in numbers:
             batch, tokens = (1, length) if phase == "prefill" else (rows, 1)
             programs = parts_of(model, batch, tokens, length)
-            with report.progress(f"{phase} {length}", (repeats + 1) * len(programs)) as advance:
-                times = interleaved(programs, repeats, advance)
+            with progress(f"{phase} {length}", (repeats + 1) * len(programs)) as bar:
+                times = interleaved(programs, repeats, bar.advance)
             seconds = {name: statistics.median(own) for name, own in times.items()}
             whole = seconds["whole"]
             shares = {name: seconds[name] / whole for name in PARTS}

@@ -9,8 +9,8 @@ the crossover up. Two shapes: 16 rows of one token (decoding), and one row of 12
 Each curve's c1 and c2 are fitted to the same times (flora_jax/bench/layer/eq7.py has the derivation). A
 point is missing where there is no crossing within the ranks measured; the table then says which of the
 two is cheaper. Every measurement is a line of experiments/results/eq7_crossover.jsonl at once, and is not
-made
-again; the picture, over those of this command, is beside it (.png).
+made again on the same machine by the same commit;
+the picture, over those of this command, is beside it (.png).
 
 Receipt: 3 minutes on 2 cores of an AMD EPYC (Zen 4); experiments/figure2.md has the table.
 """
@@ -30,6 +30,7 @@ from flora_jax.bench.layer.options import LayerOptions, parse_ranks, projection_
 from flora_jax.bench.receipts import collected, report
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
+from flora_jax.files import directory_lock, require_file
 from flora_jax.platforms import platform
 
 RESULTS = Path(__file__).parent / "results" / "eq7_crossover.jsonl"
@@ -82,7 +83,7 @@ def main(
     from flora_jax.bench.layer import measure as layer
 
     started = time.perf_counter()
-    report.check_output(output)
+    require_file(output, overwrite=True)
     dtype = dtype or platform().timed_dtype
     # In float32 both forms are the same products.
     form = "einsum" if dtype == "float32" else "batched"
@@ -97,13 +98,17 @@ def main(
                     dtype=dtype, quantize=method, repeats=repeats, measure_limits=False,
                 )  # fmt: skip
                 planned.append((shape, preset, options))
+    lines = []
+    with directory_lock(output.parent):
+        for shape, preset, options in planned:
+            key = {"shape": shape, "preset": preset, "options": dataclasses.asdict(options)}
+            found = collected.find(output, key)
+            if found is None:
+                found = collected.append_line(output, key, layer.measure(options))
+                jax.clear_caches()
+            lines.append(found)
     rows = []
-    for shape, preset, options in planned:
-        key = {"shape": shape, "preset": preset, "options": dataclasses.asdict(options)}
-        found = collected.find(output, key)
-        if found is None:
-            found = collected.append_line(output, key, layer.measure(options))
-            jax.clear_caches()
+    for (shape, preset, options), found in zip(planned, lines, strict=True):
         head = {
             "shape": shape, "preset": preset, "width": options.inputs, "dtype": options.dtype,
         }  # fmt: skip

@@ -8,7 +8,8 @@ and 15b the last 128. The rate is 8/s on a GPU, as in the paper (3b, 15b: float1
 1b-gpu is 1b in that way). Here it is a part of what the base alone can do: first the base's request
 capacity is measured (all requests at once), then every contender, the base among them, at 0.5 and 0.9
 of it. Lengths and results as in fig2_throughput.py: experiments/results/fig2_latency.jsonl has a line
-for every finished run, which is not run again on the same machine.
+for every finished run, which is not run again on the same machine
+by the same commit.
 
 Receipt: `164m` took 38 minutes on 2 cores of an Intel Xeon (Emerald Rapids), 12 of them compiling,
 `mini` 34; experiments/figure2.md has the tables. 1b is not run yet.
@@ -30,7 +31,7 @@ from flora_jax.bench.serving.drive import run_latency, run_throughput
 from flora_jax.bench.serving.workload import WorkloadOptions
 from flora_jax.cli.common import prepare_jax, say
 from flora_jax.cli.program import run_function
-from flora_jax.errors import InputError
+from flora_jax.files import require_file
 from flora_jax.models.starcoder.model import Model
 
 RESULTS = Path(__file__).parent / "results" / "fig2_latency.jsonl"
@@ -193,15 +194,14 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="PNG file for the figure.")] = None,
 ) -> None:
     """Runs the presets, and shows all results so far."""
-    for preset in presets or []:
-        if preset not in PLANS:
-            raise InputError(f"PRESET is {preset!r}, expected some of {', '.join(PLANS)}")
+
+    def run(preset: str, repeat: int) -> None:
+        Runs(preset, PLANS[preset], lengths, seed, repeat).run()
+
     if plot is not None:
-        report.check_output(plot, "plot")
+        require_file(plot, overwrite=True, option="plot")
     prepare_jax()
-    for repeat in range(repeats):
-        for preset in presets or []:
-            Runs(preset, PLANS[preset], lengths, seed, repeat).run()
+    collected.run_presets(RESULTS, presets or [], PLANS, repeats, run)
     show(plot)
 
 

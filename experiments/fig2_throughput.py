@@ -13,7 +13,7 @@ on an H100: float16, 8,192 batched tokens, 1,000 requests unscaled; 1b-gpu is 1b
 and adapters are random, and on all targets of PEFT's default for this model, c_attn.
 
 Every finished run is a line of experiments/results/fig2_throughput.jsonl at once; one that is there
-already, of the same plan and machine, is not run again.
+already, of the same plan, machine and commit, is not run again.
 
 Receipt: on 2 cores of an Intel Xeon (Emerald Rapids) `164m` took 38 minutes, half of them compiling,
 `mini` 61 and `1b` 17; on an AMD EPYC (Zen 4) `164m` 30; experiments/figure2.md has the tables and what
@@ -36,7 +36,7 @@ from flora_jax.bench.serving import setup
 from flora_jax.bench.serving.workload import WorkloadOptions
 from flora_jax.cli.common import prepare_jax, say
 from flora_jax.cli.program import run_function
-from flora_jax.errors import InputError
+from flora_jax.files import require_file
 from flora_jax.models.starcoder.model import Model
 
 RESULTS = Path(__file__).parent / "results" / "fig2_throughput.jsonl"
@@ -117,10 +117,8 @@ def run_preset(preset: str, plan: Plan, lengths: Path | None, seed: int, repeat:
         if model is None:
             model = setup.load_base(base, plan.dtype, seed)
         name = f"{preset} {contender.kind} {contender.rank}"
-        with setup.bars(name, count) as (compiled, ended):
-            found = setup.measure(
-                "throughput", model, contender, workload, engine, seed, compiled, ended
-            )
+        asked = setup.Measured("throughput", workload, engine, seed)
+        found = setup.measure(model, contender, asked)
         about = {"positions": base.config.n_positions, "engine": dataclasses.asdict(engine)}
         collected.append_line(RESULTS, key, about | found)
         say(f"{name}: {found['output_throughput']:.1f} output tokens/s, {found['failed']} failed")
@@ -174,15 +172,14 @@ def main(
     plot: Annotated[Path | None, typer.Option(help="PNG file for the figure.")] = None,
 ) -> None:
     """Runs the presets, and shows all results so far."""
-    for preset in presets or []:
-        if preset not in PLANS:
-            raise InputError(f"PRESET is {preset!r}, expected some of {', '.join(PLANS)}")
+
+    def run(preset: str, repeat: int) -> None:
+        run_preset(preset, PLANS[preset], lengths, seed, repeat)
+
     if plot is not None:
-        report.check_output(plot, "plot")
+        require_file(plot, overwrite=True, option="plot")
     prepare_jax()
-    for repeat in range(repeats):
-        for preset in presets or []:
-            run_preset(preset, PLANS[preset], lengths, seed, repeat)
+    collected.run_presets(RESULTS, presets or [], PLANS, repeats, run)
     show(plot)
 
 

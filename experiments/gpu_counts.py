@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 from flora_jax.bench.receipts import report
+from flora_jax.files import require_file
 from flora_jax.models.starcoder.config import PRESETS
 from flora_jax.plan import programs
 from flora_jax.plan.ahead import check_compiler, compile_lowered, find_toolkit, one_device
@@ -79,7 +80,7 @@ def main() -> None:
     output = options.parse_args().output
     check_compiler()
     find_toolkit()
-    report.check_output(output, "results")
+    require_file(output, overwrite=True, option="results")
     results = {}
     for title, rank in KINDS.items():
         own = results[title] = counted(title.partition(" ")[0], rank)

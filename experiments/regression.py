@@ -36,8 +36,10 @@ from flora_jax.bench.receipts.timing import interleaved
 from flora_jax.cli.common import prepare_jax, say
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError, RunError
+from flora_jax.files import require_file
 from flora_jax.platforms import CPU, GPU
 from flora_jax.serve.engine import Engine
+from flora_jax.terminal import progress
 
 try:
     from experiments import regression_host as host
@@ -113,8 +115,8 @@ def measure(
     engines = (base, engine, unmerged)
     for own_engine in engines:
         own_engine.compilations.reset()
-    with report.progress("rounds", (rounds + 1) * len(programs)) as advance:
-        times = interleaved(programs, rounds, advance)
+    with progress("rounds", (rounds + 1) * len(programs)) as bar:
+        times = interleaved(programs, rounds, bar.advance)
     if compiled := sum(own_engine.compilations.count for own_engine in engines):
         raise RunError(f"{compiled} programs compiled while measuring, expected 0")
     middle = {name: statistics.median(own) for name, own in times.items()}
@@ -184,7 +186,7 @@ def main(
         raise InputError(f"--seed is {seed}, expected 0 to 2^32 - 1")
     least = {} if update else read_bounds(bounds)
     if update:
-        report.check_output(bounds, "bounds")
+        require_file(bounds, overwrite=True, option="bounds")
     prepare_jax()
     seconds = measure(preset, rounds, seed)
     found = ratios(seconds)

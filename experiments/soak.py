@@ -45,11 +45,13 @@ from flora_jax.bench.receipts import report
 from flora_jax.checkpoints.checkpoint import load_model
 from flora_jax.cli.common import ASSETS, prepare_jax, say
 from flora_jax.cli.program import run_function
+from flora_jax.files import require_file
 from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.models.starcoder.model import Model
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Request
+from flora_jax.terminal import progress
 
 ADAPTERS, RESIDENT, LARGEST = 100, 16, 8
 PROMPT, OUTPUT, ROWS, IN_ENGINE = 64, 32, 16, 64
@@ -241,7 +243,7 @@ def main(
 ) -> None:
     """Serves the requests, checks all of the above, and fails if anything is wrong."""
     if output is not None:
-        report.check_output(output)
+        require_file(output, overwrite=True)
     prepare_jax()
     model = load_model(ASSETS / "mini", "float32")
     adapters = random_adapters(model.config, seed)
@@ -255,8 +257,8 @@ def main(
             memory[marks.pop(mark)] = resident_bytes()
 
     began = time.perf_counter()
-    with report.progress("requests", count) as advance:
-        soak = Soak(engine, requests(count, [*adapters], model.config, seed), seed, advance)
+    with progress("requests", count) as bar:
+        soak = Soak(engine, requests(count, [*adapters], model.config, seed), seed, bar.advance)
         soak.run(at_share)
     seconds = time.perf_counter() - began
     memory["at the end"] = resident_bytes()

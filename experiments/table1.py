@@ -34,15 +34,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flora_jax.checkpoints.digest import model_digest
 from flora_jax.checkpoints.sources import resolve
 from flora_jax.cli.common import ASSETS, dtype_of, prepare_jax, source
 from flora_jax.errors import InputError, RunError
+from flora_jax.evaluate.completions import Generation, Sampling, Store
 from flora_jax.evaluate.doctor import examine
-from flora_jax.evaluate.generate import Sampling, Store
-from flora_jax.evaluate.generations import Generation
+from flora_jax.evaluate.execution import Runner
 from flora_jax.evaluate.local import Job, Local
 from flora_jax.evaluate.multipl_e import evaluate
 from flora_jax.evaluate.problems import Problem, first, read_problems
+from flora_jax.files import directory_lock
 from flora_jax.sandbox.sandbox import Sandbox
 from flora_jax.serve.versions import digest
 
@@ -123,12 +125,14 @@ def generate(
         resolve(source(preset.model)), problems, adapters, preset.rows, dtype_of(None),
         preset.quantize,
     )  # fmt: skip
-    context = local.context(preset.sampling)
+    context, weights = local.context(preset.sampling), model_digest(local.directory)
     with ExitStack() as stack:
         stores: dict[str, Store] = {}
         for method in ("base", *KINDS):
             own = {n: digest(path) for n, path in adapters.items() if n.startswith(method)}
-            settings = {**asdict(preset), "context": context, "adapters": own}
+            settings = {
+                **asdict(preset), "model_sha256": weights, "context": context, "adapters": own
+            }  # fmt: skip
             (output / method).mkdir(parents=True, exist_ok=True)
             stores[method] = stack.enter_context(Store(problems, output / method, settings))
         missing = {method: {*store.missing} for method, store in stores.items()}
@@ -164,7 +168,7 @@ def run(generations: Mapping[str, list[Generation]], output: Path) -> None:
     started = time.monotonic()
     for method, own in generations.items():
         summary = evaluate(
-            own, output / method, sandbox=Sandbox(), source=method,
+            own, output / method, Runner(Sandbox()), source=method,
             executions=output / "executions.jsonl",
         )  # fmt: skip
         passed = {language: f"{100 * one['pass@1']:.2f}" for language, one in summary.items()}
@@ -201,7 +205,15 @@ def main() -> None:
         print(f"left out, no toolchain: {', '.join(left_out)}", flush=True)
     problems = first(read_problems(arguments.problems, languages), arguments.limit)
     prepare_jax()
-    output.mkdir(parents=True, exist_ok=True)
+    with directory_lock(output):
+        run_stages(arguments, preset, problems, left_out)
+
+
+def run_stages(
+    arguments: argparse.Namespace, preset: Preset, problems: list[Problem], left_out: list[str]
+) -> None:
+    """All stages of a preset, each from where it was stopped; the output is locked."""
+    output = arguments.output
     folders = (
         {k: {key: ASSETS / "adapters" / k / n for key, n in LANGUAGES.items()} for k in KINDS}
         if preset.model == "mini"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flora_jax.evaluate import report
+from flora_jax.evaluate import tables
 from flora_jax.evaluate.languages import OK, SYNTAX_ERROR
 from flora_jax.evaluate.results import Result, compare_results, read_results, summarise
 from flora_jax.files import whole_file
@@ -31,25 +31,25 @@ def write(
     for k in (1, 10):
         if k > samples:
             continue
-        cells = report.table(summaries, k, "base")
+        cells = tables.table(summaries, k, "base")
         lines += [
             f"## pass@{k}, %: ± standard error over problems (improvement relative to the base)",
-            "", report.to_markdown(cells),
+            "", tables.to_markdown(cells),
         ]  # fmt: skip
         name = f"table1_{preset}_pass{k}"
         for ending, text in (
-            ("csv", report.to_csv(cells)),
+            ("csv", tables.to_csv(cells)),
             ("json", json.dumps([cell.__dict__ for cell in cells], indent=1) + "\n"),
         ):
             with whole_file(results / f"{name}.{ending}") as file:
                 file.write(text)
-        report.draw(cells, results / f"{name}.png")
-    lines += ["## Samples by outcome, %", "", report.failures_markdown(report.table(summaries))]
+        tables.draw(cells, results / f"{name}.png")
+    lines += ["## Samples by outcome, %", "", tables.failures_markdown(tables.table(summaries))]
     for method in methods[1:]:
         compared = compare_results(found["base"], found[method], min(10, samples))
         lines += [
             f"## pass@{min(10, samples)} of {method} (second) against the base (first), paired", "",
-            report.comparison_markdown(compared),
+            tables.comparison_markdown(compared),
         ]  # fmt: skip
     if preset == "mini":
         lines += _losses()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fcntl
+import fnmatch
 import json
 import os
 import secrets
@@ -16,7 +17,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -121,35 +122,85 @@ def entries(path: Path) -> list[Path]:
     return sorted(one for one in path.iterdir() if one.name != LOCK)
 
 
-def require_new(target: Target) -> Path:
-    """``target`` as an absolute path, links followed.
+def require_new(target: Target, replaces: Sequence[str] = ()) -> Path:
+    """``target`` as an absolute path, links followed: a directory that may be written.
+
+    Args:
+        target: where the directory is to be.
+        replaces: patterns of the names that an older output may have, which the new one then replaces;
+            with none, nothing may be there.
 
     Raises:
-        InputError: it is a file, a directory with something in it, or where a file system is mounted.
+        InputError: it is a file, a directory with something (else) in it, or where a file system is
+            mounted.
     """
     path = Path(target).resolve()
-    if path.exists() and (not path.is_dir() or entries(path)):
+    if path.exists() and not path.is_dir():
         raise InputError(f"{target}: exists already, and is not an empty directory")
+    if path.is_dir():
+        names = [one.name for one in entries(path)]
+        strange = [n for n in names if not any(fnmatch.fnmatchcase(n, one) for one in replaces)]
+        if strange and replaces:
+            raise InputError(f"{target}: holds {strange[0]}, which is not overwritten")
+        if strange:
+            raise InputError(f"{target}: exists already, and is not an empty directory")
     if path.is_mount():  # Nothing can be renamed to it.
         raise InputError(f"{target}: a file system is mounted there; give a directory inside it")
     return path
 
 
-@contextlib.contextmanager
-def whole_directory(target: Target) -> Iterator[Path]:
-    """A directory to write into that gets the name ``target`` once all is written, or goes away.
+def require_file(target: Target, overwrite: bool, option: str = "output") -> Path:
+    """``target`` as the path of a file that is written at the end, tried before the work begins.
+
+    Args:
+        target: where the file is to be.
+        overwrite: whether it may replace one that is there.
+        option: what messages call it.
 
     Raises:
-        InputError: see :func:`require_new`.
+        InputError: it is there already, is a directory, or cannot be written.
     """
-    path = require_new(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = _part(path)
-    part.mkdir()
+    path = Path(target)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"--{option} is {target}, expected a file in an existing directory")
+    if path.exists() and not overwrite:
+        raise InputError(f"--{option} is {target}, which exists already; --overwrite replaces it")
+    part = _part(path.resolve())
+    try:
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise InputError(
+            f"--{option} is {target}, which cannot be written: {error.strerror}"
+        ) from None
+    return path
+
+
+@contextlib.contextmanager
+def whole_directory(target: Target, replaces: Sequence[str] = ()) -> Iterator[Path]:
+    """A directory to write into that gets the name ``target`` once all is written, or goes away.
+
+    What was there of the names that it ``replaces`` goes away in the same moment.
+
+    Raises:
+        InputError: see :func:`require_new`; or nothing can be written there.
+    """
+    path = require_new(target, replaces)
+    part, old = _part(path), _part(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir()
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written to: {error.strerror}") from None
     try:
         yield part
+        if path.is_dir() and any(path.iterdir()):
+            path.rename(old)
         part.rename(path)
     finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(part, ignore_errors=True)
 
 

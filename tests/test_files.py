@@ -10,7 +10,14 @@ import time
 import pytest
 
 from flora_jax.errors import InputError
-from flora_jax.files import LOCK, directory_lock, entries, require_new
+from flora_jax.files import (
+    LOCK,
+    directory_lock,
+    entries,
+    require_file,
+    require_new,
+    whole_directory,
+)
 
 HOLD = (
     "import sys; from flora_jax.files import directory_lock\n"
@@ -115,5 +122,44 @@ def test_a_file_is_no_directory(tmp_path):
     with (
         pytest.raises(InputError, match="is a file, expected a dir"),
         directory_lock(tmp_path / "file"),
+    ):
+        pass
+
+
+def test_what_replaces_an_output_replaces_its_own_names_only(tmp_path):
+    target = tmp_path / "out"
+    for content in ("old", "new"):
+        with whole_directory(target, ["*.md"] if content == "new" else []) as part:
+            (part / f"{content}.md").write_text(content)
+    assert [path.name for path in target.iterdir()] == ["new.md"]
+    with pytest.raises(InputError, match="out: exists already, and is not an empty directory"):
+        require_new(target)
+    with pytest.raises(ZeroDivisionError), whole_directory(target, ["*.md"]):
+        raise ZeroDivisionError
+    (target / "mine.txt").touch()
+    with pytest.raises(InputError, match=r"out: holds mine.txt, which is not overwritten"):
+        require_new(target, ["*.md"])
+    assert sorted(path.name for path in target.iterdir()) == ["mine.txt", "new.md"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    target = tmp_path / "out.json"
+    assert require_file(target, overwrite=False) == target
+    assert list(tmp_path.iterdir()) == []
+    target.touch()
+    with pytest.raises(
+        InputError, match=r"--plot is .*out.json, which exists already; --overwrite"
+    ):
+        require_file(target, overwrite=False, option="plot")
+    assert require_file(target, overwrite=True) == target
+    for place in (tmp_path, tmp_path / "absent/x"):
+        with pytest.raises(InputError, match="expected a file in an existing directory"):
+            require_file(place, overwrite=True)
+    with pytest.raises(InputError, match="--output is /proc/x, which cannot be written: "):
+        require_file("/proc/x", overwrite=False)
+    with (
+        pytest.raises(InputError, match="/proc/x/y: cannot be written to: "),
+        whole_directory("/proc/x/y"),
     ):
         pass

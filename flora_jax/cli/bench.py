@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from flora_jax.cli.common import Overwrite
 from flora_jax.errors import InputError
+from flora_jax.files import require_file
 
 app = typer.Typer(
     name="bench",
@@ -54,6 +56,7 @@ def layer(
     seed: Annotated[int, typer.Option(help="Of weights, inputs and adapters.")] = 0,
     output: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the picture.")] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Times one projection under every kind of adapter, form and rank, and checks the paper's Eq. 7."""
     from flora_jax.bench.layer.options import LayerOptions, parse_ranks, projection_of
@@ -85,7 +88,7 @@ def layer(
     )
     for path, option in ((output, "output"), (plot, "plot")):
         if path is not None:
-            report.check_output(path, option)
+            require_file(path, overwrite, option)
 
     from flora_jax.bench.layer import measure as bench_layer
 

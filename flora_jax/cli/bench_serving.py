@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from flora_jax.cli.common import MODEL_HELP, dtype_of, prepare_jax, say, source
+from flora_jax.cli.common import MODEL_HELP, Overwrite, dtype_of, prepare_jax, source
 from flora_jax.errors import InputError
+from flora_jax.files import require_file
+from flora_jax.terminal import say
+
+if TYPE_CHECKING:
+    from flora_jax.bench.serving.workload import WorkloadOptions
 
 Model = Annotated[str | None, typer.Argument(help=MODEL_HELP)]
 Preset = Annotated[
@@ -35,7 +41,7 @@ Lengths = Annotated[
 ]  # fmt: skip
 MinTotal = Annotated[int, typer.Option(help="Tokens of a request at least, before scaling.")]
 MaxTotal = Annotated[int, typer.Option(help="Tokens of a request at most, before scaling.")]
-Distribution = Annotated[str, typer.Option(help="distinct (one a request), uniform or zipf.")]
+Distribution = Annotated[Any, typer.Option(help="distinct (one a request), uniform or zipf.")]
 NumAdapters = Annotated[
     int | None, typer.Option(help="Default one a request for distinct, else 16.")
 ]
@@ -94,9 +100,22 @@ def throughput(
     dtype: DType = None,
     output: Output = None,
     plot: Plot = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Tokens a second where all requests are there at once, each with a random adapter."""
-    lines = _run("throughput", {}, **locals())
+    from flora_jax.bench.serving.workload import WorkloadOptions
+
+    lines = Run(
+        model=model, preset=preset, kind=kind, rank=rank, ranks=ranks, targets=targets, dtype=dtype,
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+        decode_steps=decode_steps, resident_adapters=resident_adapters, limits=limits,
+        output=output, plot=plot, overwrite=overwrite,
+        workload=WorkloadOptions(
+            num_prompts=num_prompts, scale=scale, lengths=lengths, min_total=min_total,
+            max_total=max_total, adapter_distribution=adapter_distribution,
+            num_adapters=num_adapters, seed=seed,
+        ),
+    ).measure("throughput", {})  # fmt: skip
     _show("throughput", lines, _THROUGHPUT, plot, {"output tokens/s": ["output_throughput"]})
 
 
@@ -136,23 +155,34 @@ def latency(
     dtype: DType = None,
     output: Output = None,
     plot: Plot = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Latencies in milliseconds where requests arrive in real time, each with a random adapter."""
-    given = locals()
     from flora_jax.bench.serving.latency_metrics import parse_goodput
+    from flora_jax.bench.serving.workload import WorkloadOptions
 
     if max_concurrency is not None and max_concurrency < 1:
         raise InputError(f"--max-concurrency is {max_concurrency}, expected at least 1")
+    bounds, percentiles = parse_goodput(goodput or []), _percentiles(metric_percentiles)
+    from flora_jax.bench.serving.drive import MetricOptions
+
     asked = {
-        "max_concurrency": given.pop("max_concurrency"),
-        "goodput_ms": parse_goodput(given.pop("goodput") or []),
-        "percentiles": _percentiles(given.pop("metric_percentiles")),
-    }
-    lines = _run("latency", asked, **given)
-    columns = {
-        name: text for name, text in _LATENCY.items() if asked["goodput_ms"] or "good" not in text
-    }
-    top = f"p{max(asked['percentiles']):g}"
+        "max_concurrency": max_concurrency, "metrics": MetricOptions(percentiles, bounds)
+    }  # fmt: skip
+    lines = Run(
+        model=model, preset=preset, kind=kind, rank=rank, ranks=ranks, targets=targets, dtype=dtype,
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
+        decode_steps=decode_steps, resident_adapters=resident_adapters, limits=False,
+        output=output, plot=plot, overwrite=overwrite,
+        workload=WorkloadOptions(
+            num_prompts=num_prompts, scale=scale, lengths=lengths, min_total=min_total,
+            max_total=max_total, adapter_distribution=adapter_distribution,
+            num_adapters=num_adapters, seed=seed, request_rate=_rate(request_rate),
+            burstiness=burstiness,
+        ),
+    ).measure("latency", asked)  # fmt: skip
+    columns = {name: text for name, text in _LATENCY.items() if bounds or "good" not in text}
+    top = f"p{max(percentiles):g}"
     columns |= {
         f"{statistic}_{metric}_ms": f"{statistic} {metric.upper()}"
         for metric in ("ttft", "tpot", "itl", "e2el")
@@ -162,88 +192,91 @@ def latency(
     _show("latency", lines, columns, plot, panels)
 
 
-def _run(
-    benchmark: Literal["throughput", "latency"],
-    asked: dict[str, Any],
-    *,
-    model: str | None,
-    preset: str | None,
-    kind: str,
-    rank: int | None,
-    ranks: str | None,
-    targets: str,
-    dtype: str | None,
-    output: Path | None,
-    plot: Path | None,
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
-    decode_steps: int,
-    resident_adapters: int | None,
-    request_rate: str = "inf",
-    limits: bool = False,
-    **workload: Any,
-) -> list[dict[str, Any]]:
-    """Checks everything that can be checked, then measures a line for each rank."""
-    from flora_jax.bench.receipts import report
-    from flora_jax.bench.serving.workload import WorkloadOptions
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The options of a benchmark of the engine, as they were given."""
 
-    if kind == "none":
-        _refuse_adapter_options(targets, resident_adapters, workload)
-    options = WorkloadOptions(request_rate=_rate(request_rate), **workload)
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise InputError(f"--dtype is {dtype!r}, expected float32, bfloat16 or float16")
-    for path, option in ((output, "output"), (plot, "plot")):
-        if path is not None:
-            report.check_output(path, option)
-    prepare_jax()
-    from flora_jax.bench.serving import setup
+    model: str | None
+    preset: str | None
+    kind: str
+    rank: int | None
+    ranks: str | None
+    targets: str
+    dtype: str | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    decode_steps: int
+    resident_adapters: int | None
+    limits: bool
+    output: Path | None
+    plot: Path | None
+    overwrite: bool
+    workload: WorkloadOptions
 
-    contenders = [
-        setup.Contender(kind, number, tuple(targets.split(",")))
-        for number in _ranks(kind, rank, ranks)
-    ]
-    base = setup.find_base(None if model is None else source(model), preset)
-    drawn, base = setup.plan_workload(base, options, kind != "none")
-    read, kept = drawn.file_rows or (0, 0)
-    if kept < read:
-        say(f"{options.lengths}: {kept} of {read} rows pass the filter")
-    engine = setup.engine_options(
-        drawn.requests, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-        decode_steps=decode_steps, resident_adapters=resident_adapters,
-    )  # fmt: skip
-    loaded = setup.load_base(base, dtype_of(dtype), options.seed)
-    from flora_jax.bench.receipts import machine, shares
+    def measure(
+        self, benchmark: Literal["throughput", "latency"], asked: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Checks everything that can be checked, then measures a line for each rank.
 
-    lines = []
-    about = setup.describe_run(benchmark, base, loaded, options, drawn, engine)
-    if limits:
-        about["limits"] = machine.limits(about["dtype"])
-    for contender in contenders:
-        with setup.bars(f"{kind} {contender.rank}", len(drawn.requests)) as (compiled, ended):
+        Raises:
+            InputError: options that do not fit each other, the model or the machine.
+            RunError: no request completed.
+        """
+        if self.kind == "none":
+            self._refuse_adapter_options()
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise InputError(f"--dtype is {self.dtype!r}, expected float32, bfloat16 or float16")
+        for path, option in ((self.output, "output"), (self.plot, "plot")):
+            if path is not None:
+                require_file(path, self.overwrite, option)
+        prepare_jax()
+        from flora_jax.bench.receipts import machine, report, shares
+        from flora_jax.bench.serving import setup
+
+        options = self.workload
+        contenders = [
+            setup.Contender(self.kind, number, tuple(self.targets.split(",")))
+            for number in _ranks(self.kind, self.rank, self.ranks)
+        ]
+        base = setup.find_base(None if self.model is None else source(self.model), self.preset)
+        drawn, base = setup.plan_workload(base, options, self.kind != "none")
+        read, kept = drawn.file_rows or (0, 0)
+        if kept < read:
+            say(f"{options.lengths}: {kept} of {read} rows pass the filter")
+        engine = setup.engine_options(
+            drawn.requests, max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens, decode_steps=self.decode_steps,
+            resident_adapters=self.resident_adapters,
+        )  # fmt: skip
+        loaded = setup.load_base(base, dtype_of(self.dtype), options.seed)
+        about = setup.describe_run(benchmark, base, loaded, options, drawn, engine)
+        if self.limits:
+            about["limits"] = machine.limits(about["dtype"])
+        lines = []
+        for contender in contenders:
             line = setup.measure(
-                benchmark, loaded, contender, drawn, engine, options.seed, compiled, ended, **asked
+                loaded, contender, setup.Measured(benchmark, drawn, engine, options.seed, asked)
             )
-        if limits:
-            size = {"float32": 4}.get(about["dtype"], 2)
-            line["share_of_limit"] = shares.share_of_limit(
-                about["limits"], base.config, max_num_seqs, size, line
-            )
-        lines.append(line | setup.arrival_fields(options) if benchmark == "latency" else line)
-    if output is not None:
-        report.write_results(output, about | {"results": lines})
-    return lines
+            if self.limits:
+                size = {"float32": 4}.get(about["dtype"], 2)
+                line["share_of_limit"] = shares.share_of_limit(
+                    about["limits"], base.config, self.max_num_seqs, size, line
+                )
+            lines.append(line | setup.arrival_fields(options) if benchmark == "latency" else line)
+        if self.output is not None:
+            report.write_results(self.output, about | {"results": lines})
+        return lines
 
-
-def _refuse_adapter_options(targets: str, resident: int | None, workload: dict[str, Any]) -> None:
-    """What would say nothing without adapters is a mistake."""
-    for name, value, default in (
-        ("targets", targets, "c_attn"),
-        ("resident-adapters", resident, None),
-        ("num-adapters", workload["num_adapters"], None),
-        ("adapter-distribution", workload["adapter_distribution"], "distinct"),
-    ):
-        if value != default:
-            raise InputError(f"--{name} is {value}, expected none with --kind none")
+    def _refuse_adapter_options(self) -> None:
+        """What would say nothing without adapters is a mistake."""
+        for name, value, default in (
+            ("targets", self.targets, "c_attn"),
+            ("resident-adapters", self.resident_adapters, None),
+            ("num-adapters", self.workload.num_adapters, None),
+            ("adapter-distribution", self.workload.adapter_distribution, "distinct"),
+        ):
+            if value != default:
+                raise InputError(f"--{name} is {value}, expected none with --kind none")
 
 
 def _show(

@@ -34,6 +34,10 @@ def demo(
     ] = "lua",
 ) -> None:
     """Completes a prompt for each of seven languages in one batch, every row with its own adapter."""
+    if max_tokens < 1:
+        raise InputError(f"--max-tokens is {max_tokens}, expected 1 or more")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--seed is {seed}, expected 0 to 2^32 - 1")
     prepare_jax()
     from flora_jax.demo import PROMPTS, run_demo
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,14 +16,13 @@ from flora_jax.cli.common import (
     named_paths,
     named_values,
     prepare_jax,
-    say,
     source,
 )
 from flora_jax.errors import InputError
+from flora_jax.terminal import progress, say
 
 if TYPE_CHECKING:
-    from flora_jax.evaluate.generate import Complete, Sampling
-    from flora_jax.evaluate.generations import Generation
+    from flora_jax.evaluate.completions import Complete, Generation, Sampling
     from flora_jax.evaluate.problems import Problem
     from flora_jax.sandbox.sandbox import Sandbox
 
@@ -96,7 +95,13 @@ def multipl_e(
     unsafe: Unsafe = False,
     root: Root = Path("/"),
 ) -> None:
-    """Completes problems, runs the programs against their tests and computes pass@k."""
+    """Completes problems, runs the programs against their tests and computes pass@k.
+
+    A program has MultiPL-E's time for its language, 5 to 45 s (evaluate doctor lists them), counted while
+    it computes or sleeps and not while it waits for a core; one that needs more beside others runs again
+    by itself before that counts. Completions are kept only for the same weights, tokenizer and settings:
+    the model's files are hashed at every start, 1 to 2 GB/s on each core.
+    """
     from flora_jax.evaluate.languages import LANGUAGES, select
     from flora_jax.sandbox.sandbox import Sandbox
 
@@ -104,144 +109,170 @@ def multipl_e(
         if number is not None and number < 1:
             raise InputError(f"--{name} is {number}, expected 1 or more")
     chosen = select(name for value in language or [] for name in value.split(","))
-    given: dict[str, Any] = {
+    sampling = {
         "n_samples": n_samples, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens
     }  # fmt: skip
-    sampling = {name: value for name, value in given.items() if value is not None}
-    quantize = None if quantize == "none" else quantize
-    engine: dict[str, Any] = {"batch_size": batch_size, "dtype": dtype, "quantize": quantize}
-    sandbox = Sandbox(str(root), unsafe)
+    engine = {
+        "batch_size": batch_size,
+        "dtype": dtype,
+        "quantize": None if quantize == "none" else quantize,
+    }
+    execution = Execution(Sandbox(str(root), unsafe), workers, seed)
     if load_generations is not None:
         others: dict[str, Any] = {
             "MODEL": model, "--server": server, "--adapter": adapter, "--problems": problems,
             "--limit": limit, "--generation-only": generation_only or None,
+            **_as_options(sampling), **_as_options(engine),
         }  # fmt: skip
-        others |= {f"--{name.replace('_', '-')}": value for name, value in (given | engine).items()}
-        for name, value in others.items():
-            if value is not None:
-                raise InputError(f"{name} {value} and --load-generations exclude each other")
-        generations = _loaded(load_generations, chosen)
-        where = str(load_generations)
-    else:
-        if model is None:
-            raise InputError("found neither MODEL nor --load-generations FILE, expected one")
-        if problems is None:
-            raise InputError("--problems is missing, expected --problems DIR or hub")
-        if server is not None:
-            for name, value in engine.items():
-                if value is not None:
-                    option = name.replace("_", "-")
-                    raise InputError(f"--{option} {value} and --server exclude each other")
-        generations = _generated(
-            model, server, engine, adapter or [], problems, chosen or tuple(LANGUAGES), limit,
-            sampling | {"seed": seed}, output, None if generation_only else sandbox,
-        )  # fmt: skip
-        where = f"{model} at {server}" if server else model
-    if generation_only:
-        say(f"{len(generations)} problems -> {output / 'generations.jsonl'}")
+        _exclude(others, "--load-generations")
+        from flora_jax.evaluate.completions import read_generations
+
+        generations = read_generations(load_generations, chosen or None)
+        with _claimed(output):
+            execution.run(generations, output, str(load_generations))
         return
-
-    from flora_jax.evaluate.multipl_e import evaluate
-
-    with _progress("run") as progress:
-        summary = evaluate(
-            generations, output, sandbox=sandbox, workers=workers, seed=seed, progress=progress,
-            source=where,
-        )  # fmt: skip
-    _show(summary)
-
-
-def _loaded(path: Path, languages: tuple[str, ...]) -> list[Generation]:
-    from flora_jax.evaluate.generations import read_generations
-
-    return read_generations(path, languages or None)
-
-
-def _generated(
-    model: str,
-    server: str | None,
-    engine: dict[str, Any],
-    adapter: list[str],
-    problems: str,
-    languages: tuple[str, ...],
-    limit: int | None,
-    sampling: dict[str, Any],
-    output: Path,
-    sandbox: Sandbox | None,
-) -> list[Generation]:
-    """Completes what ``output`` lacks; with ``sandbox`` its toolchains are tried before."""
-    from flora_jax.evaluate.generate import Sampling, complete_all
-    from flora_jax.evaluate.multipl_e import claim
-    from flora_jax.evaluate.problems import first, read_problems
-    from flora_jax.evaluate.toolchains import require
-
-    settings = Sampling(**sampling)
-    for name in named_values(adapter, "adapter", "LANGUAGE=DIR").keys() - set(languages):
-        raise InputError(
-            f"--adapter {name}: not among the languages, which are {', '.join(languages)}"
-        )
-    given = first(read_problems(problems, languages), limit)
-    complete, made_by = (
-        _local(model, engine, adapter, given, settings)
-        if server is None
-        else _remote(model, server, named_values(adapter, "adapter"))
-    )
-    if sandbox is not None:  # Hours of generating are not to end in a toolchain that is missing.
-        sandbox.check()
-        require(languages, sandbox)
-    claim(output)
-    with _progress("generate") as progress:
-        return complete_all(given, complete, settings, output, source=made_by, progress=progress)
-
-
-def _remote(model: str, server: str, adapters: dict[str, str]) -> tuple[Complete, dict[str, Any]]:
-    from flora_jax.evaluate.client import Client
-
-    if not server.startswith(("http://", "https://")):
-        raise InputError(f"--server is {server!r}, expected http://… or https://…")
-    client = Client(server, model, adapters, os.environ.get("OPENAI_API_KEY"))
-    return client, {"model": model, "adapters": adapters, "server": server}
-
-
-def _local(
-    model: str,
-    engine: dict[str, Any],
-    adapter: list[str],
-    problems: list[Problem],
-    sampling: Sampling,
-) -> tuple[Complete, dict[str, Any]]:
-    """The engine, and what it is for the record; a model is loaded when it has to complete."""
-    from flora_jax.checkpoints.sources import resolve
-
-    rows = 16 if engine["batch_size"] is None else engine["batch_size"]
-    if not 1 <= rows <= 256:
-        raise InputError(f"--batch-size is {rows}, expected 1 to 256")
-    if engine["dtype"] not in (None, "float32", "bfloat16", "float16"):
-        raise InputError(f"--dtype is {engine['dtype']!r}, expected float32, bfloat16 or float16")
-    if engine["quantize"] not in (None, "int8", "int4"):
-        raise InputError(f"--quantize is {engine['quantize']!r}, expected int8, int4 or none")
-    folders = named_paths(adapter, "adapter", "LANGUAGE=DIR")
-    directory = resolve(source(model))
-
-    prepare_jax()
-    from flora_jax.evaluate.local import Local
-    from flora_jax.serve.versions import digest
-
-    local = Local(
-        directory, problems, folders, rows, dtype_of(engine["dtype"]),
-        cast(Any, engine["quantize"]),
+    if model is None:
+        raise InputError("found neither MODEL nor --load-generations FILE, expected one")
+    if problems is None:
+        raise InputError("--problems is missing, expected --problems DIR or hub")
+    if server is not None:
+        _exclude(_as_options(engine), "--server")
+    generating = Generating(
+        model, server, engine, tuple(adapter or ()), problems, chosen or tuple(LANGUAGES), limit,
+        {name: value for name, value in sampling.items() if value is not None} | {"seed": seed},
     )  # fmt: skip
-    beyond = local.beyond()
-    if beyond:
-        say(
-            f"{len(beyond)} of {len(problems)} prompts do not fit the model's context, their "
-            f"completions are empty: {', '.join(f'{p.language}/{p.name}' for p in beyond[:20])}"
+    with _claimed(output):
+        generations = generating.run(output, None if generation_only else execution)
+        if generation_only:
+            say(f"{len(generations)} problems -> {output / 'generations.jsonl'}")
+        else:
+            execution.run(generations, output, f"{model} at {server}" if server else model)
+
+
+def _as_options(values: dict[str, Any]) -> dict[str, Any]:
+    return {f"--{name.replace('_', '-')}": value for name, value in values.items()}
+
+
+def _exclude(given: dict[str, Any], other: str) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(f"{name} {value} and {other} exclude each other")
+
+
+def _claimed(output: Path) -> AbstractContextManager[Path]:
+    from flora_jax.evaluate.multipl_e import claim
+
+    return claim(output)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How programs are run and their results summed up."""
+
+    sandbox: Sandbox
+    workers: int | None
+    seed: int
+
+    def run(self, generations: list[Generation], output: Path, source: str) -> None:
+        """Runs the programs and prints the summary; ``output`` is claimed."""
+        from flora_jax.evaluate.execution import Runner
+        from flora_jax.evaluate.multipl_e import evaluate
+
+        with progress("run") as bar:
+            summary = evaluate(
+                generations, output, Runner(self.sandbox, self.workers), seed=self.seed,
+                progress=bar.show, source=source,
+            )  # fmt: skip
+        _show(summary)
+
+
+@dataclass(frozen=True)
+class Generating:
+    """What completes which problems. ``engine`` and ``sampling`` are the options by name."""
+
+    model: str
+    server: str | None
+    engine: dict[str, Any]
+    adapters: tuple[str, ...]
+    problems: str
+    languages: tuple[str, ...]
+    limit: int | None
+    sampling: dict[str, Any]
+
+    def run(self, output: Path, execution: Execution | None) -> list[Generation]:
+        """Completes what ``output`` lacks, which is claimed; with ``execution`` its toolchains are
+        tried before.
+        """
+        from flora_jax.evaluate.completions import Sampling, complete_all
+        from flora_jax.evaluate.problems import first, read_problems
+        from flora_jax.evaluate.toolchains import require
+
+        sampling = Sampling(**self.sampling)
+        for name in named_values([*self.adapters], "adapter", "LANGUAGE=DIR").keys() - set(
+            self.languages
+        ):
+            raise InputError(
+                f"--adapter {name}: not among the languages, which are {', '.join(self.languages)}"
+            )
+        problems = first(read_problems(self.problems, self.languages), self.limit)
+        complete, made_by = (
+            self._local(problems, sampling) if self.server is None else self._remote(self.server)
         )
-    return local, {
-        "model": model,
-        "adapters": {name: digest(path) for name, path in folders.items()},
-        **engine, "batch_size": rows, "dtype": local.dtype, "context": local.context(sampling),
-    }  # fmt: skip
+        if execution is not None:  # Hours of generating are not to end in a missing toolchain.
+            execution.sandbox.check()
+            require(self.languages, execution.sandbox)
+        with progress("generate") as bar:
+            return complete_all(
+                problems, complete, sampling, output, source=made_by, progress=bar.show
+            )
+
+    def _remote(self, server: str) -> tuple[Complete, dict[str, Any]]:
+        from flora_jax.evaluate.client import Client
+
+        if not server.startswith(("http://", "https://")):
+            raise InputError(f"--server is {server!r}, expected http://… or https://…")
+        adapters = named_values([*self.adapters], "adapter")
+        client = Client(server, self.model, adapters, os.environ.get("OPENAI_API_KEY"))
+        return client, {"model": self.model, "adapters": adapters, "server": server}
+
+    def _local(
+        self, problems: list[Problem], sampling: Sampling
+    ) -> tuple[Complete, dict[str, Any]]:
+        """The engine, and what decides its completions; a model is loaded when it has to complete."""
+        from flora_jax.checkpoints.sources import resolve
+
+        engine = self.engine
+        rows = 16 if engine["batch_size"] is None else engine["batch_size"]
+        if not 1 <= rows <= 256:
+            raise InputError(f"--batch-size is {rows}, expected 1 to 256")
+        if engine["dtype"] not in (None, "float32", "bfloat16", "float16"):
+            raise InputError(
+                f"--dtype is {engine['dtype']!r}, expected float32, bfloat16 or float16"
+            )
+        if engine["quantize"] not in (None, "int8", "int4"):
+            raise InputError(f"--quantize is {engine['quantize']!r}, expected int8, int4 or none")
+        folders = named_paths([*self.adapters], "adapter", "LANGUAGE=DIR")
+        directory = resolve(source(self.model))
+
+        prepare_jax()
+        from flora_jax.checkpoints.digest import model_digest
+        from flora_jax.evaluate.local import Local
+        from flora_jax.serve.versions import digest
+
+        local = Local(
+            directory, problems, folders, rows, dtype_of(engine["dtype"]), engine["quantize"]
+        )
+        beyond = local.beyond()
+        if beyond:
+            say(
+                f"{len(beyond)} of {len(problems)} prompts do not fit the model's context, their "
+                f"completions are empty: {', '.join(f'{p.language}/{p.name}' for p in beyond[:20])}"
+            )
+        return local, {
+            "model": self.model, "model_sha256": model_digest(directory),
+            "adapters": {name: digest(path) for name, path in folders.items()},
+            **engine, "batch_size": rows, "dtype": local.dtype, "context": local.context(sampling),
+        }  # fmt: skip
 
 
 def _show(summary: dict[str, dict[str, Any]]) -> None:
@@ -252,13 +283,3 @@ def _show(summary: dict[str, dict[str, Any]]) -> None:
             f"{language:<6} pass@1 {100 * found['pass@1']:.2f} %{error}, {found['problems']} problems, "
             f"{found['samples']} samples: {classes}"
         )
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task(what, total=None)
-        yield lambda done, total: shown.update(task, completed=done, total=total)

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flora_jax.errors import InputError, RunError
-from flora_jax.evaluate.generate import Sampling
-from flora_jax.evaluate.generations import Generation
+from flora_jax.evaluate.completions import Generation, Sampling
 from flora_jax.evaluate.problems import Problem
 
 _MOST_STOPS = 4  # What OpenAI takes; more are cut off here, after the fact.

@@ -9,8 +9,8 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -25,8 +25,9 @@ from flora_jax.evaluate.languages import (
     SYNTAX_ERROR,
     TIMEOUT,
     Toolchain,
+    check_status,
 )
-from flora_jax.jsonl import Journal
+from flora_jax.jsonl import Journal, text
 from flora_jax.sandbox import supervise
 from flora_jax.sandbox.sandbox import Sandbox
 
@@ -106,30 +107,68 @@ def _tail(ran: supervise.Ran) -> str:
     return (ran.stderr.strip() or ran.stdout.strip())[-_TAIL:]
 
 
-def run_all(
-    tasks: Mapping[str, Task] | Iterable[tuple[str, Task]],
-    executor: Executor,
-    in_flight: int | None = None,
-) -> Iterator[tuple[str, Outcome]]:
-    """Runs tasks by name on any executor of ``concurrent.futures``; outcomes as they come.
+@dataclass(frozen=True)
+class Runner:
+    """What runs programs: ``workers`` threads, one for each core by default, or any ``executor``.
 
-    ``in_flight`` tasks at most, by default four for each core, wait in the executor.
-
-    Raises:
-        RunError: the sandbox failed.
+    ``in_flight`` tasks at most wait in the executor, by default four for each core.
     """
-    items = tasks.items() if isinstance(tasks, Mapping) else tasks
-    waiting = iter(items)
-    bound = in_flight or 4 * cores()
-    pending: dict[Future[Outcome], str] = {}
+
+    sandbox: Sandbox
+    workers: int | None = None
+    executor: Executor | None = None
+    in_flight: int | None = None
+
+    def run(
+        self, tasks: Iterable[tuple[str, Task]], slow: Iterable[tuple[str, Task]] = ()
+    ) -> Iterator[tuple[str, Outcome]]:
+        """Outcomes of named tasks as they come, the same however many run at once.
+
+        A program that runs out of time beside others may be right: at the end it runs again with at
+        least eight cores to itself (or all there are), and only that outcome counts. The programs of
+        ``slow`` have run out of time before, and run in that way only.
+
+        Raises:
+            RunError: the sandbox failed.
+        """
+        own = ThreadPoolExecutor(self.workers or cores()) if self.executor is None else None
+        executor: Executor | None = self.executor or own
+        assert executor is not None
+        quiet = max(1, cores() // 8)
+        alone = own is not None and (self.workers or cores()) <= quiet
+        bound = self.in_flight or max(4 * cores(), 2 * (self.workers or 0))
+        again = [*slow]
+        try:
+            for name, task, outcome in _run_all(tasks, executor, bound):
+                if outcome.status == TIMEOUT and not alone:
+                    again.append((name, task))
+                else:
+                    yield name, outcome
+            for name, _, outcome in _run_all(again, executor, quiet):
+                yield name, outcome
+        except BaseException:
+            if own is not None:  # Threads wait for their programs, up to minutes each.
+                own.shutdown(wait=False, cancel_futures=True)
+                supervise.kill_running()
+            raise
+        if own is not None:
+            own.shutdown()
+
+
+def _run_all(
+    tasks: Iterable[tuple[str, Task]], executor: Executor, bound: int
+) -> Iterator[tuple[str, Task, Outcome]]:
+    """Outcomes as they come; ``bound`` tasks at most are in the executor."""
+    waiting = iter(tasks)
+    pending: dict[Future[Outcome], tuple[str, Task]] = {}
     try:
         while True:
             for name, task in islice(waiting, bound - len(pending)):
-                pending[executor.submit(execute, task)] = name
+                pending[executor.submit(execute, task)] = name, task
             if not pending:
                 return
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                yield pending.pop(future), future.result()
+                yield *pending.pop(future), future.result()
     finally:
         for future in pending:
             future.cancel()
@@ -141,13 +180,29 @@ def cores() -> int:
 
 
 class Memory:
-    """Outcomes by :meth:`Task.key`, in a journal that a killed run leaves readable."""
+    """Outcomes by :meth:`Task.key`, in a journal that a killed run leaves readable.
+
+    That a program ran out of time says as much of the machine as of the program. It is written down, but
+    not known again later: ``slow`` has the keys of such programs.
+    """
 
     def __init__(self, journal: Journal) -> None:
+        """Reads what the journal has.
+
+        Raises:
+            InputError: a line that is no outcome.
+        """
         self._journal = journal
-        self._statuses: dict[str, str] = {
-            raw["key"]: raw["status"] for raw in journal.read() if {"key", "status"} <= raw.keys()
-        }
+        self._statuses: dict[str, str] = {}
+        self.slow: set[str] = set()
+        for number, raw in enumerate(journal.read(), 1):
+            where = f"{journal.path}, line {number}"
+            key, status = text(raw, "key", where), text(raw, "status", where)
+            check_status(status, where)
+            if status == TIMEOUT:
+                self.slow.add(key)
+            else:
+                self._statuses[key] = status
 
     def __contains__(self, key: str) -> bool:
         return key in self._statuses

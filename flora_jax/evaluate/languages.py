@@ -22,7 +22,11 @@ ARTEFACT = "program"
 
 @dataclass(frozen=True)
 class Step:
-    """One command of a program; ``seconds`` of wall time."""
+    """One command of a program, and how long it may take.
+
+    ``seconds`` are MultiPL-E's, which measures by the clock. Here the program's own processor time and
+    the time that it sleeps are counted, so that it does not matter what else the machine does.
+    """
 
     command: tuple[str, ...]
     seconds: float
@@ -42,8 +46,9 @@ class Toolchain:
 class Language:
     """How to judge one language.
 
-    ``passes`` sees exit code, stdout and stderr of the last step, ``syntax`` finds the class of a
-    failure in its stderr; ``probe`` is a program that passes where all that tests need is there.
+    ``packages`` are Debian's, the one with the program first; ``probe`` is a program that passes where
+    all that tests need is there. ``passes`` judges by exit code, stdout and stderr of the last step;
+    ``syntax`` finds in its stderr that a failure is an error of syntax.
     """
 
     name: str
@@ -150,6 +155,17 @@ LANGUAGES: dict[str, Language] = {
         note="in Debian 13 (trixie) and newer, not in 12",
     ),
 }
+
+
+def limits(toolchain: Toolchain) -> str:
+    """How long a program may take, for people: a step after another, in seconds."""
+    return " + ".join(f"{step.seconds:g} s" for step in toolchain.steps)
+
+
+def check_status(status: str, where: str) -> None:
+    """``InputError`` if ``status`` is none of :data:`STATUSES`."""
+    if status not in STATUSES:
+        raise InputError(f"{where}: status is {status!r}, expected one of {', '.join(STATUSES)}")
 
 
 def select(names: Iterable[str]) -> tuple[str, ...]:

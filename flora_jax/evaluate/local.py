@@ -16,8 +16,7 @@ from typing import Any, Literal, NamedTuple
 from flora_jax.checkpoints.checkpoint import describe, load_model
 from flora_jax.checkpoints.tokenizer import load_tokenizer
 from flora_jax.errors import InputError, RunError
-from flora_jax.evaluate.generate import Sampling
-from flora_jax.evaluate.generations import Generation
+from flora_jax.evaluate.completions import Generation, Sampling
 from flora_jax.evaluate.problems import Problem
 from flora_jax.models.transpose import for_decoding
 from flora_jax.serve.engine import Engine

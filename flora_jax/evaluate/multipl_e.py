@@ -7,58 +7,53 @@ programs ran). A run that was killed goes on from the outcomes that are there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from flora_jax.errors import InputError
 from flora_jax.evaluate import toolchains
-from flora_jax.evaluate.execution import Memory, Progress, Task, cores, run_all
-from flora_jax.evaluate.generate import GENERATIONS, PARTIAL, SETTINGS
-from flora_jax.evaluate.generations import Generation
-from flora_jax.evaluate.languages import LANGUAGES
+from flora_jax.evaluate.completions import GENERATIONS, PARTIAL, SETTINGS, Generation
+from flora_jax.evaluate.execution import Memory, Progress, Runner, Task, cores
+from flora_jax.evaluate.languages import LANGUAGES, limits
 from flora_jax.evaluate.results import Result, summarise
-from flora_jax.files import is_part, whole_file
+from flora_jax.files import directory_lock, entries, is_part, whole_file
 from flora_jax.jsonl import Journal
-from flora_jax.sandbox import supervise
 from flora_jax.sandbox.sandbox import Sandbox
 
 EXECUTIONS, RESULTS, SUMMARY, RUN = "executions.jsonl", "results.jsonl", "summary.json", "run.json"
 _OURS = {EXECUTIONS, RESULTS, SUMMARY, RUN, GENERATIONS, PARTIAL, SETTINGS}
 
 
-def claim(output: Path) -> Path:
-    """The directory of a run, made if it is not there.
+@contextlib.contextmanager
+def claim(output: Path) -> Iterator[Path]:
+    """The directory of a run, made if it is not there, for this process alone until the end.
 
     Raises:
-        InputError: it is a file, or holds something that no evaluation writes.
+        InputError: another process uses it, it cannot be written to, or it holds something that no
+            evaluation writes.
     """
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output}: is a file, expected a directory")
-    output.mkdir(parents=True, exist_ok=True)
-    strange = sorted(
-        path.name for path in output.iterdir() if path.name not in _OURS and not is_part(path)
-    )
-    if strange:
-        raise InputError(
-            f"{output}: holds {strange[0]}, expected a new directory or that of an evaluation"
-        )
-    return output
+    with directory_lock(output):
+        strange = [
+            path.name for path in entries(output) if path.name not in _OURS and not is_part(path)
+        ]
+        if strange:
+            raise InputError(
+                f"{output}: holds {strange[0]}, expected a new directory or that of an evaluation"
+            )
+        yield output
 
 
 def evaluate(
     generations: Sequence[Generation],
     output: Path,
+    runner: Runner,
     *,
-    sandbox: Sandbox,
-    executor: Executor | None = None,
-    workers: int | None = None,
-    in_flight: int | None = None,
     seed: int = 0,
     progress: Progress = lambda done, total: None,
     source: str = "",
@@ -68,12 +63,8 @@ def evaluate(
 
     Args:
         generations: one for each problem.
-        output: a new directory, or one that an evaluation has written to.
-        sandbox: where programs run.
-        executor: what runs them, anything with the interface of ``concurrent.futures``; the
-            default is ``workers`` threads, one for each core, each waiting for one program.
-        workers: see ``executor``.
-        in_flight: tasks that wait in the executor at most.
+        output: a directory that the caller has claimed, see :func:`claim`.
+        runner: where programs run, and how many at once.
         seed: of the bootstrap.
         progress: called after each program.
         source: where the generations came from, for the record.
@@ -84,14 +75,14 @@ def evaluate(
         The summary by language; see :func:`flora_jax.evaluate.results.summarise`.
 
     Raises:
-        InputError: no sandbox, a missing toolchain, or an output directory in use.
+        InputError: no sandbox, a missing toolchain, or a damaged file of outcomes.
         RunError: the sandbox failed in the middle.
     """
     started = time.monotonic()
+    sandbox = runner.sandbox
     sandbox.check()
     languages = [key for key in LANGUAGES if any(one.language == key for one in generations)]
     found = toolchains.require(languages, sandbox)
-    claim(output)
     digest = _digest(generations)
     _forget_others(output, digest)
     with Journal(executions or output / EXECUTIONS) as journal:
@@ -103,26 +94,19 @@ def evaluate(
             )
             for one in generations
         ]
-        before = {key for row in keys for key in row if key in memory}
-        total = len({key for row in keys for key in row})
-        tasks = _missing(generations, keys, memory, found, sandbox)
-        done = len(before)
+        wanted = {key for row in keys for key in row}
+        slow = wanted & memory.slow - {key for key in wanted if key in memory}
+        before, total = sum(key in memory for key in wanted), len(wanted)
+        done = before
         progress(done, total)
-        own = ThreadPoolExecutor(workers or cores()) if executor is None else None
-        try:
-            bound = in_flight or max(4 * cores(), 2 * (workers or 0))
-            for name, outcome in run_all(tasks, executor or own, bound):  # type: ignore[arg-type]
-                language, key = name.split()
-                memory.add(key, language, outcome)
-                done += 1
-                progress(done, total)
-        except BaseException:
-            if own is not None:  # Threads wait for their programs, up to a minute each.
-                own.shutdown(wait=False, cancel_futures=True)
-                supervise.kill_running()
-            raise
-        if own is not None:
-            own.shutdown()
+        new = _tasks(generations, keys, wanted - slow, memory, found, sandbox)
+        for name, outcome in runner.run(
+            new, _tasks(generations, keys, slow, memory, found, sandbox)
+        ):
+            language, key = name.split()
+            memory.add(key, language, outcome)
+            done += 1
+            progress(done, total)
         results = [
             Result(one.name, one.language, tuple(map(memory.status, row)))
             for one, row in zip(generations, keys, strict=True)
@@ -132,11 +116,12 @@ def evaluate(
             "source": source,
             "generations_sha256": digest,
             "toolchains": {key: f"{one.path} {one.version}" for key, one in found.items()},
+            "seconds_allowed": {key: limits(one.toolchain) for key, one in found.items()},
             "sandbox": asdict(sandbox),
             "programs": total,
-            "programs_run_before": len(before),
+            "programs_run_before": before,
             "seconds": round(time.monotonic() - started, 3),
-            "workers": (workers or cores()) if executor is None else None,
+            "workers": (runner.workers or cores()) if runner.executor is None else None,
         })  # fmt: skip
     return summary
 
@@ -147,18 +132,19 @@ def _task(
     return Task(one.language, one.program(index), found[one.language].toolchain, sandbox)
 
 
-def _missing(
+def _tasks(
     generations: Sequence[Generation],
     keys: Sequence[Sequence[str]],
+    chosen: set[str],
     memory: Memory,
     found: dict[str, toolchains.Found],
     sandbox: Sandbox,
 ) -> Iterator[tuple[str, Task]]:
-    """A task for every distinct program without an outcome, made when it is asked for."""
+    """A task for every distinct program of ``chosen`` without an outcome, made when it is asked for."""
     given: set[str] = set()
     for one, row in zip(generations, keys, strict=True):
         for index, key in enumerate(row):
-            if key not in memory and key not in given:
+            if key in chosen and key not in memory and key not in given:
                 given.add(key)
                 yield f"{one.language} {key}", _task(one, index, found, sandbox)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from flora_jax.errors import InputError, listing
 from flora_jax.evaluate import pass_at_k as metric
-from flora_jax.evaluate.languages import OK
+from flora_jax.evaluate.languages import OK, check_status
 from flora_jax.jsonl import read_objects, text, texts
 
 KS = (1, 10, 100)
@@ -50,6 +50,8 @@ def read_results(path: Path) -> list[Result]:
         statuses = texts(raw, "statuses", where)
         if not statuses:
             raise InputError(f"{where}: statuses is empty, expected at least one")
+        for status in statuses:
+            check_status(status, where)
         one = Result(text(raw, "name", where), text(raw, "language", where), statuses)
         if (one.language, one.name) in known:
             raise InputError(f"{where}: {one.name} in {one.language} is there twice")

@@ -57,6 +57,12 @@ def missing(language: str) -> str:
     return f"{entry.name}: {' or '.join(names)} not found ({said})"
 
 
+def libraries(language: str) -> str:
+    """What to install where the programs of a language are there, but not all that tests need."""
+    program, *others = LANGUAGES[language].packages.split()
+    return " ".join(others) or program
+
+
 def require(languages: Iterable[str], sandbox: Sandbox) -> dict[str, Found]:
     """The toolchains of all ``languages``, each tried on a program that must pass.
 
@@ -73,8 +79,8 @@ def require(languages: Iterable[str], sandbox: Sandbox) -> dict[str, Found]:
         found[language] = one
         failure = probe(one, sandbox)
         if failure is not None:
-            packages = LANGUAGES[language].packages
-            problems.append(f"{LANGUAGES[language].name}: {failure} (apt-get install {packages})")
+            advice = f"{failure} (apt-get install {libraries(language)})"
+            problems.append(f"{LANGUAGES[language].name}: {advice}")
     if problems:
         raise InputError(listing("toolchains are missing", problems))
     return found

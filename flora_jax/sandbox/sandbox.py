@@ -35,11 +35,13 @@ class Limits:
     """Bounds of one program, in bytes where not said otherwise.
 
     ``memory`` is the address space of a process, which runtimes reserve beyond what they use;
-    ``resident`` is what all processes together really hold.
+    ``resident`` is what all processes together really hold. ``wall`` times the seconds that a command
+    may take by itself may pass in all, waiting for a core included.
     """
 
     memory: int = 4 << 30
     resident: int = 2 << 30
+    wall: float = 4.0
     processes: int = 64
     open_files: int = 256
     file: int = 64 << 20
@@ -93,7 +95,10 @@ class Sandbox:
         seconds: float,
         keep: str | None = None,
     ) -> tuple[Ran, bytes]:
-        """Runs ``command`` beside ``files`` (executable, by name), for ``seconds`` of wall time.
+        """Runs ``command`` beside ``files`` (executable, by name) for ``seconds`` at most.
+
+        Its own processor time and the time that it sleeps are counted, not the time that it waits for
+        a core; see :class:`~flora_jax.sandbox.supervise.Process`.
 
         Returns:
             What came of it, and the content of the file ``keep`` where the command exited with 0.
@@ -145,6 +150,7 @@ class Sandbox:
                 env=_ENVIRONMENT,
                 cwd="/",
                 seconds=seconds,
+                wall=self.limits.wall * seconds,
                 resident=self.limits.resident,
                 output=self.limits.output,
                 inherited=[*opened.values(), *filters],
@@ -168,18 +174,18 @@ class Sandbox:
             }
             ran = Process(
                 [*self._limited(seconds), *command], env | {"TMPDIR": directory}, directory, seconds,
-                self.limits.resident, self.limits.output,
+                self.limits.wall * seconds, self.limits.resident, self.limits.output,
             ).run()  # fmt: skip
             kept = Path(directory, keep) if keep is not None and ran.exit_code == 0 else None
             return ran, kept.read_bytes() if kept is not None and kept.is_file() else b""
 
     def _limited(self, seconds: float) -> list[str]:
         """Set inside: the count of processes is then the sandbox's own, not one of the whole user."""
-        limits = self.limits
+        limits, whole = self.limits, math.ceil(seconds) + 1
         bounds = {
             "as": limits.memory, "fsize": limits.file, "nofile": limits.open_files, "core": 0,
-            # A compiler may use several cores for its wall time.
-            "cpu": math.ceil(4 * seconds),
+            # Of each process, behind the watch over all of them. At the second the kernel kills.
+            "cpu": f"{whole}:{whole + 1}",
         }  # fmt: skip
         if not self.unsafe:
             bounds["nproc"] = limits.processes

@@ -15,13 +15,14 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 Ending = Literal["exited", "timeout", "output", "memory"]
-_LOOK = 0.1  # Seconds between two looks at the memory of a program.
+_LOOK = 0.1  # Seconds between two looks at the memory and the times of a program.
+_TICK = 1 / os.sysconf("SC_CLK_TCK")  # Seconds; the kernel counts processor time in them.
 # A deadline missed by so many seconds says nothing of the program: this process did not run itself.
 _LATE = 5.0
 _RUNNING: set[subprocess.Popen[bytes]] = set()
@@ -50,8 +51,11 @@ class Ran:
 
 @dataclass
 class Process:
-    """A command and the bounds of its run: wall time in seconds, sizes in bytes.
+    """A command and the bounds of its run: times in seconds, sizes in bytes.
 
+    ``seconds`` bounds the time that the command itself takes: processor time of all its processes, and
+    time in which all of them sleep. Time in which it waits for a core, because others run, is not
+    counted, so that the outcome is the same on a busy machine; ``wall`` bounds all of it together.
     ``resident`` bounds the memory of all its processes together and ``output`` what it prints;
     ``status`` is a descriptor on which a sandbox reports itself, ``stdout`` one that takes the
     command's output instead of a pipe.
@@ -61,6 +65,7 @@ class Process:
     env: Mapping[str, str]
     cwd: str
     seconds: float
+    wall: float
     resident: int
     output: int
     inherited: Sequence[int] = ()
@@ -147,8 +152,9 @@ class _Watch:
             return self._result(ending)
 
     def _until_end(self, selector: selectors.BaseSelector, gone: int) -> Ending:
-        deadline = self.started + self.bounds.seconds
-        look = self.started + _LOOK
+        deadline = self.started + self.bounds.wall
+        last, look = self.started, self.started + _LOOK
+        busy = idle = 0.0  # Seconds.
         while True:
             now = time.monotonic()
             if now >= deadline + _LATE:
@@ -156,9 +162,15 @@ class _Watch:
             if now >= deadline:
                 return "timeout"
             if now >= look:
-                look = now + _LOOK
-                if self._resident() > self.bounds.resident:
+                seen = self._look()
+                if seen.resident > self.bounds.resident:
                     return "memory"
+                # Threads that work do not show in the state of their process, but in its time.
+                if not seen.runnable and seen.busy <= busy:
+                    idle += now - last
+                busy, last, look = max(busy, seen.busy), now, now + _LOOK
+                if busy + idle >= self.bounds.seconds:
+                    return "timeout"
             ready = selector.select(max(0.0, min(deadline, look) - now))
             for key, _ in ready:
                 if key.fd == gone:
@@ -211,16 +223,17 @@ class _Watch:
         if self.inner_gone is not None:
             os.close(self.inner_gone)
 
-    def _resident(self) -> int:
-        """Bytes of memory of all processes in the sandbox, by its own list of them."""
+    def _look(self) -> _Seen:
+        """All processes in the sandbox, by its own list of them."""
         if self.inner is None:
-            return _own(Path(f"/proc/{self.process.pid}/status"))
+            if self.bounds.status:  # The command is not running yet.
+                return _Seen(0, 0.0, True)
+            return _look_at([Path(f"/proc/{self.process.pid}")])
         with contextlib.suppress(OSError):
             listed = Path(f"/proc/{self.inner}/root/proc")
-            if listed.stat().st_dev == Path("/proc").stat().st_dev:  # Not yet in its own.
-                return 0
-            return sum(_own(path / "status") for path in listed.glob("[0-9]*"))
-        return 0
+            if listed.stat().st_dev != Path("/proc").stat().st_dev:  # Else not yet in its own.
+                return _look_at(listed.glob("[0-9]*"))
+        return _Seen(0, 0.0, True)
 
     def _result(self, ending: Ending) -> Ran:
         seconds = time.monotonic() - self.started
@@ -236,19 +249,42 @@ class _Watch:
             if "exit-code" not in reported:
                 raise StartError(stderr.strip() or f"it ended with exit code {code}")
             code = reported["exit-code"]
-        # The kernel's signal for time on the processor used up, as shells and as Python have it.
+        # The kernel's own limit, for a process that ended between two looks; as shells and as Python
+        # have the signal.
         if code in (128 + signal.SIGXCPU, -signal.SIGXCPU):
             return Ran("timeout", code, stdout, stderr, seconds)
         return Ran("exited", code, stdout, stderr, seconds)
 
 
-def _own(status: Path) -> int:
-    """Anonymous memory, shared or not, of a process: all that is not a file's."""
-    try:
-        lines = status.read_text().splitlines()
-    except OSError:  # It ended since it was listed.
-        return 0
-    return sum(1024 * int(s.split()[1]) for s in lines if s.startswith(("RssAnon:", "RssShmem:")))
+@dataclass(frozen=True)
+class _Seen:
+    """Processes at one time: bytes of memory, processor time in seconds, and whether any wants a core.
+
+    Memory is all anonymous memory, shared or not. Time is that of children that have ended as well.
+    """
+
+    resident: int
+    busy: float
+    runnable: bool
+
+
+def _look_at(places: Iterable[Path]) -> _Seen:
+    resident, ticks, runnable = 0, 0, False
+    for place in places:
+        try:
+            lines = (place / "status").read_text().splitlines()
+            # The name before the last parenthesis may hold anything.
+            fields = (place / "stat").read_text().rpartition(")")[2].split()
+        except OSError:  # It ended since it was listed.
+            continue
+        resident += sum(
+            1024 * int(line.split()[1])
+            for line in lines
+            if line.startswith(("RssAnon:", "RssShmem:"))
+        )
+        runnable |= fields[0] in "RD"  # Running or waiting for a core, or for a disk.
+        ticks += sum(map(int, fields[11:15]))
+    return _Seen(resident, ticks * _TICK, runnable)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

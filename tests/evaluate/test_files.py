@@ -1,6 +1,8 @@
 """Generations, problems, results and reports as files: what is read, refused, written and resumed."""
 
+import contextlib
 import csv
+import dataclasses
 import json
 import re
 import threading
@@ -10,11 +12,12 @@ import pytest
 
 from flora_jax.errors import InputError, RunError
 from flora_jax.evaluate import client as client_module
-from flora_jax.evaluate import report
+from flora_jax.evaluate import tables
 from flora_jax.evaluate.client import Client
-from flora_jax.evaluate.generate import Sampling, complete_all
-from flora_jax.evaluate.generations import (
+from flora_jax.evaluate.completions import (
     Generation,
+    Sampling,
+    complete_all,
     export_bigcode,
     read_generations,
     truncate,
@@ -22,7 +25,6 @@ from flora_jax.evaluate.generations import (
 from flora_jax.evaluate.languages import select
 from flora_jax.evaluate.problems import Problem, read_problems
 from flora_jax.evaluate.results import Result, check_same_problems, read_results, summarise
-from flora_jax.jsonl import Journal
 
 LINE = {"name": "one", "language": "pl", "prompt": "p", "tests": "t", "stop_tokens": ["\n\n"],
         "completions": ["c", "d"]}  # fmt: skip
@@ -133,20 +135,6 @@ def test_bad_problems_are_named(tmp_path):
         read_problems(str(tmp_path), ["pl"])
 
 
-def test_a_journal_loses_only_a_line_half_written(tmp_path):
-    path = tmp_path / "journal.jsonl"
-    with Journal(path) as journal:
-        journal.append({"a": 1})
-        with pytest.raises(InputError, match="another process is writing"):
-            Journal(path)
-    for half in (b'{"b": 2', b'{"b": 2}', b"\xff\xfe\n"):
-        with path.open("ab") as file:
-            file.write(half)
-        with Journal(path) as journal:
-            assert journal.read() == [{"a": 1}]
-    assert path.read_text() == '{"a": 1}\n'
-
-
 class Stops(Exception):
     pass
 
@@ -177,9 +165,36 @@ def test_generating_goes_on_where_it_was_stopped(tmp_path):
     other = Sampling(n_samples=2, temperature=0.5)
     with pytest.raises(InputError, match=r"generated with temperature 0.1, now 0.5"):
         complete_all(PROBLEMS, completer(asked), other, tmp_path, source=source)
-    changed = [Problem("a", "pl", "other", "t", ())]
-    with pytest.raises(InputError, match="a in pl was generated for another prompt"):
-        complete_all(changed, completer(asked), sampling, tmp_path, source=source)
+
+
+@pytest.mark.parametrize(
+    "field, value", [("prompt", "other"), ("tests", "other"), ("stop_tokens", ("\nsub",))]
+)
+@pytest.mark.parametrize("done", [True, False])
+def test_completions_of_a_problem_that_changed_are_not_kept(tmp_path, field, value, done):
+    sampling, source = Sampling(n_samples=1), {"model": "m"}
+    with contextlib.suppress(Stops):
+        complete_all(PROBLEMS, completer([], 99 if done else 2), sampling, tmp_path, source=source)
+    changed = [dataclasses.replace(one, **{field: value}) for one in PROBLEMS]
+    with pytest.raises(
+        InputError, match=f"[abc] in pl was generated with another {field}, .* expected"
+    ):
+        complete_all(changed, completer([]), sampling, tmp_path, source=source)
+
+
+def test_completions_are_those_of_a_model_s_content_by_whatever_path(tmp_path):
+    sampling, asked = Sampling(n_samples=1), []
+
+    def made(model, content):
+        source = {"model": model, "model_sha256": content}
+        return complete_all(PROBLEMS, completer(asked), sampling, tmp_path, source=source)
+
+    assert made("here", "1") == made("moved/there", "1")
+    assert len(asked) == 1
+    with pytest.raises(
+        InputError, match=r"generation.json: generated with model_sha256 '1', now '2'"
+    ):
+        made("here", "2")
 
 
 def test_a_problem_that_is_left_out_is_an_error(tmp_path):
@@ -270,23 +285,49 @@ def results(*correct):
 
 def test_a_table_shows_improvement_relative_to_the_base(tmp_path):
     summaries = {"base": summarise(results(1, 1)), "flora": summarise(results(1, 2))}
-    cells = report.table(summaries, base="base")
+    cells = tables.table(summaries, base="base")
     assert [(cell.value, cell.relative) for cell in cells] == [(0.25, None), (0.375, 0.5)]
-    paths = {path.name: path for path in report.write_report(cells, tmp_path / "new")}
+    paths = {path.name: path for path in tables.write_report(cells, tmp_path / "new")}
     assert "| Perl | 25.00 ± 0.00 | 37.50 ± 12.50 (+50.00 %) |" in paths["table.md"].read_text()
     rows = list(csv.DictReader(paths["table.csv"].read_text().splitlines()))
     assert [row["relative"] for row in rows] == ["", "0.5"]
     assert json.loads(paths["table.json"].read_text())[1]["statuses"] == {"Exception": 5, "OK": 3}
     assert paths["table.png"].read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="no pass@10, the fewest samples of a problem are 4"):
-        report.table(summaries, 10)
+        tables.table(summaries, 10)
     with pytest.raises(InputError, match="--base is 'lora', expected one of base, flora"):
-        report.table(summaries, base="lora")
+        tables.table(summaries, base="lora")
+
+
+def test_names_of_methods_are_shown_as_they_are(tmp_path):
+    names = ["a|b", "$x_1$ is $", "_hidden", "<b>*c*</b>", "two\nlines"]
+    cells = tables.table({name: summarise(results(1, 2)) for name in names})
+    markdown = tables.to_markdown(cells)
+    head = markdown.splitlines()[0]
+    assert head == (
+        r"| language | a\|b | \$x_1\$ is \$ | \_hidden | \<b\>\*c\*\</b\> | two lines |"
+    )
+    assert [len(re.findall(r"(?<!\\)\|", line)) for line in markdown.splitlines()] == [7] * 3
+    failures = tables.failures_markdown(cells)
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in failures.splitlines()}) == 1
+    # As formulas, some of the names would end the drawing.
+    legend = tables.figure(cells).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == names
+    tables.write_report(cells, tmp_path / "new")
+
+
+def test_a_table_replaces_an_older_one_only_where_asked(tmp_path):
+    cells = tables.table({"base": summarise(results(1, 1))})
+    tables.write_report(cells, tmp_path)
+    with pytest.raises(InputError, match="exists already"):
+        tables.write_report(cells, tmp_path)
+    tables.write_report(cells, tmp_path, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(tables.FILES)
 
 
 def test_nothing_is_relative_to_a_base_that_passes_nothing():
     summaries = {"base": summarise(results(0, 0)), "flora": summarise(results(1, 2))}
-    assert [cell.relative for cell in report.table(summaries, base="base")] == [None, None]
+    assert [cell.relative for cell in tables.table(summaries, base="base")] == [None, None]
 
 
 def test_only_results_of_the_same_problems_are_relative_to_each_other():
@@ -303,6 +344,9 @@ def test_results_are_read_back(tmp_path):
     assert read_results(tmp_path) == read_results(path) == results(1, 2)
     path.write_text('{"name": "a", "language": "pl", "statuses": ["OK"]}\n' * 2)
     with pytest.raises(InputError, match="line 2: a in pl is there twice"):
+        read_results(tmp_path)
+    path.write_text('{"name": "a", "language": "pl", "statuses": ["OK", "ok"]}')
+    with pytest.raises(InputError, match=r"line 1: status is 'ok', expected one of OK, Timeout"):
         read_results(tmp_path)
     path.write_text('{"name": "a", "language": "pl", "statuses": []}')
     with pytest.raises(InputError, match="line 1: statuses is empty"):

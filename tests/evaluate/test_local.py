@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flora_jax.errors import InputError
-from flora_jax.evaluate.generate import Sampling, complete_all
+from flora_jax.evaluate.completions import Sampling, complete_all
 from flora_jax.evaluate.local import Job, Local
 from flora_jax.evaluate.problems import Problem, first
 

@@ -16,7 +16,8 @@ from experiments.evaluator_proof import (
     write_lines,
 )
 from flora_jax.evaluate import multipl_e
-from flora_jax.evaluate.generations import read_generations
+from flora_jax.evaluate.completions import read_generations
+from flora_jax.evaluate.execution import Runner
 from flora_jax.evaluate.languages import LANGUAGES
 from flora_jax.sandbox.sandbox import Sandbox
 from tests.helpers import toolchains
@@ -50,7 +51,9 @@ def test_a_program_is_judged_by_its_language_s_rule(language, tmp_path):
     prompt, *completions, tests = OWN[language]
     line = {"name": "one", "language": language, "prompt": prompt, "tests": tests,
             "stop_tokens": [], "completions": completions}  # fmt: skip
-    found = toolchains.evaluate(write_lines(tmp_path / "own.jsonl", [line]), tmp_path / "out")
+    file = write_lines(tmp_path / "own.jsonl", [line])
+    # What runs alone anyway is not run again.
+    found = toolchains.evaluate(file, tmp_path / "out", "--workers", "1")
     assert found[language, "one"] == ["OK", "Exception", "SyntaxError", "Timeout"]
 
 
@@ -124,10 +127,10 @@ def test_a_run_that_is_stopped_leaves_no_results_of_other_generations(tmp_path, 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(multipl_e, "run_all", stop)
+    monkeypatch.setattr(Runner, "run", stop)
     for known, left in ((read_generations(first), True), (generations, False)):
-        with pytest.raises(KeyboardInterrupt):
-            multipl_e.evaluate(known, tmp_path / "out", sandbox=Sandbox())
+        with pytest.raises(KeyboardInterrupt), multipl_e.claim(tmp_path / "out") as output:
+            multipl_e.evaluate(known, output, Runner(Sandbox()))
         for name in ("results.jsonl", "summary.json", "run.json"):
             assert (tmp_path / "out" / name).exists() == left
 

@@ -12,7 +12,7 @@ from tests.helpers import toolchains
 from tests.test_readme import ROOT, blocks
 
 
-def run(command, directory, **environment):
+def run(command, directory, codes=(0,), **environment):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     # The programs compile longer than they run.
     env = {**os.environ, "PATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", **environment}
@@ -24,7 +24,7 @@ def run(command, directory, **environment):
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode in codes, done.stderr
     return done.stdout
 
 
@@ -34,7 +34,8 @@ def found(word):
 
 
 def test_the_doctor_names_every_language_and_how_to_install_it(tmp_path):
-    lines = run(found("evaluate doctor"), tmp_path).splitlines()
+    # It ends with 1 where there is no sandbox.
+    lines = run(found("evaluate doctor"), tmp_path, codes=(0, 1)).splitlines()
     names = [line.split()[0] for line in lines[1:8]]
     assert names == ["D", "Lua", "Perl", "Ruby", "Racket", "Rust", "Swift"]
     assert all("ready" in line or "apt-get install" in line for line in lines[1:8])

@@ -21,7 +21,7 @@ def report():
 
 def need(*languages):
     """Goes on only with a sandbox and the toolchains of ``languages``."""
-    missing = [report().sandbox] if report().sandbox else []
+    missing = [report().trouble] if report().trouble else []
     missing += [
         f"{one.language}: {one.advice}"
         for one in report().findings

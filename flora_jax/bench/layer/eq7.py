@@ -30,6 +30,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
+LARGEST_ERROR = 0.5
+"""A fit that is farther off than this somewhere says nothing of the rank where the two cost the same."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
@@ -38,6 +41,11 @@ class Fit:
     c1: float
     c2: float
     error: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the model describes what was measured well enough for its conclusion."""
+        return self.error <= LARGEST_ERROR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +95,10 @@ def fit(
 
 
 def predicted_rank(found: Fit, inputs: int, outputs: int) -> float | None:
-    """Eq. 7's rank from which FLoRA costs more; ``None`` where it is cheaper at every rank."""
+    """Eq. 7's rank from which FLoRA costs more; ``None`` where it is cheaper at every rank.
+
+    It says nothing where the fit does not hold (:attr:`Fit.holds`).
+    """
     share = found.c1 * (inputs + outputs) / (found.c2 * inputs * outputs) if found.c2 else math.inf
     return 1 / (1 - share) if share < 1 else None
 

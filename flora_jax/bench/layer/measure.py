@@ -16,6 +16,7 @@ from flora_jax.bench.layer.programs import Programs, work
 from flora_jax.bench.receipts import machine, report
 from flora_jax.bench.receipts.device_loop import Calls
 from flora_jax.bench.receipts.timing import interleaved
+from flora_jax.terminal import progress
 
 _OVERHEAD: Case = ("nothing", PLAIN, None)
 _COLUMNS = {
@@ -52,11 +53,11 @@ def measure(options: LayerOptions) -> dict[str, Any]:
         programs, skipped = _prepare(made, cases)
     finally:
         made.close()
-    with report.progress("measure", (options.repeats + 1) * len(programs)) as advance:
+    with progress("measure", (options.repeats + 1) * len(programs)) as bar:
         runs = {name: program.run for name, program in programs.items()}
         times = {
             name: [seconds / programs[name].calls for seconds in own]
-            for name, own in interleaved(runs, options.repeats, advance).items()
+            for name, own in interleaved(runs, options.repeats, bar.advance).items()
         }
     base = times.get((BASE, PLAIN, None))
     results = []
@@ -89,7 +90,7 @@ def _prepare(made: Programs, cases: Sequence[Case]) -> tuple[dict[Any, Calls], d
     """All programs to time, compiled beside each other, and why others are left out."""
     programs: dict[Any, Calls] = {_OVERHEAD: made.overhead()}
     skipped: dict[Case, str] = {}
-    with report.progress("compile", len(cases)) as advance:
+    with progress("compile", len(cases)) as bar:
         started = {case: made.start(case) for case in cases}
         for case, wait in started.items():
             kind, form, rank = case
@@ -104,7 +105,7 @@ def _prepare(made: Programs, cases: Sequence[Case]) -> tuple[dict[Any, Calls], d
                 programs[kind, "build", rank] = made.build(kind, rank)
             else:
                 programs[case] = program
-            advance()
+            bar.advance()
     return programs, skipped
 
 
@@ -116,8 +117,9 @@ def _summary(times: Sequence[float]) -> dict[str, float]:
 def crossovers(options: LayerOptions, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Eq. 7 for every form in which both FLoRA and LoRA were measured; merged weights have no part in it.
 
-    ``c1`` and ``c2`` in seconds per multiplication with ``fit_error``; ``predicted_rank`` from them,
-    ``None`` where they say that FLoRA is cheaper at every rank; ``measured_rank``, ``None`` where there
+    ``c1`` and ``c2`` in seconds per multiplication with ``fit_error``; ``fit_holds``: whether that is
+    small enough for a conclusion; ``predicted_rank`` from them, ``None`` where it is not, or where they
+    say that FLoRA is cheaper at every rank; ``measured_rank``, ``None`` where there
     is no crossing within the ranks measured, with its ``verdict`` and ``changes``
     (:class:`eq7.Crossing`).
     """
@@ -144,7 +146,12 @@ def crossovers(options: LayerOptions, results: Sequence[Mapping[str, Any]]) -> l
                 "c2": model.c2,
                 "c1_over_c2": model.c1 / model.c2 if model.c2 else None,
                 "fit_error": model.error,
-                "predicted_rank": eq7.predicted_rank(model, options.inputs, options.outputs),
+                "fit_holds": model.holds,
+                "predicted_rank": (
+                    eq7.predicted_rank(model, options.inputs, options.outputs)
+                    if model.holds
+                    else None
+                ),
                 "measured_rank": crossing.rank,
                 "verdict": crossing.verdict,
                 "changes": crossing.changes,
@@ -169,6 +176,12 @@ def print_tables(measured: Mapping[str, Any]) -> None:
     report.table(title(options) + where, rows, _COLUMNS)
     if measured["eq7"]:
         report.table("Eq. 7: FLoRA against bmm-LoRA", measured["eq7"], _EQ7_COLUMNS)
+    for row in measured["eq7"]:
+        if not row["fit_holds"]:
+            print(
+                f"{row['form']}: Eq. 7's model is off by up to {100 * row['fit_error']:.0f} % from what "
+                f"was measured, over {100 * eq7.LARGEST_ERROR:.0f} %: it says nothing of a crossover"
+            )
 
 
 def title(options: LayerOptions) -> str:

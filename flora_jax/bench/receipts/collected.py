@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flora_jax.bench.receipts import machine
 from flora_jax.errors import InputError
-from flora_jax.files import whole_file
+from flora_jax.files import directory_lock, whole_file
+from flora_jax.jsonl import read_objects
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -18,30 +19,43 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: a line that is no JSON object.
     """
-    if not path.exists():
-        return []
-    found = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {number}: not JSON: {error}") from None
-        if not isinstance(line, dict):
-            raise InputError(f"{path}, line {number}: expected an object, found {text[:40]}")
-        found.append(line)
-    return found
+    return [line for _, line in read_objects(path)] if path.exists() else []
+
+
+def run_presets(
+    results: Path,
+    presets: Sequence[str],
+    known: Collection[str],
+    repeats: int,
+    run: Callable[[str, int], None],
+) -> None:
+    """Calls ``run(preset, repeat)`` for all of them, while no other process measures into ``results``.
+
+    Raises:
+        InputError: a preset that is not ``known``, or another process has the directory of ``results``.
+    """
+    for preset in presets:
+        if preset not in known:
+            raise InputError(f"PRESET is {preset!r}, expected some of {', '.join(known)}")
+    if presets:
+        with directory_lock(results.parent):
+            for repeat in range(repeats):
+                for preset in presets:
+                    run(preset, repeat)
 
 
 def find(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
-    """This machine's last line with these values, compared as JSON has them.
+    """The last line with these values, compared as JSON has them, of this machine and this code.
+
+    Another machine's times, and those of another commit, are other results.
 
     Raises:
         InputError: a line that is no JSON object.
     """
     wanted = json.loads(json.dumps(dict(key)))
-    here = _place(machine.describe())
+    here = _place(machine.describe()), _code({"versions": machine.versions()})
     for line in reversed(read_lines(path)):
-        if _place(line.get("machine")) == here and all(
+        if (_place(line.get("machine")), _code(line)) == here and all(
             name in line and line[name] == value for name, value in wanted.items()
         ):
             return line
@@ -49,8 +63,10 @@ def find(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def by_preset(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Lines that may be compared, under a title: the preset, and what else differs between lines of
-    one preset, the machine and settings such as lengths, scale and dtype. Seeds and repeats may.
+    """Lines that may be compared, under a title: the preset, and what differs between lines of it.
+
+    That is the machine, the commit, and settings such as lengths, scale and dtype, but not seeds and
+    repeats.
     """
     settings = [_comparable(line) for line in lines]
     found: dict[str, list[dict[str, Any]]] = {}
@@ -67,8 +83,19 @@ def _comparable(line: Mapping[str, Any]) -> dict[str, str]:
     workload = line.get("workload", {})
     plan = {name: line.get(name) for name in ("dtype", "max_num_seqs", "max_num_batched_tokens")}
     plan |= {name: workload.get(name) for name in ("lengths", "min_total", "max_total", "scale")}
-    about = {"preset": line["preset"], "machine": ", ".join(_place(line.get("machine")))}
+    about = {
+        "preset": line["preset"],
+        "machine": ", ".join(_place(line.get("machine"))),
+        "commit": _code(line),
+    }
     return about | {name: str(value) for name, value in plan.items()}
+
+
+def _code(line: Mapping[str, Any]) -> str:
+    """The code that was measured: its commit, or the version where there is none."""
+    versions = line.get("versions") or {}
+    commit = str(versions.get("commit") or versions.get("flora_jax"))
+    return commit[:12] + commit[40:]
 
 
 def _place(about: Any) -> tuple[str, ...]:
@@ -85,13 +112,7 @@ def append_line(path: Path, key: Mapping[str, Any], result: Mapping[str, Any]) -
     Raises:
         ValueError: a number that is not finite.
     """
-    receipt = {
-        "command": machine.command(),
-        "date": machine.now(),
-        "machine": machine.describe(),
-        "versions": machine.versions(),
-    }
-    line = dict(key) | receipt | dict(result)
+    line = dict(key) | machine.receipt() | dict(result)
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     with whole_file(path) as file:
         file.write(old + json.dumps(line, allow_nan=False) + "\n")

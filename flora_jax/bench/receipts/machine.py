@@ -21,6 +21,16 @@ _PACKAGE = Path(__file__).parents[2]
 _VERSIONS = ("jax", "jaxlib", "flax", "numpy")
 
 
+def receipt() -> dict[str, Any]:
+    """What every result says of where it comes from: command, date, machine and versions."""
+    return {
+        "command": command(),
+        "date": now(),
+        "machine": describe(),
+        "versions": versions(),
+    }
+
+
 def describe() -> dict[str, Any]:
     """CPU, usable cores, memory in GiB and system; ``devices`` where JAX is loaded, else ``None``."""
     return {

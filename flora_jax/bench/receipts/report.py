@@ -1,4 +1,4 @@
-"""How results leave a benchmark: a JSON file that appears whole, a table, a picture, a progress bar.
+"""How results leave a benchmark: a JSON file that appears whole, a table, a picture.
 
 Knows nothing of what was measured. Importing it brings in neither JAX nor matplotlib.
 """
@@ -7,28 +7,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flora_jax.bench.receipts import machine
-from flora_jax.errors import InputError
 from flora_jax.files import Target, whole_file, whole_path
 
 Points = Sequence[tuple[float, float | None]]
-
-
-def check_output(path: Target, option: str = "output") -> Path:
-    """The path of a file to be written at the end, checked before the work begins.
-
-    Raises:
-        InputError: it is a directory, or the directory it should lie in does not exist.
-    """
-    found = Path(path)
-    if found.is_dir() or not found.absolute().parent.is_dir():
-        raise InputError(f"--{option} is {path}, expected a file in an existing directory")
-    return found
 
 
 def write_results(path: Target, payload: Mapping[str, Any]) -> dict[str, Any]:
@@ -37,13 +22,7 @@ def write_results(path: Target, payload: Mapping[str, Any]) -> dict[str, Any]:
     Entries of the payload under these names win. Numbers of NumPy become plain ones, and a number
     that is not finite becomes ``null``. Returns what was written.
     """
-    receipt = {
-        "command": machine.command(),
-        "date": machine.now(),
-        "machine": machine.describe(),
-        "versions": machine.versions(),
-    }
-    whole = _plain(receipt | dict(payload))
+    whole = _plain(machine.receipt() | dict(payload))
     with whole_file(path) as file:
         json.dump(whole, file, indent=1, allow_nan=False)
         file.write("\n")
@@ -128,7 +107,8 @@ def plot_panels(
     figure = Figure(figsize=(1 + 6 * len(panels) + 2 * beside, 4.5), layout="constrained")
     axes_of = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, series) in zip(axes_of, panels.items(), strict=True):
-        axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_title(title, parse_math=False)
         for name, points in series.items():
             number = names.index(name)
             xs = [x for x, _ in points]
@@ -148,26 +128,22 @@ def plot_panels(
             axes.yaxis.set_minor_formatter("{x:.2g}" if max(ys) < 10 * min(ys) else "")
         axes.grid(alpha=0.3)
         if series and not beside:
-            axes.legend(fontsize="small")
+            _as_they_are(axes.legend(fontsize="small"))
     if beside:
         shown: dict[Any, Any] = {}
         for axes in axes_of:
             handles, labels = axes.get_legend_handles_labels()
             shown |= dict(zip(labels, handles, strict=True))
-        figure.legend(
-            list(shown.values()), list(shown), fontsize="small", loc="outside right center"
+        _as_they_are(
+            figure.legend(
+                list(shown.values()), list(shown), fontsize="small", loc="outside right center"
+            )
         )
     with whole_path(path) as part:
         FigureCanvasAgg(figure).print_png(part)
 
 
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """A bar on standard error, gone at the end; the function moves it on by one."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = [*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+def _as_they_are(legend: Any) -> None:
+    """Names are the user's text, never formulas."""
+    for text in legend.get_texts():
+        text.set_parse_math(False)

@@ -31,6 +31,26 @@ class Steppable(Protocol):
     def stats(self) -> Any: ...
 
 
+class Clock(NamedTuple):
+    """Seconds since some time, and a way to let seconds pass; real ones by default."""
+
+    now: Callable[[], float] = time.perf_counter
+    sleep: Callable[[float], None] = time.sleep
+
+
+CLOCK = Clock()
+
+
+class MetricOptions(NamedTuple):
+    """What latencies are summed up to: percentiles, and bounds in milliseconds of a good request."""
+
+    percentiles: Sequence[float] = PERCENTILES
+    goodput_ms: Mapping[str, float] | None = None
+
+
+ALL = MetricOptions()
+
+
 class Driven(NamedTuple):
     """What happened to every request, in their order; how long all took; iterations of the engine."""
 
@@ -49,8 +69,7 @@ def drive(
     requests: Sequence[Request],
     arrivals_s: Sequence[float],
     *,
-    clock: Callable[[], float] = time.perf_counter,
-    sleep: Callable[[float], None] = time.sleep,
+    clock: Clock = CLOCK,
     max_concurrency: int | None = None,
     one_adapter_at_a_time: bool = False,
     on_end: Callable[[], None] = lambda: None,
@@ -61,8 +80,7 @@ def drive(
         engine: warmed up.
         requests: in the order of arrival.
         arrivals_s: when each arrives, seconds from the beginning, ascending.
-        clock: seconds.
-        sleep: called with seconds, only while there is nothing to run.
+        clock: tells the time, and sleeps only while there is nothing to run.
         max_concurrency: requests in the engine at most. As in vLLM the time of a request that had to
             wait for this runs from when another one's end made room for it.
         one_adapter_at_a_time: the engine gets the requests of one adapter, all that have arrived by
@@ -79,10 +97,10 @@ def drive(
     # When each free place in the engine became free: who arrived before that had to wait for it.
     free_s = [0.0] * (max_concurrency or len(requests))
     iterations = 0
-    began = clock()
+    began = clock.now()
     last_s = 0.0
     while len(records) < len(requests) or waiting or running:
-        now_s = clock() - began
+        now_s = clock.now() - began
         while len(records) < len(requests) and arrivals_s[len(records)] <= now_s:
             request = requests[len(records)]
             record = Record(request.index, len(request.token_ids), arrivals_s[len(records)])
@@ -100,7 +118,7 @@ def drive(
                 on_end()
         if not running:
             if not waiting and len(records) < len(requests):
-                sleep(max(0.0, arrivals_s[len(records)] - (clock() - began)))
+                clock.sleep(max(0.0, arrivals_s[len(records)] - (clock.now() - began)))
             continue
         if not engine.has_work:
             raise RunError(
@@ -108,7 +126,7 @@ def drive(
             )
         updates = engine.step()
         iterations += 1
-        now_s = clock() - began
+        now_s = clock.now() - began
         for update in updates:
             entry = running[update.ticket]
             if update.token_ids:
@@ -157,7 +175,7 @@ def run_throughput(
     engine: Steppable,
     requests: Sequence[Request],
     *,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = CLOCK,
     one_adapter_at_a_time: bool = False,
     on_end: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
@@ -178,12 +196,10 @@ def run_latency(
     requests: Sequence[Request],
     arrivals_s: Sequence[float],
     *,
-    clock: Callable[[], float] = time.perf_counter,
-    sleep: Callable[[float], None] = time.sleep,
+    clock: Clock = CLOCK,
     max_concurrency: int | None = None,
     one_adapter_at_a_time: bool = False,
-    percentiles: Sequence[float] = PERCENTILES,
-    goodput_ms: Mapping[str, float] | None = None,
+    metrics: MetricOptions = ALL,
     on_end: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Latencies in milliseconds where requests arrive in real time; see
@@ -193,10 +209,10 @@ def run_latency(
     """
     before = _counters(engine)
     driven = drive(
-        engine, requests, arrivals_s, clock=clock, sleep=sleep, max_concurrency=max_concurrency,
+        engine, requests, arrivals_s, clock=clock, max_concurrency=max_concurrency,
         one_adapter_at_a_time=one_adapter_at_a_time, on_end=on_end,
     )  # fmt: skip
-    found = _checked(latency, driven, percentiles, goodput_ms)
+    found = _checked(latency, driven, metrics.percentiles, metrics.goodput_ms)
     found["max_concurrency"] = max_concurrency
     found["max_concurrent_requests"] = most_at_once(driven.records)
     return found | _since(engine, before, driven)

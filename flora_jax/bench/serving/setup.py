@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from flora_jax import terminal
 from flora_jax.adapters.model_adapter import (
     ModelAdapter,
     init_adapter,
@@ -219,32 +220,43 @@ def running(
         engine.close()
 
 
-def measure(
-    benchmark: str,
-    model: Model,
-    contender: Contender,
-    workload: Workload,
-    options: EngineOptions,
-    seed: int = 0,
-    on_compile: Progress | None = None,
-    on_end: Callable[[], None] = lambda: None,
-    **asked: Any,
-) -> dict[str, Any]:
-    """One result line of "throughput" or "latency"; ``asked`` goes to ``run_latency``.
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What is asked of a contender: ``benchmark`` is "throughput" or "latency", under a workload.
+
+    ``asked`` goes to :func:`~flora_jax.bench.serving.drive.run_latency`.
+    """
+
+    benchmark: str
+    workload: Workload
+    engine: EngineOptions
+    seed: int = 0
+    asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def measure(model: Model, contender: Contender, measured: Measured) -> dict[str, Any]:
+    """One result line, with bars for what is compiled and for the requests that have ended.
 
     Raises:
         InputError: options that no engine can have.
         RunError: no request completed.
     """
     one = contender.kind == "sequential"
-    with running(model, contender, workload, options, seed, on_compile) as (engine, line):
+    workload = measured.workload
+    name = f"{contender.kind} {contender.rank}"
+    with (
+        bars(name, len(workload.requests)) as (on_compile, on_end),
+        running(model, contender, workload, measured.engine, measured.seed, on_compile) as (
+            engine, line,
+        ),
+    ):  # fmt: skip
         requests = workload.requests
-        if benchmark == "throughput":
+        if measured.benchmark == "throughput":
             found = run_throughput(engine, requests, one_adapter_at_a_time=one, on_end=on_end)
         else:
             found = run_latency(
                 engine, requests, workload.arrivals_s, one_adapter_at_a_time=one, on_end=on_end,
-                **asked,
+                **measured.asked,
             )  # fmt: skip
     return line | found
 
@@ -262,20 +274,9 @@ def engine_options(requests: Sequence[Request], **given: Any) -> EngineOptions:
 @contextmanager
 def bars(what: str, requests: int) -> Iterator[tuple[Progress, Callable[[], None]]]:
     """Two bars on standard error, gone at the end: programs compiled, and requests that ended."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
-    from rich.progress import Progress as Rich
-
-    columns = [*Rich.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn()]
-    with Rich(*columns, console=Console(stderr=True), transient=True) as shown:
-        compiling = shown.add_task(f"{what}: compile", total=None)
-        serving = shown.add_task(f"{what}: requests", total=requests)
-        yield (
-            lambda name, done, total: shown.update(
-                compiling, completed=done, total=total, description=f"{what}: compiled {name}"
-            ),
-            lambda: shown.advance(serving),
-        )
+    with terminal.bars() as add:
+        compiling, serving = add(f"{what}: compile"), add(f"{what}: requests", requests)
+        yield lambda name, done, total: compiling.show(done, total, name), serving.advance
 
 
 def arrival_fields(options: WorkloadOptions) -> dict[str, Any]:

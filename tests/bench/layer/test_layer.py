@@ -1,5 +1,6 @@
 """The layer benchmark: its programs compute what they say, its cost model finds what was planted."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flora_jax.bench.layer import eq7
-from flora_jax.bench.layer.measure import crossovers, measure
+from flora_jax.bench.layer.measure import crossovers, measure, print_tables
 from flora_jax.bench.layer.options import ALL_KINDS, FORMS, LayerOptions, projection_of
 from flora_jax.bench.layer.programs import TARGET, Programs, apply_merged, work
 from flora_jax.bench.receipts import machine, report
@@ -121,6 +122,30 @@ def test_ranks_that_cost_lora_nothing_give_no_negative_constant():
     assert found.c1 == 0
     assert found.c2 > 0
     assert eq7.predicted_rank(found, 10, 10) == 1
+
+
+def test_a_fit_that_is_far_off_predicts_nothing(capsys):
+    options = LayerOptions(64, 64, batch=1, length=1, forms=("einsum",), ranks=(1, 8))
+
+    def measured(flora):
+        rows = [
+            {"kind": kind, "form": "einsum", "rank": rank, "seconds": seconds}
+            for kind, times in (("flora", flora), ("lora", {1: 1e-6, 8: 1.1e-6}))
+            for rank, seconds in times.items()
+        ]
+        (found,) = crossovers(options, rows)
+        print_tables({
+            "options": dataclasses.asdict(options), "results": rows, "from_cache": False,
+            "eq7": [found],
+        })  # fmt: skip
+        return found, "says nothing of a crossover" in capsys.readouterr().out
+
+    good, said = measured({1: 1e-6, 8: 8e-6})
+    assert (good["fit_holds"], good["predicted_rank"] is not None, said) == (True, True, False)
+    bad, said = measured({1: 1e-6, 8: 1e-6})
+    assert bad["fit_error"] > 0.5
+    assert (bad["fit_holds"], bad["predicted_rank"], said) == (False, None, True)
+    assert bad["verdict"] == "FLoRA is cheaper at every rank measured"
 
 
 def test_forms_without_both_kinds_and_merged_weights_have_no_crossover():

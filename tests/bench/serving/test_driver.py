@@ -6,7 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from flora_jax.bench.serving.drive import drive, most_at_once, run_latency, run_throughput
+from flora_jax.bench.serving.drive import (
+    Clock,
+    MetricOptions,
+    drive,
+    most_at_once,
+    run_latency,
+    run_throughput,
+)
 from flora_jax.errors import InputError, RunError
 from flora_jax.serve.request import Request
 
@@ -75,10 +82,14 @@ class FakeEngine:
         return updates
 
     def latency(self, requests, arrivals, **asked):
-        return run_latency(self, requests, arrivals, clock=self.clock, sleep=self.sleep, **asked)
+        limit = asked.pop("max_concurrency", None)
+        return run_latency(
+            self, requests, arrivals, clock=Clock(self.clock, self.sleep), max_concurrency=limit,
+            metrics=MetricOptions(**asked),
+        )  # fmt: skip
 
     def drive(self, requests, arrivals, **asked):
-        return drive(self, requests, arrivals, clock=self.clock, sleep=self.sleep, **asked)
+        return drive(self, requests, arrivals, clock=Clock(self.clock, self.sleep), **asked)
 
 
 def requests(*outputs, adapters=None, prompt=3):
@@ -177,7 +188,7 @@ def test_one_adapter_at_a_time_never_mixes_and_keeps_the_order_of_turns(seed):
 def test_distinct_adapters_one_at_a_time_are_a_batch_of_one():
     engine = FakeEngine()
     found = run_throughput(
-        engine, requests(2, 2, 2), clock=engine.clock, one_adapter_at_a_time=True
+        engine, requests(2, 2, 2), clock=Clock(engine.clock), one_adapter_at_a_time=True
     )
     assert engine.batches == [[0], [0], [1], [1], [2], [2]]
     assert found["output_throughput"] == 1.0
@@ -192,7 +203,7 @@ def test_the_adapter_whose_turn_it_is_takes_no_more_that_come_later():
 
 def test_failures_are_counted_with_their_reasons_and_nothing_is_dropped():
     engine = FakeEngine(fails={1: 2}, refuses={2}, short={3})
-    found = run_throughput(engine, requests(3, 3, 3, 3), clock=engine.clock)
+    found = run_throughput(engine, requests(3, 3, 3, 3), clock=Clock(engine.clock))
     assert (found["completed"], found["failed"]) == (1, 3)
     assert found["errors"] == [
         {"index": 1, "error": "broken"},
@@ -205,16 +216,16 @@ def test_failures_are_counted_with_their_reasons_and_nothing_is_dropped():
 def test_a_request_with_other_stops_may_end_early():
     stopping = [dataclasses.replace(requests(5)[0], stop_token_ids=(1,))]
     engine = FakeEngine(short={0})
-    assert run_throughput(engine, stopping, clock=engine.clock)["completed"] == 1
+    assert run_throughput(engine, stopping, clock=Clock(engine.clock))["completed"] == 1
 
 
 def test_a_run_in_which_all_fail_is_an_error_with_a_reason():
     engine = FakeEngine(refuses={0, 1})
     with pytest.raises(RunError, match=r"all 2 requests failed: request \d: refused"):
-        run_throughput(engine, requests(1, 1), clock=engine.clock)
+        run_throughput(engine, requests(1, 1), clock=Clock(engine.clock))
 
 
 def test_a_request_that_gets_lost_is_an_error_not_a_hang():
     engine = FakeEngine(loses={1})
     with pytest.raises(RunError, match="nothing to do, but 1 requests have not ended"):
-        run_throughput(engine, requests(2, 2), clock=engine.clock)
+        run_throughput(engine, requests(2, 2), clock=Clock(engine.clock))

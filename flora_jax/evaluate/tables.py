@@ -5,15 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flora_jax.errors import InputError
 from flora_jax.evaluate.languages import LANGUAGES
 from flora_jax.evaluate.pass_at_k import Comparison
-from flora_jax.files import whole_file, whole_path
+from flora_jax.files import whole_directory, whole_path
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Summaries = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """By method and language, as in ``summary.json``."""
@@ -72,15 +76,21 @@ def table(summaries: Summaries, k: int = 1, base: str | None = None) -> list[Cel
     return cells
 
 
+def markdown_text(text: str) -> str:
+    """``text`` as Markdown shows it unchanged, also in a cell of a table."""
+    # Underscores within words are not markup.
+    return re.sub(r"([\\`*\[\]<>|~$&]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+
+
 def to_markdown(cells: Sequence[Cell]) -> str:
     """Percent, the error over problems, and in brackets the improvement relative to the base."""
     methods = list(dict.fromkeys(cell.method for cell in cells))
     by_place = {(cell.language, cell.method): cell for cell in cells}
-    lines = ["| language | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    shown = [markdown_text(method) for method in methods]
+    lines = ["| language | " + " | ".join(shown) + " |", "|---" * (len(methods) + 1) + "|"]
     for language in dict.fromkeys(cell.language for cell in cells):
         row = [_shown(by_place.get((language, method))) for method in methods]
-        name = LANGUAGES[language].name if language in LANGUAGES else language
-        lines.append(f"| {name} | " + " | ".join(row) + " |")
+        lines.append(f"| {markdown_text(_name(language))} | " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -101,7 +111,8 @@ def failures_markdown(cells: Sequence[Cell]) -> str:
     ]
     for cell in cells:
         shares = [f"{100 * cell.statuses.get(status, 0) / cell.samples:.1f}" for status in classes]
-        lines.append(f"| {cell.language} | {cell.method} | " + " | ".join(shares) + " |")
+        head = f"| {markdown_text(cell.language)} | {markdown_text(cell.method)} | "
+        lines.append(head + " | ".join(shares) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -111,7 +122,8 @@ def comparison_markdown(compared: Mapping[str, Comparison]) -> str:
              "|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for language, one in compared.items():
         lines.append(
-            f"| {language} | {one.problems} | {100 * one.first:.2f} | {100 * one.second:.2f} "
+            f"| {markdown_text(language)} | {one.problems} "
+            f"| {100 * one.first:.2f} | {100 * one.second:.2f} "
             f"| {100 * one.difference:+.2f} | {100 * one.low:+.2f} to {100 * one.high:+.2f} "
             f"| {one.better} | {one.worse} |"
         )
@@ -127,29 +139,42 @@ def to_csv(cells: Sequence[Cell]) -> str:
     return file.getvalue()
 
 
-def write_report(cells: Sequence[Cell], directory: Path) -> list[Path]:
-    """Writes ``table.md``, ``table.csv``, ``table.json`` and ``table.png``."""
-    directory.mkdir(parents=True, exist_ok=True)
+FILES = ("table.md", "table.csv", "table.json", "table.png")
+
+
+def write_report(cells: Sequence[Cell], directory: Path, overwrite: bool = False) -> list[Path]:
+    """Writes a directory with the :data:`FILES`.
+
+    Raises:
+        InputError: it is there already; with ``overwrite``, only if it holds anything else.
+    """
     texts = {
         "table.md": to_markdown(cells) + "\n" + failures_markdown(cells),
         "table.csv": to_csv(cells),
         "table.json": json.dumps([asdict(cell) for cell in cells], indent=1) + "\n",
     }
-    for name, content in texts.items():
-        with whole_file(directory / name) as file:
-            file.write(content)
-    draw(cells, directory / "table.png")
-    return [directory / name for name in (*texts, "table.png")]
+    with whole_directory(directory, FILES if overwrite else ()) as part:
+        for name, content in texts.items():
+            (part / name).write_text(content, encoding="utf-8")
+        draw(cells, part / "table.png")
+    return [directory / name for name in FILES]
 
 
 def draw(cells: Sequence[Cell], path: Path) -> None:
+    """Writes :func:`figure` as a PNG."""
+    drawn = figure(cells)
+    with whole_path(path) as part:
+        drawn.savefig(part, format="png", dpi=150)
+
+
+def figure(cells: Sequence[Cell]) -> Figure:
     """A group of bars for each language, a bar for each method, with the error over problems."""
     from matplotlib.figure import Figure
 
     methods = list(dict.fromkeys(cell.method for cell in cells))
     languages = list(dict.fromkeys(cell.language for cell in cells))
-    figure = Figure(figsize=(max(6.0, 1.3 * len(languages)), 4), layout="constrained")
-    axes = figure.add_subplot()
+    drawn = Figure(figsize=(max(6.0, 1.3 * len(languages)), 4), layout="constrained")
+    axes = drawn.add_subplot()
     width = 0.8 / len(methods)
     for number, method in enumerate(methods):
         own = [cell for cell in cells if cell.method == method]
@@ -164,9 +189,11 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     axes.set_xticks(range(len(languages)), [_name(language) for language in languages])
     axes.set_ylabel(f"pass@{cells[0].k}, %")
     axes.set_ylim(bottom=0)
-    axes.legend()
-    with whole_path(path) as part:
-        figure.savefig(part, format="png", dpi=150)
+    # By name: a legend of its own accord leaves out what begins with an underscore. Names are the
+    # user's, never formulas.
+    for text in axes.legend(axes.containers[1::2], methods).get_texts():
+        text.set_parse_math(False)
+    return drawn
 
 
 def _name(language: str) -> str:

@@ -1,6 +1,7 @@
-"""From problems to generations, whoever completes them; a run that was killed goes on.
+"""What models wrote for each problem: as files, in another harness's layout, and made anew.
 
-A completer is a function, see :class:`Complete`. Knows nothing of models, adapters and servers.
+A completer is a function, see :class:`Complete`; a run that was killed goes on. Knows nothing of models,
+adapters and servers, nor of how programs are run.
 """
 
 from __future__ import annotations
@@ -8,22 +9,127 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from flora_jax.errors import InputError, RunError
-from flora_jax.evaluate.generations import Generation, parse, read_generations
+from flora_jax.evaluate.languages import LANGUAGES
 from flora_jax.evaluate.problems import Problem
-from flora_jax.files import whole_file
-from flora_jax.jsonl import Journal
+from flora_jax.files import whole_directory, whole_file
+from flora_jax.jsonl import Journal, read_objects, text, texts
 
 GENERATIONS, PARTIAL, SETTINGS = (
     "generations.jsonl",
     "generations.partial.jsonl",
     "generation.json",
 )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """All completions of one problem; each is already cut at the problem's stop tokens."""
+
+    name: str
+    language: str
+    prompt: str
+    tests: str
+    stop_tokens: tuple[str, ...]
+    completions: tuple[str, ...]
+
+    @staticmethod
+    def of(problem: Problem, texts: Sequence[str]) -> Generation:
+        """A problem with what a model wrote after its prompt, cut as MultiPL-E does."""
+        cut = tuple(truncate(text, problem.stop_tokens) for text in texts)
+        return Generation(
+            problem.name, problem.language, problem.prompt, problem.tests, problem.stop_tokens, cut
+        )
+
+    def program(self, index: int) -> str:
+        """The program of one completion."""
+        return f"{self.prompt}{self.completions[index]}\n{self.tests}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def truncate(text: str, stop_tokens: Iterable[str]) -> str:
+    """``text`` (without the prompt) up to the first place where any of ``stop_tokens`` begins."""
+    return text[: min((at for stop in stop_tokens if (at := text.find(stop)) >= 0), default=None)]
+
+
+def parse(raw: dict[str, Any], where: str) -> Generation:
+    """One line of a file.
+
+    Raises:
+        InputError: a field is missing or wrong, or the language unknown.
+    """
+    language = text(raw, "language", where)
+    if language not in LANGUAGES:
+        raise InputError(
+            f"{where}: language is {language!r}, expected one of {', '.join(LANGUAGES)}"
+        )
+    name, prompt, tests = (text(raw, field, where) for field in ("name", "prompt", "tests"))
+    # Only who generates needs them; other harnesses leave them out.
+    stop_tokens = texts(raw, "stop_tokens", where) if "stop_tokens" in raw else ()
+    completions = texts(raw, "completions", where)
+    if not completions:
+        raise InputError(f"{where}: completions is empty, expected at least one")
+    return Generation(name, language, prompt, tests, stop_tokens, completions)
+
+
+def read_generations(path: Path, languages: Iterable[str] | None = None) -> list[Generation]:
+    """The lines of a file, of some ``languages`` if given, in their order.
+
+    Raises:
+        InputError: no such file, a line that is no generation, a problem given twice, or nothing.
+    """
+    chosen = None if languages is None else set(languages)
+    found: dict[tuple[str, str], Generation] = {}
+    places: dict[tuple[str, str], str] = {}
+    for where, raw in read_objects(path):
+        generation = parse(raw, where)
+        key = generation.language, generation.name
+        if key in places:
+            raise InputError(
+                f"{where}: {key[1]} in {key[0]} is given twice, first at {places[key]}"
+            )
+        places[key] = where
+        if chosen is None or generation.language in chosen:
+            found[key] = generation
+    if not found:
+        of = "" if chosen is None else f" in {', '.join(sorted(chosen))}"
+        raise InputError(f"{path}: no generations{of}")
+    return list(found.values())
+
+
+def export_bigcode(
+    generations: Iterable[Generation], directory: Path, overwrite: bool = False
+) -> list[Path]:
+    """Writes what bigcode-evaluation-harness reads with ``--load_generations_path``.
+
+    A file ``generations_multiple-LANGUAGE.json`` each: of every problem, in order, the list of
+    prompts with their completions. The harness takes problems by their place, so that the
+    generations have to be those of the first problems of its data set, in its order.
+
+    Raises:
+        InputError: ``directory`` is there and not empty; with ``overwrite``, only if it holds anything
+            but an older export.
+    """
+    by_language: dict[str, list[list[str]]] = {}
+    for one in generations:
+        texts = [one.prompt + completion for completion in one.completions]
+        by_language.setdefault(one.language, []).append(texts)
+    with whole_directory(directory, (_bigcode_name("*"),) if overwrite else ()) as part:
+        for language, texts_of_problems in by_language.items():
+            with (part / _bigcode_name(language)).open("w", encoding="utf-8") as file:
+                json.dump(texts_of_problems, file)
+    return [directory / _bigcode_name(language) for language in by_language]
+
+
+def _bigcode_name(language: str) -> str:
+    return f"generations_multiple-{language}.json"
 
 
 @dataclass(frozen=True)
@@ -82,28 +188,28 @@ class Store:
 
         Args:
             problems: all that the directory is to have generations of.
-            output: the directory.
+            output: the directory, which the caller keeps to itself (``directory_lock``).
             settings: what decides the completions.
 
         Raises:
-            InputError: it has generations made in another way or of other problems, or another
-                process is writing to it.
+            InputError: it has generations made in another way or of other problems.
         """
         self.output = output
-        _same_settings(output, settings)
         self._known = {(problem.language, problem.name): problem for problem in problems}
         self._journal = Journal(output / PARTIAL)
         try:
-            done = [parse(raw, str(self._journal.path)) for raw in self._journal.read()]
+            _same_settings(output, settings)
+            done = [
+                parse(raw, f"{self._journal.path}, line {number}")
+                for number, raw in enumerate(self._journal.read(), 1)
+            ]
             if (output / GENERATIONS).is_file():
                 done += read_generations(output / GENERATIONS)
             self._found = {(one.language, one.name): one for one in done}
             for key, one in self._found.items():
                 problem = self._known.get(key)
-                if problem and (problem.prompt, problem.tests) != (one.prompt, one.tests):
-                    raise InputError(
-                        f"{output}: {key[1]} in {key[0]} was generated for another prompt"
-                    )
+                if problem is not None:
+                    _check_same(problem, one, output)
         except BaseException:
             self._journal.close()
             raise
@@ -160,7 +266,7 @@ def complete_all(
         problems: what to complete.
         complete: asked only for what is missing.
         sampling: for ``complete``.
-        output: an existing directory.
+        output: an existing directory, see :class:`Store`.
         source: what else decides the completions (model, adapters), for the record.
         progress: called with how many of how many problems are done.
 
@@ -179,6 +285,17 @@ def complete_all(
         return store.finish()
 
 
+def _check_same(problem: Problem, one: Generation, output: Path) -> None:
+    """What was generated is of this problem, and cut where it would be cut now."""
+    for field in ("prompt", "tests", "stop_tokens"):
+        had, wanted = getattr(one, field), getattr(problem, field)
+        if had != wanted:
+            raise InputError(
+                f"{output}: {one.name} in {one.language} was generated with another {field}, "
+                f"{had!r:.80}, expected {wanted!r:.80}"
+            )
+
+
 def _same_settings(output: Path, settings: Mapping[str, Any]) -> None:
     path = output / SETTINGS
     wanted = json.loads(json.dumps(settings))
@@ -188,7 +305,9 @@ def _same_settings(output: Path, settings: Mapping[str, Any]) -> None:
             file.write("\n")
         return
     had = json.loads(path.read_text(encoding="utf-8"))
-    for name in {**had, **wanted}:
+    # Where the content is known, it does not matter by which path it was found.
+    named = {"model"} if "model_sha256" in wanted else set()
+    for name in [name for name in {**had, **wanted} if name not in named]:
         if had.get(name) != wanted.get(name):
             raise InputError(
                 f"{path}: generated with {name} {had.get(name)!r}, now {wanted.get(name)!r}"
