@@ -55,18 +55,19 @@ def group(batches: Sequence[Batch]) -> GroupedBatch:
 def make_schedule(
     shape: Literal["cosine", "linear", "constant"], peak: float, steps: int, warmup: int
 ) -> optax.Schedule:
-    """The learning rate: linear from 0 over ``warmup`` steps, then to 0 at the last, or constant."""
-    if shape == "constant":
-        return optax.warmup_constant_schedule(0.0, peak, warmup)
+    """The learning rate: linear from 0 over ``warmup`` steps, then to 0 at the last, or constant.
+
+    Without a warm-up the first step has the peak already.
+    """
     # A warm-up that fills the run leaves no step to the decay, but optax wants one.
-    end = max(steps, warmup + 1)
-    if shape == "cosine":
-        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, end)
-    rise, fall = (
-        optax.linear_schedule(0, peak, warmup),
-        optax.linear_schedule(peak, 0, end - warmup),
-    )
-    return optax.join_schedules([rise, fall], [warmup])
+    rest = max(1, steps - warmup)
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "constant": optax.constant_schedule(peak),
+    }[shape]
+    # Joined here, because optax's own warm-ups stay at 0 for ever where the warm-up has no steps.
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
 def make_optimizer(

@@ -4,6 +4,9 @@ import json
 import math
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from flora_jax.errors import InputError
@@ -225,6 +228,14 @@ def test_a_message_about_a_value_of_a_file_names_the_file():
         assert str(refused.value).startswith(start)
 
 
+# The share of the peak where that share of the steps behind the warm-up is gone.
+SHAPES = {
+    "cosine": lambda gone: (1 + np.cos(np.pi * gone)) / 2,
+    "linear": lambda gone: 1 - gone,
+    "constant": np.ones_like,
+}
+
+
 @pytest.mark.parametrize(
     "shape, shares",
     [
@@ -239,12 +250,27 @@ def test_the_rate_at_the_borders_of_the_warmup_and_the_end(shape, shares):
         assert float(schedule(step)) == pytest.approx(2e-3 * share, rel=1e-5, abs=1e-9)
 
 
-@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "steps, warmup", [(1, 0), (1, 1), (5, 0), (5, 1), (40, 0), (40, 9), (9, 9)]
+)
+def test_the_rate_of_every_step_is_the_formulas(shape, steps, warmup):
+    places = np.arange(steps + 1)
+    gone = np.clip((places - warmup) / max(1, steps - warmup), 0, 1)
+    shares = np.where(places < warmup, places / max(1, warmup), SHAPES[shape](gone))
+    with jax.numpy_dtype_promotion("standard"):
+        rates = make_schedule(shape, 8e-3, steps, warmup)(jnp.arange(steps + 1))
+    np.testing.assert_allclose(
+        np.broadcast_to(rates, shares.shape), 8e-3 * shares, rtol=1e-4, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_without_warmup_the_first_step_has_the_peak(shape):
     assert float(make_schedule(shape, 1.0, 5, 0)(0)) == 1.0
 
 
-@pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("steps", [1, 3, 20])
 def test_a_warmup_that_fills_the_run_only_rises(shape, steps):
     schedule = make_schedule(shape, 1.0, steps, 20)
