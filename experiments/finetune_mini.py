@@ -204,8 +204,8 @@ def learned_spectrum(adapter: ModelAdapter) -> list[list[float]]:
     result = []
     for layer in adapter.layers:
         params = next(iter(layer.values()))
-        share = 1.0 / len(params.B_RI) if params.reduction == "mean" else 1.0
-        product_IO = share * np.asarray(params.B_RI, np.float64).T @ np.asarray(params.A_RO)
+        share = 1.0 / len(params.down_RI) if params.reduction == "mean" else 1.0
+        product_IO = share * np.asarray(params.down_RI, np.float64).T @ np.asarray(params.up_RO)
         values = np.linalg.svd(product_IO - 1.0, compute_uv=False)[:6]
         result.append([round(float(value), 5) for value in values])
     return result

@@ -18,8 +18,9 @@ from flora_jax.platforms import Platform
 from flora_jax.serve import steps
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.request import Request
-from flora_jax.serve.scheduler import Sequence
+from flora_jax.serve.request import Request, SamplingParams
+from flora_jax.serve.scheduler import Decode
+from flora_jax.serve.sequence import Sequence
 
 LAYERS, ROWS, ADAPTERS, RANK, VOCABULARY = 40, 32, 4, 8, 64
 CONFIG = StarCoderConfig(
@@ -58,15 +59,14 @@ def running_engine(platform: Platform) -> tuple[Engine, list[Sequence]]:
     }
     options = EngineOptions(max_num_seqs=ROWS, max_model_len=CONFIG.n_positions)
     engine = Engine(init_model(CONFIG), adapters, options=options, platform=platform)
-    for version in map(engine.pool.current, adapters):
-        engine.pool.acquire(version)
+    engine.preload(adapters)
     sequences = []
     for row in range(ROWS):
-        request = Request(row, (1, 2, 3), str(row % ADAPTERS), max_tokens=200, ignore_eos=True)
-        engine.add(request)
+        params = SamplingParams(max_tokens=200, ignore_eos=True)
+        engine.add(Request((1, 2, 3), params, str(row % ADAPTERS)))
         sequence = engine._inbox.pop()
         assert isinstance(sequence, Sequence)
-        sequence.row, sequence.pages = row, list(range(16 * row, 16 * row + 16))
+        sequence.row, sequence.blocks = row, list(range(16 * row, 16 * row + 16))
         sequence.stage, sequence.prefilled, sequence.drawn = "decode", 3, 1
         sequences.append(sequence)
     return engine, sequences
@@ -82,7 +82,7 @@ def dispatch_seconds(platform: Platform, rounds: int = 30) -> float:
         device, found = engine.device, []
         for _ in range(rounds + 3):
             began = time.thread_time()
-            tokens_BN = device.decode(sequences, 1, eager=False)
+            tokens_BN = device.decode(Decode.of(sequences, 1, False))
             found.append(time.thread_time() - began)
             jax.block_until_ready((tokens_BN, device.cache, device.state_rows))
             time.sleep(0)

@@ -16,7 +16,7 @@ from flora_jax.bench.serving.workload import WorkloadOptions
 from flora_jax.errors import RunError
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.request import Request
+from flora_jax.serve.request import Request, SamplingParams
 
 ROWS, LONG, FEW, MANY = (1, 16, 32), 512, 8, 512
 CONTEXT = LONG + 128
@@ -34,12 +34,14 @@ def generate(
 ) -> Callable[[], None]:
     """A program: a row for every name, all at once, with a prompt of random tokens."""
     rng = np.random.default_rng(0)
-    prompts = rng.integers(1, engine.model.config.vocab_size, (len(names), prompt)).tolist()
+    prompts = rng.integers(1, engine.config.vocab_size, (len(names), prompt)).tolist()
 
     def run() -> None:
+        params = SamplingParams(max_tokens=new, ignore_eos=True)
         for row, name in enumerate(names):
-            engine.add(Request(row, tuple(prompts[row]), name, max_tokens=new, ignore_eos=True))
+            engine.add(Request(prompts[row], params, name))
         while engine.has_work:
+            engine.wait()
             for update in engine.step():
                 if update.error is not None:
                     raise RunError(update.error)
@@ -56,16 +58,13 @@ def step_seconds(
     Both over the same rows, prefilled before; they take turns, so that both see the same lengths.
     """
     steps = engine.options.decode_steps
-    tickets = [
-        engine.add(
-            Request(
-                row, (1 + row,) * prompt, name, max_tokens=2 * dispatches * steps + 8,
-                ignore_eos=True,
-            )
-        )
-        for row, name in enumerate(names)
-    ]  # fmt: skip
-    while any(s.stage != "decode" for s in engine.scheduler.running) or not engine.stats.running:
+    params = SamplingParams(max_tokens=2 * dispatches * steps + 8, ignore_eos=True)
+    request_ids = [
+        engine.add(Request((1 + row,) * prompt, params, name)) for row, name in enumerate(names)
+    ]
+    while engine.stats.running < len(names) or any(
+        s.stage != "decode" for s in engine.scheduler.running
+    ):
         engine.step()
     engine.step()
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -73,18 +72,18 @@ def step_seconds(
         began = time.perf_counter()
         engine.step()
         seconds[0].append(time.perf_counter() - began)
-        own = [*engine.scheduler.running]
-        for sequence in own:
-            if not engine.scheduler.reserve(sequence, sequence.cached + steps):
-                raise RunError("the cache is too small for the bare loop")
+        decode = engine.scheduler.plan(engine.residency).decode
+        if decode is None or decode.steps < steps:
+            raise RunError("the cache is too small for the bare loop")
         began = time.perf_counter()
-        tokens_BN = np.asarray(engine.device.decode(own, steps, eager=False))
+        tokens_BN = np.asarray(engine.device.decode(decode))
         seconds[1].append(time.perf_counter() - began)
-        for sequence, own_N in zip(own, tokens_BN, strict=True):
-            sequence.content.stream.add(own_N.tolist())
-            sequence.drawn += steps
-    for ticket in tickets:
-        engine.cancel(ticket)
+        engine.scheduler.landed(decode)
+        for sequence, own_N in zip(decode.sequences, tokens_BN, strict=True):
+            sequence.stream.add(own_N.tolist())
+            engine.scheduler.drew(sequence, sequence.drawn + steps)
+    for request_id in request_ids:
+        engine.cancel(request_id)
     engine.step()
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
@@ -108,7 +107,7 @@ def build(preset: str, seed: int) -> tuple[Engine, Engine, dict[str, list[str]]]
 
 def unmerged(engine: Engine, names: Sequence[str], seed: int) -> Engine:
     """The same with the FLoRAs of rank 8 alone, and no explicit weights in its prompts."""
-    adapters = setup.make_adapters(engine.model.config, CONTENDERS["flora 8"], names, seed)
+    adapters = setup.make_adapters(engine.config, CONTENDERS["flora 8"], names, seed)
     options = dataclasses.replace(engine.options, merge_prompts=False)
     return Engine(engine.model, adapters, options=options)
 
@@ -125,8 +124,7 @@ def resident_programs(preset: str, prompt: int, new: int, seed: int) -> dict[str
             max_num_seqs=BATCH, max_model_len=prompt + new, row_buckets=(BATCH,)
         )
         engine = Engine(model, adapters, options=options)
-        for name in named:
-            setup.preload(engine, name)
+        engine.preload(named)
         rows = named[:FEW] * 2
         found[f"resident {resident}"] = generate(engine, rows, prompt, new)
         found[f"resident {resident} first"] = generate(engine, rows, prompt, 1)
@@ -136,9 +134,7 @@ def resident_programs(preset: str, prompt: int, new: int, seed: int) -> dict[str
 def mixed(engine: Engine, names: Sequence[str], seed: int) -> Callable[[], Any]:
     """A program: a ShareGPT-like load at an eighth of its lengths, each request under an own adapter."""
     options = WorkloadOptions(num_prompts=len(names), scale=0.125, seed=seed)
-    workload, _ = setup.plan_workload(
-        setup.Base("", engine.model.config, None), options, adapted=False
-    )
+    workload, _ = setup.plan_workload(setup.Base("", engine.config, None), options, adapted=False)
     requests = [
         dataclasses.replace(request, adapter=name)
         for request, name in zip(workload.requests, names, strict=True)

@@ -50,7 +50,7 @@ from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.models.starcoder.model import Model
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.request import Request
+from flora_jax.serve.request import Request, RequestId, SamplingParams
 from flora_jax.terminal import progress
 
 ADAPTERS, RESIDENT, LARGEST = 100, 16, 8
@@ -89,10 +89,11 @@ def requests(
         ids = rng.integers(32, config.vocab_size, size=rng.integers(1, PROMPT + 1))
         name = None if rng.random() < 0.02 else names[rng.choice(len(names), p=weight_N)]
         sampled = rng.random() < 0.2
-        yield Request(
-            index, tuple(ids.tolist()), name, max_tokens=int(rng.integers(1, OUTPUT + 1)),
-            temperature=0.8 if sampled else 0.0, seed=index, ignore_eos=True,
+        params = SamplingParams(
+            max_tokens=int(rng.integers(1, OUTPUT + 1)), temperature=0.8 if sampled else 0.0,
+            seed=index, ignore_eos=True,
         )  # fmt: skip
+        yield Request(ids.tolist(), params, name, request_id=index)
 
 
 def resident_bytes() -> int:
@@ -116,10 +117,10 @@ class Soak:
     ):
         self.engine, self.traffic, self.on_end = engine, traffic, on_end
         self.draw = random.Random(seed)
-        self.running: dict[int, Request] = {}
-        self.tokens: dict[int, list[int]] = {}
-        self.doomed: dict[int, int] = {}
-        self.cancelled: set[int] = set()
+        self.running: dict[RequestId, Request] = {}
+        self.tokens: dict[RequestId, list[int]] = {}
+        self.doomed: dict[RequestId, int] = {}
+        self.cancelled: set[RequestId] = set()
         self.kept: list[tuple[Request, list[int]]] = []
         self.errors: list[str] = []
         self.ended = self.generated = self.cancellations = 0
@@ -134,6 +135,7 @@ class Soak:
                 more = request is not None
                 if request is not None:
                     self._add(request)
+            self.engine.wait(1.0)
             updates = self.engine.step()
             for update in updates:
                 self._take(update)
@@ -148,26 +150,31 @@ class Soak:
             self.engine.step()
 
     def _add(self, request: Request) -> None:
-        ticket = self.engine.add(request)
-        self.running[ticket], self.tokens[ticket] = request, []
+        request_id = self.engine.add(request)
+        self.running[request_id], self.tokens[request_id] = request, []
         if self.draw.random() < 0.05:  # After so many steps, if it lives that long.
-            self.doomed[ticket] = self.draw.randint(1, 40)
+            self.doomed[request_id] = self.draw.randint(1, 40)
 
     def _take(self, update: Any) -> None:
-        if update.ticket in self.cancelled or update.ticket not in self.running:
-            self.errors.append(f"ticket {update.ticket}: an update after its end or cancellation")
+        if update.request_id in self.cancelled or update.request_id not in self.running:
+            self.errors.append(
+                f"request {update.request_id}: an update after its end or cancellation"
+            )
             return
-        self.tokens[update.ticket] += update.token_ids
+        self.tokens[update.request_id] += update.token_ids
         if update.error is None and update.completion is None:
             return
-        request, tokens = self._remove(update.ticket)
+        request, tokens = self._remove(update.request_id)
         if update.error is not None:
-            self.errors.append(f"request {request.index}: {update.error}")
-        elif tokens != [*update.completion.token_ids] or len(tokens) != request.max_tokens:
+            self.errors.append(f"request {request.request_id}: {update.error}")
+        elif (
+            tokens != [*update.completion.token_ids]
+            or len(tokens) != request.sampling_params.max_tokens
+        ):
             self.errors.append(
-                f"request {request.index}: {len(tokens)} tokens in updates, "
+                f"request {request.request_id}: {len(tokens)} tokens in updates, "
                 f"{len(update.completion.token_ids)} in the completion, "
-                f"expected {request.max_tokens}"
+                f"expected {request.sampling_params.max_tokens}"
             )
         else:
             self.generated += len(tokens)
@@ -175,19 +182,19 @@ class Soak:
                 self.kept.append((request, tokens))
 
     def _cancel(self) -> None:
-        for ticket in list(self.doomed):
-            self.doomed[ticket] -= 1
-            if not self.doomed[ticket]:
-                self.engine.cancel(ticket)
-                self.cancelled.add(ticket)
+        for request_id in list(self.doomed):
+            self.doomed[request_id] -= 1
+            if not self.doomed[request_id]:
+                self.engine.cancel(request_id)
+                self.cancelled.add(request_id)
                 self.cancellations += 1
-                self._remove(ticket)
+                self._remove(request_id)
 
-    def _remove(self, ticket: int) -> tuple[Request, list[int]]:
-        self.doomed.pop(ticket, None)
+    def _remove(self, request_id: RequestId) -> tuple[Request, list[int]]:
+        self.doomed.pop(request_id, None)
         self.ended += 1
         self.on_end()
-        return self.running.pop(ticket), self.tokens.pop(ticket)
+        return self.running.pop(request_id), self.tokens.pop(request_id)
 
 
 def alone(engine: Engine, request: Request) -> list[int]:
@@ -195,6 +202,7 @@ def alone(engine: Engine, request: Request) -> list[int]:
     engine.add(request)
     found: list[int] = []
     while engine.has_work:
+        engine.wait()
         for update in engine.step():
             found += update.token_ids
     return found
@@ -225,14 +233,14 @@ def check_alone(
             continue
         place = next((n for n, pair in enumerate(zip(expected, tokens)) if len({*pair}) > 1), None)
         adapter = None if request.adapter is None else adapters[request.adapter]
-        greedy = request.temperature == 0
+        greedy = request.sampling_params.temperature == 0
         if greedy and place is not None and near_tie(
-            model, adapter, [*request.token_ids, *tokens[:place]],
+            model, adapter, [*request.prompt_token_ids, *tokens[:place]],
             (expected[place], tokens[place]),
         ):  # fmt: skip
             ties += 1
         else:
-            wrong.append(f"request {request.index}: {tokens} in company, {expected} alone")
+            wrong.append(f"request {request.request_id}: {tokens} in company, {expected} alone")
     return ties, wrong
 
 
@@ -289,7 +297,9 @@ def main(
         "adapter_evictions": stats.adapter_evictions,
         "compilations": compiled,
         "checked_alone": len(soak.kept),
-        "sampled_checked_alone": sum(request.temperature > 0 for request, _ in soak.kept),
+        "sampled_checked_alone": sum(
+            request.sampling_params.temperature > 0 for request, _ in soak.kept
+        ),
         "near_ties": ties,
         "memory_bytes": memory,
         "memory_growth": growth,

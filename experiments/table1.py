@@ -46,7 +46,7 @@ from flora_jax.evaluate.multipl_e import evaluate
 from flora_jax.evaluate.problems import Problem, first, read_problems
 from flora_jax.files import directory_lock
 from flora_jax.sandbox.sandbox import Sandbox
-from flora_jax.serve.versions import digest
+from flora_jax.serve.registry import digest
 
 try:
     from experiments import table1_report

@@ -13,12 +13,13 @@ from rich.text import Text
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.checkpoints.checkpoint import load_model
 from flora_jax.checkpoints.tokenizer import load_tokenizer
+from flora_jax.errors import RunError
 from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.peft.read import read_adapter
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.request import Completion, Defaults, Request, parse_request
+from flora_jax.serve.request import Completion, Request, SamplingParams
 
 # The same function's head in each language, by the name of its adapter.
 PROMPTS = {
@@ -51,13 +52,15 @@ def run_demo(assets: Path, *, language: str, max_tokens: int, seed: int) -> None
     under the other kinds as well.
 
     Raises:
-        RuntimeError: a row's tokens differ from those it has without company.
+        RunError: a row's tokens differ from those it has without company.
     """
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.7, seed=seed)
     console = Console()
     source = assets / "mini"
     model = load_model(source, "float32")
     config = model.config
     tokenizer = load_tokenizer(source, config.vocab_size)
+    assert tokenizer is not None
     adapters = shipped_adapters(assets, config)
     wanted = [
         (name, adapter)
@@ -65,18 +68,9 @@ def run_demo(assets: Path, *, language: str, max_tokens: int, seed: int) -> None
         for adapter in (None, *(f"{kind}/{name}" for kind in KINDS[: 3 if name == language else 1]))
     ]
     requests = [
-        parse_request(
-            {"prompt": PROMPTS[name], "seed": seed} | ({"adapter": adapter} if adapter else {}),
-            index,
-            tokenizer,
-            frozenset(adapters),
-            config.vocab_size,
-            config.n_positions,
-            Defaults(max_tokens=max_tokens, temperature=0.7),
-        )
-        for index, (name, adapter) in enumerate(wanted)
+        Request(tokenizer.encode(PROMPTS[name]).ids, params, adapter) for name, adapter in wanted
     ]
-    longest = max(len(request.token_ids) for request in requests) + max_tokens
+    longest = max(len(request.prompt_token_ids) for request in requests) + max_tokens
     engine = Engine(
         model,
         adapters,
@@ -93,7 +87,7 @@ def run_demo(assets: Path, *, language: str, max_tokens: int, seed: int) -> None
     again = list(generate(engine, requests))
     seconds = time.perf_counter() - started
     if [c.token_ids for c in again] != [c.token_ids for c in completions]:
-        raise RuntimeError("the same batch gave other tokens the second time")
+        raise RunError("the same batch gave other tokens the second time")
 
     _show(console, dict(zip(wanted, completions, strict=True)), language)
     tokens = sum(len(c.token_ids) for c in completions)
@@ -135,4 +129,4 @@ def _check_alone(
     )
     console.print(f"{same} of {len(requests)} rows have the same tokens as when they run alone")
     if same < len(requests):
-        raise RuntimeError("a row's tokens depend on its company")
+        raise RunError("a row's tokens depend on its company")

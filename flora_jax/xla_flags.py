@@ -6,7 +6,6 @@ version of jaxlib. Knows nothing of programs; never imports JAX.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -62,7 +61,9 @@ def keep_from_missing_gpu(environment: MutableMapping[str, str] = os.environ) ->
 def is_known(flag: str, cache: Path) -> bool:
     """Whether the installed XLA starts with a flag."""
     file = cache / "xla_flags.json"
-    key = f"{importlib.metadata.version('jaxlib')} {flag}"
+    from importlib import metadata  # Takes as long as all the rest of this module.
+
+    key = f"{metadata.version('jaxlib')} {flag}"
     answers = _read(file)
     if key in answers:
         return answers[key]

@@ -87,7 +87,9 @@ def start(span: int, steps: int) -> int:
 
 def step(rig: Any, sequences: Any, steps: int) -> Any:
     """Queues one dispatch; the tokens, on the device."""
-    tokens_BN = rig.decode(sequences, steps, False)
+    from flora_jax.serve.scheduler import Decode
+
+    tokens_BN = rig.decode(Decode.of(sequences, steps, False))
     for sequence in sequences:
         sequence.drawn += steps
     return tokens_BN

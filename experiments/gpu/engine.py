@@ -28,7 +28,7 @@ def stage(own: Stage, words: list[str]) -> None:
     from flora_jax.bench.serving.setup import Contender, make_adapters
     from flora_jax.serve.engine import Engine
     from flora_jax.serve.options import EngineOptions
-    from flora_jax.serve.request import Request
+    from flora_jax.serve.request import Request, SamplingParams
 
     preset, layers, kinds, *numbers = words
     rows, prompt, new = map(int, numbers)
@@ -44,8 +44,8 @@ def stage(own: Stage, words: list[str]) -> None:
         adapters = make_adapters(model.config, Contender(kind, rank), names, contents=_CONTENTS)
         requests = [
             Request(
-                row, tuple(map(int, tokens)), adapter=names[row] if adapters else None,
-                max_tokens=new, ignore_eos=True,
+                tokens.tolist(), SamplingParams(max_tokens=new, ignore_eos=True),
+                adapter=names[row] if adapters else None,
             )
             for row, tokens in enumerate(tokens_BT)
         ]  # fmt: skip

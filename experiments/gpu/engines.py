@@ -1,7 +1,7 @@
 """The engine's own arrays and verbs over random weights, for stages that time one verb.
 
 Bank, weights and cache are random numbers made on the device; lists of pairs, shapes and programs are the
-engine's own (:class:`flora_jax.serve.dispatch.Device`). What it does not have is a scheduler: sequences
+engine's own (:class:`flora_jax.serve.device.Device`). What it does not have is a scheduler: sequences
 stand in their rows, with their pages, from the start.
 """
 
@@ -22,12 +22,12 @@ from flora_jax.models.starcoder.config import PRESETS, StarCoderConfig
 from flora_jax.models.starcoder.model import Model
 from flora_jax.models.transpose import for_decoding
 from flora_jax.platforms import Platform, platform
-from flora_jax.serve.dispatch import Device, Job
+from flora_jax.serve.device import Device
+from flora_jax.serve.lattice import Lattice
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.pool import AdapterPool
-from flora_jax.serve.programs import Lattice
-from flora_jax.serve.request import Request
-from flora_jax.serve.scheduler import Sequence as Scheduled
+from flora_jax.serve.request import Request, SamplingParams
+from flora_jax.serve.residency import Residency
+from flora_jax.serve.sequence import Sequence as Scheduled
 from flora_jax.serve.stream import Stream
 
 TARGET = "attn.c_attn"
@@ -82,7 +82,7 @@ def variant(how: str, rehearse: bool) -> Platform:
     return own
 
 
-class RandomPool(AdapterPool):
+class RandomResidency(Residency):
     """``count`` adapters of one kind and rank on c_attn, named 0, 1, …, all resident, none read."""
 
     def __init__(
@@ -128,28 +128,29 @@ class Rig(Device):
         context = options.max_model_len
         assert context is not None
         additive = own.additive(jax.tree.leaves(model.params["wte"])[0].dtype)
-        pool = RandomPool(model.config, kind, rank, options.max_num_seqs, additive)
-        groups = [pool.targets] if pool.targets else []
-        lattice = Lattice(pool, options, context, own, groups)
-        super().__init__(model, pool, lattice, options, options.cache_pages(context), own)
+        residency = RandomResidency(model.config, kind, rank, options.max_num_seqs, additive)
+        groups = [residency.targets] if residency.targets else []
+        lattice = Lattice(residency, options, context, own, groups)
+        super().__init__(model, residency, lattice, options, own)
         self.cache = fill(self.cache, 11)
 
     def sequences(self, position: int, prompt: int | None = None) -> list[Scheduled]:
         """One in every row, each under its own adapter: about to decode at ``position``, or, with
         ``prompt`` tokens, to be prefilled.
         """
-        adapted = bool(self.pool.targets)
+        adapted = bool(self.residency.targets)
         width, context = self.lattice.width, self.options.max_model_len
         assert context is not None
         rng = np.random.default_rng(0)
         found = []
         for row in range(self.rows):
             tokens = rng.integers(1, self.config.vocab_size, prompt or 1)
-            request = Request(row, tuple(map(int, tokens)), max_tokens=context, ignore_eos=True)
+            params = SamplingParams(max_tokens=context, ignore_eos=True)
+            request = Request(tokens.tolist(), params, request_id=row, fold_in=row)
             own: Any = row if adapted else None
-            job = Job(request, own, Stream(request, (), context))
-            sequence = Scheduled(row, row, prompt or position, context, job)
-            sequence.row, sequence.pages = row, list(range(row * width, (row + 1) * width))
+            stream = Stream(request, (), context)
+            sequence = Scheduled(row, row, prompt or position, context, request, own, stream)
+            sequence.row, sequence.blocks = row, list(range(row * width, (row + 1) * width))
             if prompt is None:
                 sequence.stage, sequence.drawn, sequence.prefilled = "decode", 1, position
             found.append(sequence)

@@ -1,4 +1,4 @@
-"""Prompts through the engine's own programs: one piece of one prompt by attention, kind and length.
+"""Prompts through the engine's own programs: one chunk of one prompt by attention, kind and length.
 
     prefill PRESET LAYERS HOW,… KIND,… LENGTH,…
 
@@ -20,8 +20,8 @@ from experiments.gpu.items import Skip, Stage, main
 
 def stage(own: Stage, words: list[str]) -> None:
     from experiments.gpu import engines
-    from flora_jax.serve.dispatch import Piece
     from flora_jax.serve.options import EngineOptions
+    from flora_jax.serve.sequence import Chunk
 
     preset, layers, attentions, kinds, numbers = words
     lengths = [int(word) for word in numbers.split(",")]
@@ -31,18 +31,18 @@ def stage(own: Stage, words: list[str]) -> None:
     own.put("weights", **about)
 
     def first(attention: str, text: str, length: int) -> Any:
-        """A rig and its piece, once through; or why there is none."""
+        """A rig and its chunk, once through; or why there is none."""
         try:
             options = EngineOptions(
                 max_num_seqs=1, max_model_len=length, chunk=length, pieces=1,
                 max_num_batched_tokens=length + 1,
             )  # fmt: skip
             rig = engines.Rig(model, text, options, engines.variant(attention, own.rehearse))
-            # One token more in the prompt, or the piece would be its last, and draw a token.
-            piece = Piece(rig.sequences(0, prompt=length + 1)[0], 0, length)
-            rig.prefill([piece])
+            # One token more in the prompt, or the chunk would be its last, and draw a token.
+            chunk = Chunk(rig.sequences(0, prompt=length + 1)[0], 0, length)
+            rig.prefill([chunk])
             rig.wait()
-            return rig, piece
+            return rig, chunk
         except Exception as error:
             return error
 
@@ -72,15 +72,15 @@ def stage(own: Stage, words: list[str]) -> None:
         del made, future
 
 
-def timed(rig: Any, piece: Any, repeats: int, queued: int = 3) -> float:
+def timed(rig: Any, chunk: Any, repeats: int, queued: int = 3) -> float:
     """Median seconds of a dispatch, some queued behind each other."""
-    rig.prefill([piece])
+    rig.prefill([chunk])
     found = []
     for _ in range(repeats):
         rig.wait()
         began = time.perf_counter()
         for _ in range(queued):
-            rig.prefill([piece])
+            rig.prefill([chunk])
         rig.wait()
         found.append((time.perf_counter() - began) / queued)
     return statistics.median(found)

@@ -21,7 +21,8 @@ def main(say: Callable[[dict[str, Any]], None]) -> None:
     from flora_jax.models.transpose import for_decoding
     from flora_jax.peft.read import read_adapter
     from flora_jax.serve.engine import Engine, EngineOptions
-    from flora_jax.serve.request import Request
+    from flora_jax.serve.generate import generate as complete
+    from flora_jax.serve.request import Request, SamplingParams
 
     model = for_decoding(load_model(options.model, "float32"), consume=True)
     config = model.config
@@ -46,18 +47,11 @@ def main(say: Callable[[dict[str, Any]], None]) -> None:
     engine.warm_up()
 
     def generate(prompts: list[list[int]], names: protocol.Names, n: int) -> list[list[int]]:
-        tickets = [
-            engine.add(Request(row, tuple(prompt), adapter=name, max_tokens=n, ignore_eos=True))
-            for row, (prompt, name) in enumerate(zip(prompts, names, strict=True))
+        params = SamplingParams(max_tokens=n, ignore_eos=True)
+        requests = [
+            Request(prompt, params, name) for prompt, name in zip(prompts, names, strict=True)
         ]
-        done: dict[Any, list[int]] = {}
-        while engine.has_work:
-            for update in engine.step():
-                if update.error is not None:
-                    raise RuntimeError(f"{update.ticket}: {update.error}")
-                if update.completion is not None:
-                    done[update.ticket] = list(update.completion.token_ids)
-        return [done[ticket] for ticket in tickets]
+        return [[*completion.token_ids] for completion in complete(engine, requests)]
 
     packages = protocol.versions("flora-jax", "jax", "flax")
     protocol.serve_generation(say, options, packages, generate)

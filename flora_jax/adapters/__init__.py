@@ -1,41 +1,35 @@
-"""Adapters as pure functions over frozen dataclass pytrees. Knows nothing of models or Flax."""
+"""Adapters as pure functions over frozen dataclass pytrees. Knows nothing of models or Flax.
 
-from typing import Any
+``registry`` is the table of kinds and needs no JAX; the names below bring it in when they are first used.
+"""
 
-import jax
+from __future__ import annotations
 
-from flora_jax.adapters import flora, hira, ia3, lora
-from flora_jax.adapters.flora import FLoRA
-from flora_jax.adapters.hira import HiRA
-from flora_jax.adapters.ia3 import IA3
-from flora_jax.adapters.kind import Components, Kind, apply_vmap, stack
-from flora_jax.adapters.lora import LoRA
-from flora_jax.weights.product import Weight, apply
+import importlib
+from typing import TYPE_CHECKING, Any
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (lora.KIND, flora.KIND, ia3.KIND, hira.KIND)}
-_KIND_OF = {kind.type: kind for kind in KINDS.values()}
+if TYPE_CHECKING:
+    from flora_jax.adapters.flora import FLoRA
+    from flora_jax.adapters.hira import HiRA
+    from flora_jax.adapters.ia3 import IA3
+    from flora_jax.adapters.kind import KINDS, Components, Kind, apply_vmap, kind_of, stack
+    from flora_jax.adapters.lora import LoRA
+    from flora_jax.weights.product import apply
 
-
-def kind_of(params: Any) -> Kind:
-    """The kind that a parameter dataclass belongs to."""
-    return _KIND_OF[type(params)]
-
-
-def _apply_uniform(
-    params: Any, x_BTI: jax.Array, W_IO: Weight, bias_O: jax.Array | None = None
-) -> jax.Array:
-    """Factors without a batch axis are one adapter's, shared by every row."""
-    kind = kind_of(params)
-    one_adapter = 1 if kind.name == "ia3" else 2
-    if jax.tree.leaves(params)[0].ndim > one_adapter:
-        return kind.apply(params, x_BTI, W_IO, bias_O)
-    flat_XI = x_BTI.reshape(-1, x_BTI.shape[-1])
-    y_XO = kind.apply_one(params, flat_XI, W_IO, bias_O)
-    return y_XO.reshape(*x_BTI.shape[:-1], W_IO.shape[1])
+_HOME = {
+    "FLoRA": "flora_jax.adapters.flora",
+    "HiRA": "flora_jax.adapters.hira",
+    "IA3": "flora_jax.adapters.ia3",
+    "LoRA": "flora_jax.adapters.lora",
+    "apply": "flora_jax.weights.product",
+}
 
 
-for _kind in KINDS.values():
-    apply.register(_kind.type, _apply_uniform)
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME.get(name, "flora_jax.adapters.kind")), name)
+
 
 __all__ = [
     "IA3",

@@ -1,12 +1,14 @@
 """FLoRA: the base weight times a low-rank matrix per example (the paper's Eq. 4 to 6).
 
-``W_i = W ∘ s · (B_iᵀ A_i)`` and so ``y = s · Σ_r A_r ∘ ((x ∘ B_r) W)``, one product for the whole
-batch. ``s`` is ``1/r`` for the reduction ``mean`` (the paper's) and 1 for ``sum``.
+``W_i = W ∘ s · (down_iᵀ up_i)`` and so ``y = s · Σ_r up_r ∘ ((x ∘ down_r) W)``, one product for the
+whole batch. The paper's ``B`` is ``down``, its ``A`` is ``up``; ``s`` is ``1/r`` for the reduction
+``mean`` (the paper's) and 1 for ``sum``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters import multiplicative
-from flora_jax.adapters.kind import Components, Kind, uniform_fan_in, zeros
+from flora_jax.adapters.kind import Components, Kind, WeightOf, uniform_fan_in, zeros
 from flora_jax.shapes import check_shapes
 from flora_jax.weights import product
 
@@ -25,14 +27,15 @@ Init = Literal["zero_sum", "ones", "frozen_ones"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FLoRA:
-    """``B [R, I]`` scales the inputs, ``A [R, O]`` the outputs; both may have a leading batch axis.
+    """``down [R, I]`` scales the inputs (the paper's ``B``), ``up [R, O]`` the outputs (its ``A``); both
+    may have a leading batch axis.
 
     The same numbers under another reduction are another adapter. The first ``frozen`` components
     get no gradient.
     """
 
-    B_RI: jax.Array
-    A_RO: jax.Array
+    down_RI: jax.Array
+    up_RO: jax.Array
     reduction: Reduction = dataclasses.field(default="mean", metadata=dict(static=True))
     frozen: int = dataclasses.field(default=0, metadata=dict(static=True))
 
@@ -47,6 +50,7 @@ def init(
     outputs: int,
     rank: int,
     *,
+    weight: WeightOf | None = None,
     reduction: Reduction = "mean",
     init: Init = "zero_sum",
     noise: float = 0.1,
@@ -54,7 +58,7 @@ def init(
 ) -> FLoRA:
     """The identity at the start, by one of three ways.
 
-    - ``zero_sum``: ``A = 1/(s·r)``, ``B_r = 1 + ε_r`` with normal ``ε`` of standard deviation about
+    - ``zero_sum``: ``up = 1/(s·r)``, ``down_r = 1 + ε_r`` with normal ``ε`` of standard deviation about
       ``noise`` that sums to zero over the components: the identity to rounding, components differ.
     - ``ones``: every component is ones. They then get the same gradient for ever, so that an
       adapter of rank above 1 stays one of rank 1.
@@ -67,27 +71,27 @@ def init(
     if rank < 1:
         raise ValueError(f"FLoRA's rank is {rank}, expected at least 1")
     share = 1.0 if reduction == "mean" else 1.0 / rank
-    B_RI = jnp.ones((rank, inputs), dtype)
-    A_RO = jnp.full((rank, outputs), share, dtype)
+    down_RI = jnp.ones((rank, inputs), dtype)
+    up_RO = jnp.full((rank, outputs), share, dtype)
     if init == "zero_sum":
         epsilon_RI = noise * jax.random.normal(key, (rank, inputs), dtype)
-        B_RI = B_RI + epsilon_RI - jnp.mean(epsilon_RI, axis=0, keepdims=True)
-        return FLoRA(B_RI, A_RO, reduction)
+        down_RI = down_RI + epsilon_RI - jnp.mean(epsilon_RI, axis=0, keepdims=True)
+        return FLoRA(down_RI, up_RO, reduction)
     if init == "frozen_ones":
-        B_RI = B_RI.at[1:].set(uniform_fan_in(key, (rank, inputs), dtype)[1:])
-        A_RO = jnp.zeros_like(A_RO).at[0].set(rank * share)
-        return FLoRA(B_RI, A_RO, reduction, frozen=1)
+        down_RI = down_RI.at[1:].set(uniform_fan_in(key, (rank, inputs), dtype)[1:])
+        up_RO = jnp.zeros_like(up_RO).at[0].set(rank * share)
+        return FLoRA(down_RI, up_RO, reduction, frozen=1)
     if init == "ones":
-        return FLoRA(B_RI, A_RO, reduction)
+        return FLoRA(down_RI, up_RO, reduction)
     raise ValueError(f"FLoRA's init is {init!r}, expected one of {', '.join(get_args(Init))}")
 
 
 def _scale(params: FLoRA) -> float:
-    return 1.0 / params.B_RI.shape[-2] if params.reduction == "mean" else 1.0
+    return 1.0 / params.down_RI.shape[-2] if params.reduction == "mean" else 1.0
 
 
 def _factors(params: FLoRA) -> tuple[jax.Array, jax.Array]:
-    """``B`` and ``s·A`` in float32, gradients of the frozen components stopped."""
+    """``down`` and ``s·up`` in float32, gradients of the frozen components stopped."""
 
     def freeze(factor: jax.Array) -> jax.Array:
         if not params.frozen:
@@ -96,8 +100,8 @@ def _factors(params: FLoRA) -> tuple[jax.Array, jax.Array]:
         return jnp.concatenate([jax.lax.stop_gradient(held), free], axis=-2)
 
     return (
-        freeze(params.B_RI).astype(jnp.float32),
-        _scale(params) * freeze(params.A_RO).astype(jnp.float32),
+        freeze(params.down_RI).astype(jnp.float32),
+        _scale(params) * freeze(params.up_RO).astype(jnp.float32),
     )
 
 
@@ -105,7 +109,9 @@ def apply(
     params: FLoRA, x_BTI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
     """Eq. 6 with one adapter per row: ``[B, T, O]`` in the dtype of ``x``; the bias comes after."""
-    check_shapes("flora.apply", x_BTI=x_BTI, W_IO=W_IO, B_BRI=params.B_RI, A_BRO=params.A_RO)
+    check_shapes(
+        "flora.apply", x_BTI=x_BTI, W_IO=W_IO, down_BRI=params.down_RI, up_BRO=params.up_RO
+    )
     y_BTO = multiplicative.apply_batch(*_factors(params), x_BTI, W_IO)
     return product.finish(y_BTO, bias_O, x_BTI.dtype)
 
@@ -125,10 +131,24 @@ def merge(
     return multiplicative.merge(*_factors(params), W_IO), bias_O
 
 
-def components(params: FLoRA, inputs: int, outputs: int) -> Components:
-    A_RO = np.float32(_scale(params)) * np.asarray(params.A_RO, np.float32)
+def components(
+    params: FLoRA, inputs: int, outputs: int, weight: WeightOf | None = None
+) -> Components:
+    up_RO = np.float32(_scale(params)) * np.asarray(params.up_RO, np.float32)
     none = zeros(0, inputs), zeros(0, outputs)
-    return Components(np.asarray(params.B_RI, np.float32), A_RO, *none)
+    return Components(np.asarray(params.down_RI, np.float32), up_RO, *none)
 
 
-KIND = Kind("flora", FLoRA, init, apply, apply_one, merge, components)
+def redraw(params: FLoRA, draw: Callable[..., Any], spread: float) -> FLoRA:
+    """Around one, so that the adapted weights keep their size."""
+    return jax.tree.map(lambda leaf: draw(leaf, 1.0, spread), params)
+
+
+def freeze(updates: FLoRA) -> FLoRA:
+    """Zeros for the frozen components."""
+    if not updates.frozen:
+        return updates
+    return jax.tree.map(lambda leaf: leaf.at[..., : updates.frozen, :].set(0.0), updates)
+
+
+KIND = Kind("flora", FLoRA, init, apply, apply_one, merge, components, redraw, freeze=freeze)

@@ -7,6 +7,7 @@ bias stays as it is.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters import multiplicative
-from flora_jax.adapters.kind import Components, Kind, ones, uniform_fan_in, zeros
+from flora_jax.adapters.kind import Components, Kind, WeightOf, ones, uniform_fan_in, zeros
 from flora_jax.shapes import check_shapes
 from flora_jax.weights import product
 
@@ -28,7 +29,15 @@ class HiRA:
     up_RO: jax.Array
 
 
-def init(key: jax.Array, inputs: int, outputs: int, rank: int, *, dtype: Any = jnp.float32) -> HiRA:
+def init(
+    key: jax.Array,
+    inputs: int,
+    outputs: int,
+    rank: int,
+    *,
+    weight: WeightOf | None = None,
+    dtype: Any = jnp.float32,
+) -> HiRA:
     """The identity at the start: ``down`` random, ``up`` zero, as in PEFT."""
     return HiRA(uniform_fan_in(key, (rank, inputs), dtype), jnp.zeros((rank, outputs), dtype))
 
@@ -64,7 +73,9 @@ def merge(
     return multiplicative.merge(pre, post, W_IO), bias_O
 
 
-def components(params: HiRA, inputs: int, outputs: int) -> Components:
+def components(
+    params: HiRA, inputs: int, outputs: int, weight: WeightOf | None = None
+) -> Components:
     down_RI, up_RO = (np.asarray(x, np.float32) for x in (params.down_RI, params.up_RO))
     return Components(
         np.concatenate([ones(1, inputs), down_RI]),
@@ -74,4 +85,10 @@ def components(params: HiRA, inputs: int, outputs: int) -> Components:
     )
 
 
-KIND = Kind("hira", HiRA, init, apply, apply_one, merge, components)
+def redraw(params: HiRA, draw: Callable[..., Any], spread: float) -> HiRA:
+    """So that ``Σ_r down_r up_r`` deviates by about ``spread``."""
+    size = float(spread / params.down_RI.shape[-2]) ** 0.5
+    return jax.tree.map(lambda leaf: draw(leaf, 0.0, size), params)
+
+
+KIND = Kind("hira", HiRA, init, apply, apply_one, merge, components, redraw)

@@ -7,18 +7,17 @@ bias stays. FLoRA of rank 1 with one side ones.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters.kind import Components, Kind, ones, zeros
+from flora_jax.adapters.kind import Components, Kind, Side, WeightOf, ones, zeros
 from flora_jax.adapters.multiplicative import scale_inputs
 from flora_jax.shapes import check_shapes
 from flora_jax.weights import product
-
-Side = Literal["output", "input"]
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +39,7 @@ def init(
     outputs: int,
     rank: int = 1,
     *,
+    weight: WeightOf | None = None,
     side: Side = "output",
     dtype: Any = jnp.float32,
 ) -> IA3:
@@ -86,7 +86,9 @@ def merge(
     return (wide_IO * factor[None]).astype(W_IO.dtype), bias_O
 
 
-def components(params: IA3, inputs: int, outputs: int) -> Components:
+def components(
+    params: IA3, inputs: int, outputs: int, weight: WeightOf | None = None
+) -> Components:
     factor = np.asarray(params.l, np.float32)
     none = zeros(0, inputs), zeros(0, outputs)
     if params.side == "input":
@@ -94,4 +96,15 @@ def components(params: IA3, inputs: int, outputs: int) -> Components:
     return Components(ones(1, inputs), factor[None], *none, bias_scale_O=factor - 1.0)
 
 
-KIND = Kind("ia3", IA3, init, apply, apply_one, merge, components)
+def redraw(params: IA3, draw: Callable[..., Any], spread: float) -> IA3:
+    """Around one, so that the adapted weights keep their size."""
+    return jax.tree.map(lambda leaf: draw(leaf, 1.0, spread), params)
+
+
+KIND = Kind(
+    "ia3", IA3, init, apply, apply_one, merge, components, redraw,
+    rank=lambda params: 1,
+    widths=lambda params: [(params.side, params.l.shape[-1])],
+    is_batched=lambda params: params.l.ndim == 2,
+    placed=lambda on_inputs: {"side": "input" if on_inputs else "output"},
+)  # fmt: skip

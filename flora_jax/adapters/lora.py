@@ -7,13 +7,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters.kind import Components, Kind, ones, uniform_fan_in
+from flora_jax.adapters.kind import Components, Kind, WeightOf, ones, uniform_fan_in
 from flora_jax.shapes import check_shapes
 from flora_jax.weights import product
 
@@ -34,6 +35,7 @@ def init(
     outputs: int,
     rank: int,
     *,
+    weight: WeightOf | None = None,
     alpha: float | None = None,
     dtype: Any = jnp.float32,
 ) -> LoRA:
@@ -81,7 +83,9 @@ def merge(
     ), bias_O
 
 
-def components(params: LoRA, inputs: int, outputs: int) -> Components:
+def components(
+    params: LoRA, inputs: int, outputs: int, weight: WeightOf | None = None
+) -> Components:
     return Components(
         ones(1, inputs),
         ones(1, outputs),
@@ -90,4 +94,49 @@ def components(params: LoRA, inputs: int, outputs: int) -> Components:
     )
 
 
-KIND = Kind("lora", LoRA, init, apply, apply_one, merge, components)
+def redraw(params: LoRA, draw: Callable[..., Any], spread: float) -> LoRA:
+    """So that the change is about ``spread`` of the size of a weight of unit rows."""
+    rank, inputs = params.down_RI.shape
+    size = (spread / (rank * inputs**0.5)) ** 0.5
+    return jax.tree.map(lambda leaf: draw(leaf, 0.0, size), params)
+
+
+def train_one(
+    params: LoRA,
+    x_XI: jax.Array,
+    W_IO: product.Weight,
+    bias_O: jax.Array | None,
+    own_XI: jax.Array | None,
+    rounded: bool,
+) -> jax.Array:
+    """``[X, O]``: :func:`apply_one` with the branch of ``own``, see ``Kind.train_one``."""
+    own_XI = x_XI if own_XI is None else own_XI
+    if not rounded:
+        y_XO = product.product(x_XI, W_IO) + branch(params, own_XI.astype(jnp.float32))
+    else:
+        y_XO = product.rounded(x_XI, W_IO) + rounded_branch(params, own_XI.astype(x_XI.dtype))
+    return product.finish(y_XO, bias_O, x_XI.dtype)
+
+
+def rounded_branch(params: LoRA, x_XI: jax.Array) -> jax.Array:
+    """:func:`branch` of which every product takes and gives the dtype of ``x``: ``[X, O]``."""
+    h_XR = jnp.matmul(x_XI, params.down_RI.astype(x_XI.dtype).T)
+    up_RO = (params.scale * params.up_RO.astype(jnp.float32)).astype(x_XI.dtype)
+    return jnp.matmul(h_XR, up_RO)
+
+
+def apply_narrow(
+    params: LoRA, x_BTI: jax.Array, W_IO: product.Weight, bias_O: jax.Array | None = None
+) -> jax.Array:
+    """:func:`apply` of factors in the dtype of ``x``: sums in float32, rounded between the products."""
+    wide = dict(preferred_element_type=jnp.float32)
+    h_BTR = jnp.einsum("bti,bri->btr", x_BTI, params.down_RI, **wide).astype(x_BTI.dtype)
+    delta_BTO = jnp.einsum("btr,bro->bto", h_BTR, params.up_RO, **wide)
+    y_BTO = product.product(x_BTI, W_IO) + params.scale * delta_BTO
+    return product.finish(y_BTO, bias_O, x_BTI.dtype)
+
+
+KIND = Kind(
+    "lora", LoRA, init, apply, apply_one, merge, components, redraw,
+    train_one=train_one, apply_narrow=apply_narrow,
+)  # fmt: skip

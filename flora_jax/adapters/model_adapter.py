@@ -6,23 +6,27 @@ Knows nothing of files or of the model; a model's projections are given as ``{ta
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters import IA3, KINDS, kind_of
+from flora_jax.adapters.kind import KINDS, kind_of
 from flora_jax.errors import InputError
+from flora_jax.weights.product import Weight
 
+# Gives the base weight of a layer and target, as it is held.
+WeightsOf = Callable[[int, str], Weight]
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelAdapter:
-    """``layers[n][target]`` holds the factors on one projection (``LoRA``, ``FLoRA``, ``IA3`` or
-    ``HiRA``, without a batch axis); a projection that the adapter leaves alone is absent.
+    """``layers[n][target]`` holds the factors on one projection (the dataclass of ``kind``, without a
+    batch axis); a projection that the adapter leaves alone is absent.
 
     ``settings`` are the fields of adapter_config.json that do not change the forward pass but belong
     to the adapter (dropout, the base model's name, how it started).
@@ -71,9 +75,7 @@ def match_targets(names: Sequence[str]) -> tuple[str, ...]:
 
 def rank_of(params: Any) -> int:
     """The number of learned components of one projection's factors."""
-    if isinstance(params, IA3):
-        return 1
-    return int(jax.tree.leaves(params)[0].shape[-2])
+    return kind_of(params).rank(params)
 
 
 def init_adapter(
@@ -85,45 +87,69 @@ def init_adapter(
     rank: int = 1,
     targets: Sequence[str] = ("attn.c_attn",),
     feedforward: Sequence[str] = ("mlp.c_proj",),
+    weights: WeightsOf | None = None,
     **options: Any,
 ) -> ModelAdapter:
-    """A fresh adapter, the identity, on ``targets`` of every layer; ``options`` go to the kind's
-    ``init``. IA3 scales the input of the targets named in ``feedforward``, else the output.
+    """A fresh adapter, the identity, on ``targets`` of every layer.
+
+    Args:
+        key: of all random numbers.
+        kind: a name of :data:`~flora_jax.adapters.kind.KINDS`.
+        projections: ``{target: (inputs, outputs)}`` of the base.
+        layers: of the base.
+        rank: the number of learned components.
+        targets: full names of the projections.
+        feedforward: those whose input is scaled, not the output, by a kind that scales one of them.
+        weights: gives the base's weights, for a kind whose start depends on them.
+        options: of the kind's ``init``.
+
+    Raises:
+        ValueError: the kind cannot have this rank or these options, or needs ``weights``.
     """
-    made = []
-    for layer_key in jax.random.split(key, layers):
+    made, own_kind = [], KINDS[kind]
+    for number, layer_key in enumerate(jax.random.split(key, layers)):
         layer = {}
         for target_key, target in zip(
             jax.random.split(layer_key, len(targets)), targets, strict=True
         ):
-            extra = dict(options)
-            if kind == "ia3":
-                extra["side"] = "input" if target in feedforward else "output"
-            layer[target] = KINDS[kind].init(target_key, *projections[target], rank, **extra)
+            layer[target] = own_kind.init(
+                target_key, *projections[target], rank,
+                weight=None if weights is None else partial(weights, number, target),
+                **own_kind.placed(target in feedforward), **options,
+            )  # fmt: skip
         made.append(layer)
     return ModelAdapter(kind, tuple(made))
+
+
+def abstract_adapter(
+    kind: str, projections: Mapping[str, tuple[int, int]], layers: int, **options: Any
+) -> ModelAdapter:
+    """:func:`init_adapter` with shapes in place of arrays: nothing is computed, no weight is needed."""
+
+    def made() -> tuple[dict[str, Any], ...]:
+        def weights(layer: int, target: str) -> Weight:
+            return jnp.zeros(projections[target])
+
+        key = jax.random.key(0)
+        return init_adapter(key, kind, projections, layers, weights=weights, **options).layers
+
+    return ModelAdapter(kind, jax.eval_shape(made))
 
 
 def randomise(adapter: ModelAdapter, seed: int, spread: float = 0.3) -> ModelAdapter:
     """The same shapes with random factors far from the identity, for trials and tests.
 
-    Multiplicative factors are drawn around one, so that the adapted weights keep their size.
+    Only the shapes and dtypes of ``adapter`` count: it may come from :func:`abstract_adapter`.
     """
     rng = np.random.default_rng(seed)
 
     def draw(leaf: jax.Array, centre: float, scale: float) -> jax.Array:
         return jnp.asarray(rng.normal(centre, scale, leaf.shape), leaf.dtype)
 
-    def redraw(params: Any) -> Any:
-        name = kind_of(params).name
-        if name in ("flora", "ia3"):
-            return jax.tree.map(lambda leaf: draw(leaf, 1.0, spread), params)
-        rank, inputs = params.down_RI.shape
-        # Additive factors are scaled so that the change is about `spread` of a weight's size.
-        size = (spread / (rank * (inputs**0.5 if name == "lora" else 1.0))) ** 0.5
-        return jax.tree.map(lambda leaf: draw(leaf, 0.0, size), params)
-
-    layers = tuple({t: redraw(p) for t, p in layer.items()} for layer in adapter.layers)
+    layers = tuple(
+        {t: kind_of(p).redraw(p, draw, spread) for t, p in layer.items()}
+        for layer in adapter.layers
+    )
     return dataclasses.replace(adapter, layers=layers)
 
 
@@ -136,12 +162,7 @@ def check_fits(
     for number, layer in enumerate(adapter.layers):
         for target, params in layer.items():
             inputs, outputs = projections[target]
-            sides = (
-                {params.side: params.l.shape[0]}
-                if isinstance(params, IA3)
-                else dict(zip(("input", "output"), (x.shape[1] for x in jax.tree.leaves(params))))
-            )
-            for side, found in sides.items():
+            for side, found in kind_of(params).widths(params):
                 expected = inputs if side == "input" else outputs
                 if found != expected:
                     raise InputError(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
+from flora_jax import __version__
 from flora_jax.cli import bench, bench_serving, evaluate, program
 from flora_jax.cli.common import cache_directory
 from flora_jax.cli.generate import generate
@@ -13,9 +18,24 @@ from flora_jax.xla_flags import keep_from_missing_gpu, set_flags
 NAME = "flora-jax"
 app = program.new_app(
     name=NAME,
-    help="One base model, a different low-rank adapter for every request of a batch.",
     no_args_is_help=True,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"{NAME} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """One base model, a different low-rank adapter for every request of a batch."""
+
 
 for _verb in (generate, train, info, demo, plan):
     app.command()(_verb)

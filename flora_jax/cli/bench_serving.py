@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from flora_jax.adapters.registry import TRAITS
 from flora_jax.cli.common import MODEL_HELP, Overwrite, dtype_of, prepare_jax, source
 from flora_jax.errors import InputError
 from flora_jax.files import require_file
@@ -24,7 +25,7 @@ Preset = Annotated[
 Kind = Annotated[
     str,
     typer.Option(
-        help="flora, lora, ia3, hira, none; sequential: FLoRA, one adapter at a time; "
+        help=f"{', '.join(TRAITS)}, none; sequential: FLoRA, one adapter at a time; "
         "unmerged: FLoRA by the paper's formula in prompts too."
     ),
 ]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,31 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flora_jax.errors import InputError
+from flora_jax.shipped import ASSETS as ASSETS
+from flora_jax.shipped import adapter_source, model_source
+from flora_jax.terminal import say as say
 
 if TYPE_CHECKING:
     from flora_jax.adapters.model_adapter import ModelAdapter
 
-ASSETS = Path(__file__).parents[1] / "assets"
 MODEL_HELP = "Hugging Face directory, converted directory, hub id, or 'mini' (embedded)."
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")]
 
 
-def say(message: str) -> None:
-    print(message, file=sys.stderr)
-
-
-def lines(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield line.decode()
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}, line {number}: not UTF-8: {error}") from None
-
-
 def source(model: str) -> str:
     """The path of the embedded model where it is asked for by name."""
-    return str(ASSETS / "mini") if model == "mini" else model
+    return model_source(model)
 
 
 def named_values(values: list[str], option: str, form: str = "NAME=PATH") -> dict[str, str]:
@@ -57,7 +45,13 @@ def named_paths(values: list[str], option: str, form: str = "NAME=PATH") -> dict
     return {name: Path(path) for name, path in named_values(values, option, form).items()}
 
 
-def read_adapters(directories: dict[str, Path], config: Any) -> dict[str, ModelAdapter]:
+def named_adapters(values: list[str]) -> dict[str, Path]:
+    """The folders of ``--adapter NAME=DIR``, where DIR may be the name of a shipped adapter."""
+    paths = named_paths(values, "adapter", "NAME=DIR")
+    return {name: adapter_source(path) for name, path in paths.items()}
+
+
+def read_adapters(directories: Mapping[str, Path], config: Any) -> dict[str, ModelAdapter]:
     from flora_jax.peft.read import read_adapter
 
     return {
@@ -100,13 +94,3 @@ def compiling() -> Iterator[Callable[[str, int, int], None]]:
         yield lambda name, done, total: status.update(
             f"compiling {min(done + 1, total)} of {total}: {name}"
         )
-
-
-@contextmanager
-def progress(total: int) -> Iterator[Callable[[], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("generate", total=total)
-        yield lambda: progress.advance(task)

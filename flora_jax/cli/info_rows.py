@@ -57,3 +57,5 @@ def _adapter_rows(path: str) -> Iterator[Row]:
         ranks = ", ".join(map(str, found.ranks[target]))
         inputs, outputs = ("?" if side is None else f"{side:,}" for side in found.widths[target])
         yield f"target {target}", f"rank {ranks}, {inputs} -> {outputs}"
+    for name in found.unused:
+        yield f"target {name}", "named by target_modules, without a tensor"

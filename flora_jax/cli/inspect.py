@@ -27,17 +27,13 @@ def info(
 
 
 def demo(
-    max_tokens: Annotated[int, typer.Option(help="Tokens a row.")] = 40,
-    seed: Annotated[int, typer.Option(help="Of every row.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 40,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of every row.")] = 0,
     language: Annotated[
         str, typer.Option(help="Shown under every kind: d, perl, ruby, rust, racket, swift, lua.")
     ] = "lua",
 ) -> None:
     """Completes a prompt for each of seven languages in one batch, every row with its own adapter."""
-    if max_tokens < 1:
-        raise InputError(f"--max-tokens is {max_tokens}, expected 1 or more")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"--seed is {seed}, expected 0 to 2^32 - 1")
     prepare_jax()
     from flora_jax.demo import PROMPTS, run_demo
 

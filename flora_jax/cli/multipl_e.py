@@ -257,7 +257,7 @@ class Generating:
         prepare_jax()
         from flora_jax.checkpoints.digest import model_digest
         from flora_jax.evaluate.local import Local
-        from flora_jax.serve.versions import digest
+        from flora_jax.serve.registry import digest
 
         local = Local(
             directory, problems, folders, rows, dtype_of(engine["dtype"]), engine["quantize"]

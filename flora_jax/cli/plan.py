@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from flora_jax.adapters.registry import TRAITS
 from flora_jax.cli.common import source
 from flora_jax.errors import InputError
 
@@ -29,7 +30,7 @@ def plan(
     max_model_len: Annotated[
         int | None, typer.Option(help="Prompt and output together. Default all positions.")
     ] = None,
-    kind: Annotated[str, typer.Option(help="flora, lora, ia3, hira, or none.")] = "none",
+    kind: Annotated[str, typer.Option(help=f"{', '.join(TRAITS)}, or none.")] = "none",
     rank: Annotated[int | None, typer.Option(help="Of the adapters.")] = None,
     resident_adapters: Annotated[
         int | None, typer.Option(help="Adapters on the device. Default one a sequence.")
@@ -59,7 +60,7 @@ def plan(
 
     wanted = card(gpu)
     if rank is None:
-        rank = {"none": 0, "ia3": 1}.get(kind)
+        rank = 0 if kind == "none" else TRAITS[kind].fixed_rank if kind in TRAITS else None
         if rank is None:
             raise InputError(f"--kind is {kind} and --rank is missing, expected at least 1")
     if model in PRESETS:

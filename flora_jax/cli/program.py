@@ -15,7 +15,11 @@ from flora_jax.errors import InputError, RunError
 
 def new_app(**options: Any) -> typer.Typer:
     """An app for :func:`run`."""
-    return typer.Typer(add_completion=False, pretty_exceptions_enable=False, **options)
+    # Plain help: drawing it with rich would take longer than everything else about it.
+    return typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]}, **options,
+    )  # fmt: skip
 
 
 def run(app: typer.Typer, name: str) -> NoReturn:
@@ -35,10 +39,21 @@ def run(app: typer.Typer, name: str) -> NoReturn:
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        if not message():  # No verb at all: the help is on the screen.
+        if type(error).__name__ == "NoArgsIsHelpError":  # No verb at all: its message is the help.
+            print(message())
             sys.exit(2)
-        _fail(name, message(), 2)
+        _fail(name, message().removesuffix(".") + _given(error), 2)
     sys.exit(code or 0)
+
+
+def _given(error: Exception) -> str:
+    """What the command line has for the option that an error is about."""
+    names = getattr(getattr(error, "param", None), "opts", [])
+    for place, word in enumerate(sys.argv):
+        option, equals, value = word.partition("=")
+        if option in names and (equals or place + 1 < len(sys.argv)):
+            return f", found {value if equals else sys.argv[place + 1]!r}"
+    return ""
 
 
 def run_function(function: Callable[..., None]) -> NoReturn:

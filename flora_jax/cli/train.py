@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flora_jax.adapters.registry import TRAITS, options, owners
 from flora_jax.cli.common import MODEL_HELP, cache_directory, named_values, prepare_jax, say, source
 from flora_jax.cli.options import takes
 from flora_jax.errors import InputError
@@ -18,6 +19,14 @@ Data = Annotated[
     typer.Option(metavar="NAME=PATH", help="Trains adapter NAME on a .jsonl(.gz) or Parquet file, "
                  "a directory of source files or a hub data set; may be repeated."),
 ]  # fmt: skip
+
+_RATES = ", ".join(f"{kind} {traits.learning_rate:g}" for kind, traits in TRAITS.items())
+
+
+def _own(name: str, default: str) -> str:
+    """The help of an option that only some kinds have."""
+    values = "".join(f"{choice}, " for choice in options()[name].choices)
+    return f"Of {' and '.join(owners(name))}: {values}default {default}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +38,7 @@ class TrainCommand:
         Path | None,
         typer.Option(help="New directory: NAME/ for each adapter, metrics.jsonl, curve.png."),
     ] = None
-    kind: Annotated[str | None, typer.Option(help="flora, lora, ia3 or hira.")] = None
+    kind: Annotated[str | None, typer.Option(help=f"{', '.join(TRAITS)}.")] = None
     data: Data = None
     validation: Annotated[
         list[str] | None,
@@ -39,12 +48,10 @@ class TrainCommand:
     targets: Annotated[
         str | None, typer.Option(help="Projections, comma-separated, by name. Default c_attn.")
     ] = None
-    init: Annotated[
-        str | None, typer.Option(help="FLoRA: zero_sum (default), ones or frozen_ones.")
-    ] = None
-    reduction: Annotated[str | None, typer.Option(help="FLoRA: mean (default) or sum.")] = None
-    alpha: Annotated[float | None, typer.Option(help="LoRA. Default the rank.")] = None
-    dropout: Annotated[float | None, typer.Option(help="LoRA. Default 0.")] = None
+    init: Annotated[str | None, typer.Option(help=_own("init", "zero_sum"))] = None
+    reduction: Annotated[str | None, typer.Option(help=_own("reduction", "mean"))] = None
+    alpha: Annotated[float | None, typer.Option(help=_own("alpha", "the rank"))] = None
+    dropout: Annotated[float | None, typer.Option(help=_own("dropout", "0"))] = None
     steps: Annotated[int | None, typer.Option(help="Default 1500.")] = None
     batch_size: Annotated[
         int | None,
@@ -56,7 +63,7 @@ class TrainCommand:
     ] = None
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Peak. Default flora 8e-3, lora 1e-4, ia3 5e-3, hira 8e-3."),
+        typer.Option(help=f"Peak. Default {_RATES}."),
     ] = None
     schedule: Annotated[
         str | None, typer.Option(help="cosine, linear or constant. Default cosine.")

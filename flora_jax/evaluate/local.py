@@ -20,8 +20,9 @@ from flora_jax.evaluate.completions import Generation, Sampling
 from flora_jax.evaluate.problems import Problem
 from flora_jax.models.transpose import for_decoding
 from flora_jax.serve.engine import Engine
+from flora_jax.serve.generate import run as run_requests
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.request import Defaults, Request, RequestError, parse_request
+from flora_jax.serve.request import Reader, Request, RequestError, SamplingParams
 
 _STEP = 64  # The longest sequence is rounded up to it.
 
@@ -68,11 +69,8 @@ class Local:
 
     def stream(self, jobs: Sequence[Job], sampling: Sampling) -> Iterator[tuple[Job, Generation]]:
         """The same for any mix of problems and adapters."""
-        engine = self._engine(sampling)
-        try:
+        with self._engine(sampling) as engine:
             yield from run(engine, jobs, sampling)
-        finally:
-            engine.close()
 
     def beyond(self) -> list[Problem]:
         """Those of ``problems`` whose prompt leaves no room for a token in the model's context."""
@@ -117,59 +115,65 @@ def run(
         InputError: an adapter that the engine does not know.
         RunError: a sample failed (logits that are not finite).
     """
-    waiting = _samples(engine, jobs, sampling)
-    running: dict[int, tuple[_Open, int]] = {}
-    more = True
-    try:
-        while more or running:
-            # Enough for every row to be filled again in one iteration.
-            while more and len(running) < 2 * engine.options.max_num_seqs:
-                found = next(waiting, None)
-                if found is None:
-                    more = False
-                elif found[2] is None:
-                    yield found[0].job, _generation(found[0])
-                else:
-                    running[engine.add(found[2])] = found[0], found[1]
-            for update in engine.step():
-                if update.error is not None:
-                    job = running.pop(update.ticket)[0].job
-                    raise RunError(f"{job.problem.name} in {job.problem.language}: {update.error}")
-                if update.completion is not None:
-                    one, sample = running.pop(update.ticket)
-                    one.texts[sample] = update.completion.text
-                    if None not in one.texts:
-                        yield one.job, _generation(one)
-    finally:
-        for ticket in running:
-            engine.cancel(ticket)
+    opened: dict[int, tuple[_Open, int]] = {}
+    beyond: list[Job] = []
+
+    def requests() -> Iterator[Request]:
+        number = 0
+        for one, sample, request in _samples(engine, jobs, sampling):
+            if request is None:
+                beyond.append(one.job)
+                continue
+            opened[number] = one, sample
+            number += 1
+            yield request
+
+    def empty() -> Iterator[tuple[Job, Generation]]:
+        while beyond:
+            job = beyond.pop()
+            yield job, _generation(_Open(job, [""] * sampling.n_samples))
+
+    # Enough for every row to be filled again in one iteration.
+    for update in run_requests(engine, requests(), 2 * engine.options.max_num_seqs):
+        assert update.index is not None
+        if update.error is not None:
+            problem = opened[update.index][0].job.problem
+            raise RunError(f"{problem.name} in {problem.language}: {update.error}")
+        if update.completion is not None:
+            one, sample = opened.pop(update.index)
+            one.texts[sample] = update.completion.text
+            if None not in one.texts:
+                yield one.job, _generation(one)
+        yield from empty()
+    yield from empty()
 
 
 def _samples(
     engine: Engine, jobs: Iterable[Job], sampling: Sampling
 ) -> Iterator[tuple[_Open, int, Request | None]]:
     """Every sample's request, or a job without requests where its prompt does not fit."""
-    defaults = Defaults(sampling.max_tokens, sampling.temperature, 0, sampling.top_p)
-    names = frozenset(engine.pool.names())
-    vocabulary = engine.model.config.vocab_size
+    params = SamplingParams(
+        max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p
+    )
+    reader = Reader(engine.limits, frozenset(engine.adapters), params)
+    longest = engine.max_model_len
     for job in jobs:
         problem = job.problem
-        if _length(engine.tokenizer, problem) >= engine.context:
+        if _length(engine.tokenizer, problem) >= longest:
             yield _Open(job, [""] * sampling.n_samples), 0, None
             continue
         raw = {
             "prompt": problem.model_prompt, "adapter": job.adapter, "stop": [*problem.stop_tokens]
         }  # fmt: skip
         try:
-            request = parse_request(
-                raw, 0, engine.tokenizer, names, vocabulary, engine.context, defaults
-            )
+            request = reader.request(raw)
         except RequestError as error:
             raise InputError(f"{problem.name} in {problem.language}: {error}") from None
         one = _Open(job, [None] * sampling.n_samples)
         for sample in range(sampling.n_samples):
             seed = sampling.seed_of(problem, sample)
-            yield one, sample, dataclasses.replace(request, index=sample, seed=seed)
+            params = dataclasses.replace(request.sampling_params, seed=seed)
+            yield one, sample, dataclasses.replace(request, sampling_params=params, request_id=None)
 
 
 def _generation(one: _Open) -> Generation:

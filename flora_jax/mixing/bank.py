@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters import kind_of
-from flora_jax.adapters.kind import Components, ones, zeros
-from flora_jax.adapters.model_adapter import TARGETS, ModelAdapter, check_fits
+from flora_jax.adapters.kind import Components, kind_of, ones, zeros
+from flora_jax.adapters.model_adapter import TARGETS, ModelAdapter, WeightsOf, check_fits
 from flora_jax.mixing.ragged import IDENTITY, BankLayers, TargetBank
 
 
@@ -42,8 +41,20 @@ class Slots:
     additive: tuple[int, ...] = ()
     bias: int = 0
 
+    def numbers(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """The slots that are the adapter's own, multiplicative, additive and of the bias."""
+        return self.multiplicative, self.additive, (self.bias,) if self.bias else ()
+
 
 BASE = Slots()
+
+
+class SlotArrays(NamedTuple):
+    """Where one adapter is written on one target, int32, each padded to one length."""
+
+    multiplicative_J: np.ndarray
+    additive_J: np.ndarray
+    bias_J: np.ndarray
 
 
 class Residents(Protocol):
@@ -85,11 +96,20 @@ def prepare(
     projections: Mapping[str, tuple[int, int]],
     layers: int,
     where: str = "adapter",
+    weights: WeightsOf | None = None,
 ) -> Prepared:
-    """The adapter's components as float32 vectors.
+    """The adapter's components as float32 vectors on the host.
+
+    Args:
+        adapter: its factors, on the host or a device.
+        projections: ``{target: (inputs, outputs)}`` of the base.
+        layers: of the base.
+        where: names the adapter in errors.
+        weights: gives the base's weights, as they are held, to a kind that asks for them.
 
     Raises:
         InputError: a width or the number of layers is not the base model's; ``where`` names it.
+        ValueError: a kind asks for the base's weights, and there are none.
     """
     check_fits(adapter, projections, layers, where)
     found: list[dict[str, Components]] = [{} for _ in range(layers)]
@@ -97,10 +117,12 @@ def prepare(
     for target in adapter.targets():
         inputs, outputs = projections[target]
         own = [
-            kind_of(layer[target]).components(layer[target], inputs, outputs)
+            kind_of(layer[target]).components(
+                layer[target], inputs, outputs, weights and partial(weights, number, target)
+            )
             if target in layer
             else _identity(inputs, outputs)
-            for layer in adapter.layers
+            for number, layer in enumerate(adapter.layers)
         ]
         touches_bias = any(c.bias_scale_O is not None for c in own)
         counts[target] = Count(
@@ -165,10 +187,12 @@ def empty_layers(
 
 
 @partial(jax.jit, donate_argnames="layers")
-def write(layers: BankLayers, values: Sequence[Mapping[str, Any]], slots: Mapping[str, Any]) -> Any:
+def write(
+    layers: BankLayers, values: Sequence[Mapping[str, Components]], slots: Mapping[str, SlotArrays]
+) -> Any:
     """Writes one adapter into a donated bank; see :func:`patch` for the other two arguments."""
 
-    def put(pool_CX: jax.Array, slot_J: jax.Array, new_JX: jax.Array) -> jax.Array:
+    def put(pool_CX: jax.Array, slot_J: Any, new_JX: Any) -> jax.Array:
         return pool_CX.at[slot_J].set(new_JX.astype(pool_CX.dtype), mode="drop")
 
     result = []
@@ -177,12 +201,14 @@ def write(layers: BankLayers, values: Sequence[Mapping[str, Any]], slots: Mappin
         for target, bank in layer.items():
             new, (mul_J, add_J, bias_1) = own[target], slots[target]
             scale_NO = bank.bias_scale_NO
+            if scale_NO is not None and new.bias_scale_O is not None:
+                scale_NO = put(scale_NO, bias_1, new.bias_scale_O[None])
             written[target] = TargetBank(
-                put(bank.pre_CI, mul_J, new["pre"]),
-                put(bank.post_CO, mul_J, new["post"]),
-                put(bank.down_CI, add_J, new["down"]),
-                put(bank.up_CO, add_J, new["up"]),
-                None if scale_NO is None else put(scale_NO, bias_1, new["bias"]),
+                put(bank.pre_CI, mul_J, new.pre_RI),
+                put(bank.post_CO, mul_J, new.post_RO),
+                put(bank.down_CI, add_J, new.down_RI),
+                put(bank.up_CO, add_J, new.up_RO),
+                scale_NO,
             )
         result.append(written)
     return tuple(result)
@@ -195,39 +221,31 @@ def patch(
     most: Mapping[str, Count],
     projections: Mapping[str, tuple[int, int]],
     layers: int,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+) -> tuple[list[dict[str, Components]], dict[str, SlotArrays]]:
     """The arguments of :func:`write`, padded to ``most`` so that every adapter has one shape.
 
     ``None`` in place of an adapter writes nothing.
     """
     slots = {}
-    for target, count in room.items():
-        own = owned.get(target)
-        numbers = []
-        for name in Count._fields:
-            mine = () if own is None else getattr(own, name)
-            # The base's first component and bias are not the adapter's.
-            mine = (mine,) * (mine > 0) if isinstance(mine, int) else mine
-            slot_J = np.full(getattr(most[target], name), getattr(count, name), np.int32)
-            slot_J[: len(mine)] = mine
-            numbers.append(slot_J)
-        slots[target] = tuple(numbers)
+    for target, sizes in room.items():
+        numbers = owned[target].numbers() if target in owned else ((), (), ())
+        padded = []
+        # Past the bank's end is where nothing is written.
+        for own, size, length in zip(numbers, sizes, most[target], strict=True):
+            slot_J = np.full(length, size, np.int32)
+            slot_J[: len(own)] = own
+            padded.append(slot_J)
+        slots[target] = SlotArrays(*padded)
     values = []
     for number in range(layers):
         layer = {}
         for target, count in most.items():
             inputs, outputs = projections[target]
             found = None if prepared is None else prepared.layers[number].get(target)
-            own_count = Count(count.multiplicative, count.additive, 1)
             empty = Components(
                 zeros(0, inputs), zeros(0, outputs), zeros(0, inputs), zeros(0, outputs)
             )
-            full = _padded(found or empty, own_count)
-            assert full.bias_scale_O is not None
-            layer[target] = {
-                "pre": full.pre_RI, "post": full.post_RO, "down": full.down_RI, "up": full.up_RO,
-                "bias": np.repeat(full.bias_scale_O[None], count.bias, axis=0),
-            }  # fmt: skip
+            layer[target] = _padded(found or empty, count)
         values.append(layer)
     return values, slots
 
@@ -279,15 +297,18 @@ def room_for(most: Mapping[str, Count], residents: int) -> dict[str, Count]:
 
 
 def build_bank(
-    adapters: Mapping[str, ModelAdapter], projections: Mapping[str, tuple[int, int]], layers: int
+    adapters: Mapping[str, ModelAdapter],
+    projections: Mapping[str, tuple[int, int]],
+    layers: int,
+    weights: WeightsOf | None = None,
 ) -> Bank:
-    """A bank that holds exactly these adapters, by the name that requests use.
+    """A bank that holds exactly these adapters, by the name that requests use; see :func:`prepare`.
 
     Raises:
         InputError: an adapter's width or number of layers is not the base model's.
     """
     prepared = {
-        name: prepare(adapter, projections, layers, f"adapter {name!r}")
+        name: prepare(adapter, projections, layers, f"adapter {name!r}", weights)
         for name, adapter in adapters.items()
     }
     room, most = sum_of(list(prepared.values())), most_of(list(prepared.values()))

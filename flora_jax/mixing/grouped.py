@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.adapters import IA3, FLoRA, HiRA, LoRA, kind_of, lora
-from flora_jax.adapters.model_adapter import rank_of
+from flora_jax.adapters.kind import kind_of
+from flora_jax.adapters.registry import owners
 from flora_jax.weights import product
 from flora_jax.weights.quantized import Quantized, columns, join_columns, slices
 
@@ -28,9 +28,10 @@ class Grouped:
     """The hook of ``N`` adapters of one kind and shape on one projection.
 
     ``params`` are their factors with a leading axis ``N``; ``keys [N]`` the dropout keys of this
-    projection, or ``None``. ``dropout`` is the probability with which an input of LoRA's branch is
-    dropped (the others are scaled up), as in PEFT. ``rounded``: products of LoRA and of explicit weights
-    multiply the activations' dtype and give it at once, which a GPU does without float32 arrays between.
+    projection, or ``None``. ``dropout`` is the probability with which an input of the adapter's own part
+    (LoRA's branch) is dropped (the others are scaled up), as in PEFT. ``rounded``: products with explicit
+    weights, and of a kind with a ``train_one``, take the activations' dtype and give it at once, which a
+    GPU does without float32 arrays between.
     """
 
     params: Any
@@ -55,7 +56,7 @@ def grouped_hooks(
         rounded: see :class:`Grouped`.
 
     Raises:
-        ValueError: dropout for a kind other than LoRA.
+        ValueError: dropout for a kind that has none.
     """
     hooks: list[dict[str, Grouped]] = []
     for number, layer in enumerate(layers):
@@ -64,8 +65,9 @@ def grouped_hooks(
             if keys_N is None or not dropout:
                 hooks[-1][target] = Grouped(params, rounded=rounded)
                 continue
-            if not isinstance(params, LoRA):
-                raise ValueError(f"dropout is LoRA's, found {type(params).__name__}")
+            if kind_of(params).train_one is None:
+                kinds = " and ".join(owners("dropout"))
+                raise ValueError(f"dropout belongs to {kinds}, found {type(params).__name__}")
             fold = jax.vmap(lambda key, n=64 * number + place: jax.random.fold_in(key, n))
             hooks[-1][target] = Grouped(params, fold(keys_N), dropout, rounded)
     return hooks
@@ -77,9 +79,9 @@ def builds_weight(params: Any, tokens: int) -> bool:
     With gradients the explicit form costs 6 · tokens · I · O operations whatever the rank (one
     product forward, two backward), the factored one 4 for each multiplicative component.
     """
-    if isinstance(params, LoRA | IA3) or tokens < _MERGE_TOKENS:
-        return False
-    return rank_of(params) + isinstance(params, HiRA) >= 2
+    kind = kind_of(params)
+    multiplicative, _ = kind.traits.pairs(kind.rank(params))
+    return multiplicative >= 2 and tokens >= _MERGE_TOKENS
 
 
 @product.apply.register
@@ -95,15 +97,14 @@ def _apply_grouped(
     )
 
     def one(params: Any, x_bTI: jax.Array, key: jax.Array | None) -> jax.Array:
-        flat_XI = x_bTI.reshape(-1, inputs)
+        flat_XI, kind = x_bTI.reshape(-1, inputs), kind_of(params)
         if merged:
             y_XO = _explicit(params, flat_XI, W_IO, bias_O, adapter.rounded)
-        elif adapter.rounded and isinstance(params, LoRA):
-            y_XO = _rounded_lora(params, flat_XI, W_IO, bias_O, key, adapter.dropout)
-        elif key is not None:
-            y_XO = _dropped(params, flat_XI, W_IO, bias_O, key, adapter.dropout)
+        elif kind.train_one is not None:
+            own_XI = None if key is None else _dropped(flat_XI, key, adapter.dropout)
+            y_XO = kind.train_one(params, flat_XI, W_IO, bias_O, own_XI, adapter.rounded)
         else:
-            y_XO = kind_of(params).apply_one(params, flat_XI, W_IO, bias_O)
+            y_XO = kind.apply_one(params, flat_XI, W_IO, bias_O)
         return y_XO.reshape(*x_bTI.shape[:-1], W_IO.shape[1])
 
     # A group of one needs no batched product.
@@ -117,13 +118,13 @@ def _apply_grouped(
 
 
 def _explicit(
-    params: FLoRA | HiRA,
+    params: Any,
     x_XI: jax.Array,
     W_IO: product.Weight,
     bias_O: jax.Array | None,
     rounded: bool,
 ) -> jax.Array:
-    """``x @ W_i``; of a quantised weight a slice of the outputs after another.
+    """``x @ W_i`` of a kind with ``up [R, O]``; of a quantised weight by slices of the outputs.
 
     Checkpointed: the explicit weights of all layers would otherwise live until the backward pass. On a
     CPU they do all the same, as XLA shares what both passes compute; a loop over slices, forward and
@@ -138,7 +139,7 @@ def _explicit(
 
     @jax.checkpoint
     def part(params: Any, x_XI: jax.Array, number: jax.Array) -> jax.Array:
-        some = dataclasses.replace(params, **_outputs_of(params, number, count))
+        some = dataclasses.replace(params, up_RO=columns(params.up_RO, number, count))
         return product.product(x_XI, merge(some, columns(W_IO, number, count))[0])
 
     if not isinstance(W_IO, Quantized):
@@ -148,38 +149,7 @@ def _explicit(
     return product.finish(join_columns(y_SXo), bias_O, x_XI.dtype)
 
 
-def _outputs_of(params: FLoRA | HiRA, number: jax.Array, count: int) -> dict[str, jax.Array]:
-    name = "A_RO" if isinstance(params, FLoRA) else "up_RO"
-    return {name: columns(getattr(params, name), number, count)}
-
-
-def _dropped(
-    params: LoRA,
-    x_XI: jax.Array,
-    W_IO: product.Weight,
-    bias_O: jax.Array | None,
-    key: jax.Array,
-    dropout: float,
-) -> jax.Array:
+def _dropped(x_XI: jax.Array, key: jax.Array, dropout: float) -> jax.Array:
+    """Float32 ``x`` with zeros for the inputs that are dropped, the others scaled up."""
     kept_XI = jax.random.bernoulli(key, 1.0 - dropout, x_XI.shape)
-    wide_XI = jnp.where(kept_XI, x_XI.astype(jnp.float32) / (1.0 - dropout), 0.0)
-    y_XO = product.product(x_XI, W_IO) + lora.branch(params, wide_XI)
-    return product.finish(y_XO, bias_O, x_XI.dtype)
-
-
-def _rounded_lora(
-    params: LoRA,
-    x_XI: jax.Array,
-    W_IO: product.Weight,
-    bias_O: jax.Array | None,
-    key: jax.Array | None,
-    dropout: float,
-) -> jax.Array:
-    """LoRA of which every product is one of the activations' dtype."""
-    dtype, own_XI = x_XI.dtype, x_XI
-    if key is not None:
-        kept_XI = jax.random.bernoulli(key, 1.0 - dropout, x_XI.shape)
-        own_XI = jnp.where(kept_XI, x_XI.astype(jnp.float32) / (1.0 - dropout), 0.0).astype(dtype)
-    h_XR = jnp.matmul(own_XI, params.down_RI.astype(dtype).T)
-    delta_XO = jnp.matmul(h_XR, (params.scale * params.up_RO.astype(jnp.float32)).astype(dtype))
-    return product.finish(product.rounded(x_XI, W_IO) + delta_XO, bias_O, dtype)
+    return jnp.where(kept_XI, x_XI.astype(jnp.float32) / (1.0 - dropout), 0.0)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flora_jax.mixing.bank import Residents
+from flora_jax.mixing.bank import Residents, Slots
 from flora_jax.mixing.ragged import GROUP, NOTHING, Pairs, RowComponents
 
 
@@ -121,32 +121,47 @@ def list_pairs(
     result = {}
     for target in bank.targets:
         owned = [bank.of(name, target) for name in names]
-        more = [slots.multiplicative[1:] for slots in owned]
-        add = [slots.additive for slots in owned]
         most_mul, most_add = bank.most(target)
         if lattice is None:
-            pair_sizes = pair_lattice(len(names), most_mul - 1)
-            group_sizes = group_lattice(len(names), most_add)
+            pairs = bucket(
+                sum(len(slots.multiplicative) - 1 for slots in owned),
+                pair_lattice(len(names), most_mul - 1),
+            )
+            counts = [len(slots.additive) for slots in owned]
+            groups = group_bucket(counts, group_lattice(len(names), most_add))
         else:
-            own_pairs, own_groups = lattice[target]
-            pair_sizes, group_sizes = (own_pairs,), (own_groups,)
-        pairs = bucket(sum(map(len, more)), pair_sizes)
-        groups = group_bucket([len(own) for own in add], group_sizes)
-        # Without pairs there is nothing to gather, whatever the resident adapters could ask for.
-        row, slot, mine = _list_pairs(more, pairs, most_mul - 1 if pairs else 0)
-        add_slot, more_row, more_slot, more_mine = _list_groups(add, groups, most_add)
-        result[target] = Pairs(
-            first_B=np.asarray([slots.multiplicative[0] for slots in owned], np.int32),
-            row_P=row,
-            slot_P=slot,
-            mine_BJ=mine,
-            add_slot_BJ=add_slot,
-            more_row_A=more_row,
-            more_slot_AJ=more_slot,
-            more_mine_BN=more_mine,
-            bias_B=np.asarray([slots.bias for slots in owned], np.int32),
-        )
+            pairs, groups = lattice[target]
+        result[target] = list_owned(owned, (most_mul, most_add), pairs, groups)
     return result
+
+
+def list_owned(owned: Sequence[Slots], most: tuple[int, int], pairs: int, groups: Groups) -> Pairs:
+    """The components of rows with these slots on one target, padded to so many pairs and groups.
+
+    ``most`` is the largest number of multiplicative and of additive components of one adapter.
+
+    Raises:
+        ValueError: the components do not fit the given numbers.
+    """
+    more = [slots.multiplicative[1:] for slots in owned]
+    add = [slots.additive for slots in owned]
+    most_mul, most_add = most
+    bucket(sum(map(len, more)), (pairs,))
+    group_bucket([len(own) for own in add], (groups,))
+    # Without pairs there is nothing to gather, whatever the resident adapters could ask for.
+    row, slot, mine = _list_pairs(more, pairs, most_mul - 1 if pairs else 0)
+    add_slot, more_row, more_slot, more_mine = _list_groups(add, groups, most_add)
+    return Pairs(
+        first_B=np.asarray([slots.multiplicative[0] for slots in owned], np.int32),
+        row_P=row,
+        slot_P=slot,
+        mine_BJ=mine,
+        add_slot_BJ=add_slot,
+        more_row_A=more_row,
+        more_slot_AJ=more_slot,
+        more_mine_BN=more_mine,
+        bias_B=np.asarray([slots.bias for slots in owned], np.int32),
+    )
 
 
 class Form(NamedTuple):

@@ -8,63 +8,30 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from flora_jax.adapters.flora import Reduction
 from flora_jax.errors import InputError
+from flora_jax.peft.format import Format, format_of, peft_types
 
 CONFIG_FILE = "adapter_config.json"
-PEFT_TYPES = {"LORA": "lora", "FLORA": "flora", "IA3": "ia3", "HIRA": "hira"}
 
 # PEFT's defaults for gpt_bigcode, taken where target_modules is null.
 _DEFAULT_TARGETS = {"ia3": ("c_attn", "mlp.c_proj")}
 _DEFAULT_FEEDFORWARD = ("mlp.c_proj",)
 
-_RANKED = "r rank_pattern layers_to_transform layers_pattern"
-_READ = {
-    "lora": f"{_RANKED} lora_alpha alpha_pattern bias",
-    "hira": _RANKED,
-    "flora": f"{_RANKED} reduction frozen_components",
-    "ia3": "feedforward_modules",
-}
-# Kept with the adapter and written back; only use_rslora changes what the numbers mean.
-SETTINGS = {
-    kind: ("base_model_name_or_path", "revision", "task_type", *names.split())
-    for kind, names in {
-        "lora": "lora_dropout init_lora_weights use_rslora",
-        "hira": "hira_dropout init_weights",
-        "flora": "init",
-        "ia3": "init_ia3_weights",
-    }.items()
-}
-# fan_in_fan_out speaks of the base layer's storage; PEFT resets it on nn.Linear, which all are here.
-# The *_config fields configure an initialisation; those that change the base are refused by name.
-_WITHOUT_EFFECT = {
-    "lora": "megatron_core qalora_group_size ensure_weight_tying loftq_config eva_config "
-    "corda_config lora_ga_config",
-}
+# Of every kind. fan_in_fan_out speaks of the base layer's storage; PEFT resets it on nn.Linear,
+# which all are here.
+_SHARED = "peft_type target_modules exclude_modules auto_mapping peft_version inference_mode"
+_SHARED += " fan_in_fan_out"
 _REFUSED = {
-    "use_dora": "DoRA is not supported",
-    "lora_bias": "biases of the factors are not supported",
     "modules_to_save": "fully trained modules are not supported",
     "trainable_token_indices": "trained token embeddings are not supported",
     "target_parameters": "adapters on bare parameters are not supported",
-    "layer_replication": "replicated layers are not supported",
-    "alora_invocation_tokens": "activated LoRA (aLoRA) is not supported",
-    "use_qalora": "QALoRA is not supported",
-    "velora_config": "VeLoRA is not supported",
-    "monteclora_config": "MonteCLoRA is not supported",
-    "use_bdlora": "BD-LoRA is not supported",
-    "arrow_config": "Arrow routing is not supported",
-    "kasa_config": "KaSA is not supported",
-    "megatron_config": "Megatron layers are not supported",
 }
-_INITS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class AdapterError(InputError):
@@ -76,7 +43,8 @@ class AdapterConfig:
     """What adapter_config.json says, checked field by field.
 
     ``targets``, ``excluded`` and ``feedforward`` are suffixes of module paths (a tuple) or one
-    regular expression over the whole path (a string). Patterns keep the file's order.
+    regular expression over the whole path (a string). Patterns keep the file's order. ``own`` are the
+    values that only this kind has, see its :class:`~flora_jax.peft.format.Format`.
     """
 
     path: Path
@@ -88,15 +56,8 @@ class AdapterConfig:
     layers_pattern: tuple[str, ...] = ()
     rank: int = 1
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    alpha: float = 1.0
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    reduction: Reduction = "mean"
-    frozen: int = 0
+    own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def scale(self, alpha: float, rank: int) -> float:
-        """LoRA's scale: ``alpha/r``, or ``alpha/sqrt(r)`` for rsLoRA."""
-        return alpha / (math.sqrt(rank) if self.settings.get("use_rslora") else rank)
 
 
 def read_config(directory: Path) -> AdapterConfig:
@@ -115,36 +76,28 @@ def read_config(directory: Path) -> AdapterConfig:
         raise AdapterError(f"{path}: cannot be read: {error}") from None
     if not isinstance(raw, dict):
         raise AdapterError(f"{path}: found a JSON {type(raw).__name__}, expected an object")
-    kind = PEFT_TYPES.get(str(raw.get("peft_type")))
-    if kind is None:
+    found = format_of(raw)
+    if found is None:
         raise AdapterError(
             f"{path}: peft_type is {raw.get('peft_type')!r}, "
-            f"expected one of {', '.join(map(repr, PEFT_TYPES))}"
+            f"expected one of {', '.join(map(repr, peft_types()))}"
         )
-    problems = _unsupported(raw, kind)
-    fields = _Fields(raw, problems)
+    kind = found.kind
+    problems = _unsupported(raw, found)
+    fields = Fields(raw, problems)
     values: dict[str, Any] = dict(
         targets=fields.names("target_modules", _DEFAULT_TARGETS.get(kind, ("c_attn",))),
         excluded=fields.names("exclude_modules", ()),
-        settings={k: raw[k] for k in SETTINGS[kind] if raw.get(k) is not None},
+        settings={k: raw[k] for k in found.kept if raw.get(k) is not None},
     )
-    if kind == "ia3":
-        values["feedforward"] = fields.names("feedforward_modules", _DEFAULT_FEEDFORWARD)
-    else:
+    if found.placed_by is not None:
+        values["feedforward"] = fields.names(found.placed_by, _DEFAULT_FEEDFORWARD)
+    if found.has_rank:
         values["rank"] = fields.number("r", int)
         values["rank_pattern"] = fields.pattern("rank_pattern", int)
         values["layers"] = fields.layers("layers_to_transform")
         values["layers_pattern"] = _several(fields.names("layers_pattern", ()))
-    if kind == "lora":
-        values["alpha"] = fields.number("lora_alpha", float)
-        values["alpha_pattern"] = fields.pattern("alpha_pattern", float)
-        if not isinstance(raw.get("use_rslora") or False, bool):
-            problems.append(f"use_rslora is {raw['use_rslora']!r}, expected true or false")
-    if kind == "flora":
-        values["reduction"] = raw.get("reduction")
-        if values["reduction"] not in get_args(Reduction):
-            problems.append(f"reduction is {raw.get('reduction')!r}, expected 'mean' or 'sum'")
-        values["frozen"] = fields.number("frozen_components", int, minimum=0, default=0)
+    values["own"] = found.read(fields)
     if isinstance(values["targets"], str) and (
         values.get("layers") or values.get("layers_pattern")
     ):
@@ -154,30 +107,22 @@ def read_config(directory: Path) -> AdapterConfig:
     return AdapterConfig(path, kind, **values)
 
 
-def _unsupported(raw: Mapping[str, Any], kind: str) -> list[str]:
-    common = (
-        "peft_type target_modules exclude_modules auto_mapping peft_version inference_mode "
-        "fan_in_fan_out"
-    )
-    known = {*f"{common} {_READ[kind]} {_WITHOUT_EFFECT.get(kind, '')}".split(), *SETTINGS[kind]}
-    problems = []
+def _unsupported(raw: Mapping[str, Any], found: Format) -> list[str]:
+    known = {*_SHARED.split(), *found.known}
+    refused = {**_REFUSED, **found.refused}
+    problems = [
+        f"{name} is {raw[name]!r}, expected {json.dumps(value)}"
+        for name, value in found.marks.items()
+        if raw[name] is not value
+    ]
     for name, value in raw.items():
         if name in known or value is None or value is False or value in ([], {}):
             continue
-        reason = _REFUSED.get(name, "a field of unknown effect")
-        problems.append(f"{name} is {value!r}: {reason}")
-    if raw.get("bias", "none") != "none" and kind == "lora":
-        problems.append(f"bias is {raw['bias']!r}, expected 'none': trained biases not supported")
-    init = str(raw.get("init_lora_weights")).lower()
-    if kind == "lora" and init.startswith(_INITS_THAT_CHANGE_THE_BASE):
-        problems.append(
-            f"init_lora_weights is {raw['init_lora_weights']!r}, which changed the base weights: "
-            "save with path_initial_model_for_weight_conversion to get an ordinary LoRA"
-        )
+        problems.append(f"{name} is {value!r}: {refused.get(name, 'a field of unknown effect')}")
     return problems
 
 
-class _Fields:
+class Fields:
     """Typed access to the JSON object; what does not fit goes on the list of problems."""
 
     def __init__(self, raw: Mapping[str, Any], problems: list[str]):
@@ -193,6 +138,10 @@ class _Fields:
             words = f"an integer of at least {minimum}" if kind is int else "a number"
             self._wrong(name, words)
         return value
+
+    def flag(self, name: str) -> None:
+        if not isinstance(self.raw.get(name) or False, bool):
+            self._wrong(name, "true or false")
 
     def names(self, name: str, default: tuple[str, ...]) -> str | tuple[str, ...]:
         value = self.raw.get(name)

@@ -12,28 +12,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters import IA3, FLoRA, HiRA, LoRA
 from flora_jax.adapters.model_adapter import TARGETS, ModelAdapter
 from flora_jax.peft.config import AdapterConfig, AdapterError, read_config
+from flora_jax.peft.format import FORMATS, Module
 from flora_jax.peft.targets import (
     EMBEDDINGS_REFUSED,
     adapted_modules,
     is_embedding,
     is_feedforward,
+    is_suffix,
     listing,
     module_path,
     pattern_value,
 )
 from flora_jax.peft.tensors import (
-    LEAVES,
     PREFIX,
     read_headers,
     read_tensors,
     tensor_names,
-    tensor_shapes,
 )
 from flora_jax.peft.write import write_adapter
 
@@ -43,7 +41,7 @@ _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 def read_adapter(
     directory: str | Path, projections: Mapping[str, tuple[int, int]], n_layer: int
 ) -> ModelAdapter:
-    """Reads a LoRA, IA3, HiRA or FLoRA folder for a base of these widths; factors in float32.
+    """Reads a folder of any kind for a base of these widths; factors are float32 NumPy arrays.
 
     ``projections`` is ``{target: (inputs, outputs)}`` of the base model's blocks.
 
@@ -54,27 +52,31 @@ def read_adapter(
     """
     directory = Path(directory)
     config = read_config(directory)
+    own_format = FORMATS[config.kind]
     modules = adapted_modules(config, n_layer)
     path, tensors = read_tensors(directory)
     layers: list[dict[str, Any]] = [{} for _ in range(n_layer)]
     problems = []
     taken: set[str] = set()
     for layer, target in modules:
-        module = module_path(layer, target)
-        names = tensor_names(config.kind, layer, target)
+        path_of = module_path(layer, target)
+        names = tensor_names(own_format, layer, target)
         taken.update(names)
         found = [tensors.get(name) for name in names]
-        rank = _rank(config, module, found[0])
-        feedforward = config.kind == "ia3" and is_feedforward(config, module)
-        shapes = tensor_shapes(config.kind, *projections[target], rank, feedforward)
+        patterns = pattern_value(config.rank_pattern, path_of, config.rank)
+        rank = own_format.rank(patterns, config.rank, found[0])
+        on_inputs = own_format.placed_by is not None and is_feedforward(config, path_of)
+        sizes = *projections[target], rank, on_inputs
         wrong = [
             line
-            for name, array, shape in zip(names, found, shapes, strict=True)
-            if (line := _problem(name, array, shape))
+            for name, array, leaf in zip(names, found, own_format.leaves, strict=True)
+            if (line := _problem(name, array, leaf.shape(*sizes)))
         ]
         problems += wrong
         if not wrong:
-            layers[layer][target] = _factors(config, module, found, rank, feedforward)
+            arrays = [array for array in found if array is not None]
+            module = Module(path_of, rank, on_inputs)
+            layers[layer][target] = own_format.from_tensors(config, module, arrays)
     problems += [
         f"{name}: {EMBEDDINGS_REFUSED}"
         if is_embedding(name)
@@ -89,15 +91,6 @@ def read_adapter(
     return ModelAdapter(config.kind, tuple(layers), config.settings)
 
 
-def _rank(config: AdapterConfig, module: str, first: np.ndarray | None) -> int:
-    rank = pattern_value(config.rank_pattern, module, config.rank)
-    # PEFT 0.21 saves HiRA's rank_pattern but builds every module with r; a HiRA has no scale, so
-    # that both are read alike.
-    if config.kind == "hira" and first is not None and first.shape[:1] == (config.rank,):
-        return config.rank
-    return rank
-
-
 def _problem(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> str | None:
     if array is None:
         return f"{name}: missing, expected shape {shape}"
@@ -108,31 +101,13 @@ def _problem(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> str
     return None
 
 
-def _factors(
-    config: AdapterConfig, module: str, found: list[Any], rank: int, feedforward: bool
-) -> Any:
-    if config.kind == "ia3":
-        return IA3(jnp.array(found[0].reshape(-1)), "input" if feedforward else "output")
-    inward, outward = found
-    if config.kind == "flora":
-        if config.frozen > rank:
-            raise AdapterError(
-                f"{config.path}: frozen_components is {config.frozen}, {module} has rank {rank}"
-            )
-        return FLoRA(jnp.array(inward), jnp.array(outward), config.reduction, config.frozen)
-    if config.kind == "hira":
-        return HiRA(jnp.array(inward), jnp.array(outward.T))
-    alpha = pattern_value(config.alpha_pattern, module, config.alpha)
-    return LoRA(jnp.array(inward), jnp.array(outward.T), config.scale(alpha, rank))
-
-
 @dataclasses.dataclass(frozen=True)
 class AdapterSummary:
     """What a folder says of itself; ranks and widths come from the tensors.
 
     ``ranks`` has the distinct ranks of each target over its layers. ``widths`` has the base's
-    (inputs, outputs), ``None`` for the side that an IA3 vector does not tell. ``bytes`` and
-    ``dtypes`` are those of the file.
+    (inputs, outputs), ``None`` for the side that no tensor tells. ``unused`` are the names in
+    ``target_modules`` that the file holds no tensor for. ``bytes`` and ``dtypes`` are those of the file.
     """
 
     kind: str
@@ -142,6 +117,7 @@ class AdapterSummary:
     layers: tuple[int, ...]
     ranks: dict[str, tuple[int, ...]]
     widths: dict[str, tuple[int | None, int | None]]
+    unused: tuple[str, ...]
     parameters: int
     bytes: int
     dtypes: tuple[str, ...]
@@ -159,10 +135,12 @@ def describe_adapter(directory: str | Path) -> AdapterSummary:
     """
     directory = Path(directory)
     config = read_config(directory)
+    own_format = FORMATS[config.kind]
+    leaves = {leaf.name: leaf for leaf in own_format.leaves}
     path, headers = read_headers(directory)
     name_of = re.compile(
         rf"{re.escape(PREFIX)}transformer\.h\.(\d+)\.({'|'.join(map(re.escape, TARGETS))})\."
-        rf"({'|'.join(map(re.escape, LEAVES[config.kind]))})"
+        rf"({'|'.join(map(re.escape, leaves))})"
     )
     layers: set[int] = set()
     ranks: dict[str, set[int]] = {}
@@ -170,17 +148,18 @@ def describe_adapter(directory: str | Path) -> AdapterSummary:
     problems = []
     for name, header in headers.items():
         match = name_of.fullmatch(name)
-        if match is None or len(header.shape) != 2:
+        sizes = match and leaves[match[3]].sizes(header.shape)
+        if match is None or sizes is None:
             reason = EMBEDDINGS_REFUSED if is_embedding(name) else f"not of a {config.kind} adapter"
             problems.append(f"{name}: shape {header.shape}: {reason}")
             continue
-        layer, target, leaf = match.groups()
+        layer, target, _ = match.groups()
         layers.add(int(layer))
-        rank, width, inward = _sides(config.kind, leaf, header.shape)
-        ranks.setdefault(target, set()).add(rank)
+        if "R" in sizes or not own_format.has_rank:
+            ranks.setdefault(target, set()).add(sizes.get("R", 1))
         inputs, outputs = widths.get(target, (None, None))
-        widths[target] = (width, outputs) if inward else (inputs, width)
-        others = tensor_names(config.kind, int(layer), target)
+        widths[target] = sizes.get("I", inputs), sizes.get("O", outputs)
+        others = tensor_names(own_format, int(layer), target)
         problems += [f"{other}: missing beside {name}" for other in others if other not in headers]
     if problems:
         raise AdapterError(
@@ -190,11 +169,12 @@ def describe_adapter(directory: str | Path) -> AdapterSummary:
     return AdapterSummary(
         kind=config.kind,
         r=config.rank,
-        reduction=config.reduction if config.kind == "flora" else None,
+        reduction=config.own.get("reduction"),
         targets=tuple(target for target in TARGETS if target in ranks),
         layers=tuple(sorted(layers)),
         ranks={target: tuple(sorted(ranks[target])) for target in TARGETS if target in ranks},
         widths={target: widths[target] for target in TARGETS if target in widths},
+        unused=_unused(config, headers),
         parameters=sum(sizes.values()),
         bytes=sum(size * _ITEM_BYTES[headers[name].dtype] for name, size in sizes.items()),
         dtypes=tuple(sorted({header.dtype for header in headers.values()})),
@@ -202,13 +182,12 @@ def describe_adapter(directory: str | Path) -> AdapterSummary:
     )
 
 
-def _sides(kind: str, leaf: str, shape: tuple[int, ...]) -> tuple[int, int, bool]:
-    """``(rank, width, whether the width is the input's)`` of one tensor."""
-    if kind == "ia3":
-        return 1, max(shape), shape[0] == 1
-    inward = leaf == LEAVES[kind][0]
-    rank, width = shape if inward or kind == "flora" else shape[::-1]
-    return rank, width, inward
+def _unused(config: AdapterConfig, headers: Mapping[str, Any]) -> tuple[str, ...]:
+    if isinstance(config.targets, str):
+        return ()
+    leaves = [f".{leaf.name}" for leaf in FORMATS[config.kind].leaves]
+    paths = [name.removeprefix(PREFIX).removesuffix(leaf) for name in headers for leaf in leaves]
+    return tuple(n for n in config.targets if not any(is_suffix(path, n) for path in paths))
 
 
 __all__ = [

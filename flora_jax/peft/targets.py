@@ -38,9 +38,11 @@ def module_path(layer: int, target: str) -> str:
 def adapted_modules(config: AdapterConfig, n_layer: int) -> list[tuple[int, str]]:
     """The ``(layer, target)`` pairs that the configuration adapts, in the order of the model.
 
+    A name in ``target_modules`` that is in no layer adapts nothing, as in PEFT, where another one does.
+
     Raises:
-        AdapterError: a target or a layer that the base model does not have, a target that is no
-            linear projection of a block, or nothing left to adapt.
+        AdapterError: no target that the base model has, a layer that it does not have, a target that
+            is no linear projection of a block, or nothing left to adapt.
     """
     projections = {
         module_path(layer, target): (layer, target)
@@ -57,11 +59,11 @@ def adapted_modules(config: AdapterConfig, n_layer: int) -> list[tuple[int, str]
     else:
         chosen = [path for path in projections if _targeted(config, path)]
         problems = [_no_projection(path) for path in others if _targeted(config, path)]
-    if not isinstance(config.targets, str):
+    if not chosen and not isinstance(config.targets, str):
         problems += [
             f"target_modules names {name!r}, which is in no layer of the base model"
             for name in config.targets
-            if not any(_suffix(path, name) for path in (*projections, *others))
+            if not any(is_suffix(path, name) for path in (*projections, *others))
         ]
     problems += [
         f"layers_to_transform names layer {layer}, the base model has {n_layer} layers"
@@ -95,14 +97,15 @@ def is_embedding(tensor: str) -> bool:
     return not {"lm_head", "wte", "wpe"}.isdisjoint(tensor.split("."))
 
 
-def _suffix(path: str, name: str) -> bool:
+def is_suffix(path: str, name: str) -> bool:
+    """Whether a name in ``target_modules`` means a module: its path, or the end of it."""
     return path == name or path.endswith(f".{name}")
 
 
 def _excluded(config: AdapterConfig, path: str) -> bool:
     if isinstance(config.excluded, str):
         return bool(config.excluded) and re.fullmatch(config.excluded, path) is not None
-    return any(_suffix(path, name) for name in config.excluded)
+    return any(is_suffix(path, name) for name in config.excluded)
 
 
 def _targeted(config: AdapterConfig, path: str) -> bool:
@@ -113,7 +116,7 @@ def _targeted(config: AdapterConfig, path: str) -> bool:
     # PEFT does not look at the layer of a module that is named by its whole path.
     if path in config.targets:
         return True
-    if not any(_suffix(path, name) for name in config.targets):
+    if not any(is_suffix(path, name) for name in config.targets):
         return False
     return not config.layers or _layer_of(config, path) in config.layers
 

@@ -1,4 +1,4 @@
-"""The tensors of an adapter folder: their names and shapes by kind, and loading them.
+"""The tensors of an adapter folder: their names, and loading them.
 
 Knows nothing of adapter_config.json. Factors are float32 in this project; a file may hold them in
 float16 or bfloat16, which float32 holds exactly.
@@ -14,18 +14,12 @@ import numpy as np
 import safetensors
 
 from flora_jax.peft.config import AdapterError
+from flora_jax.peft.format import Format
 from flora_jax.peft.targets import listing, module_path
 
 TENSORS_FILE = "adapter_model.safetensors"
 TORCH_FILE = "adapter_model.bin"
 PREFIX = "base_model.model."
-# Input side first. FLoRA's input side is B, the others' is A.
-LEAVES = {
-    "lora": ("lora_A.weight", "lora_B.weight"),
-    "hira": ("hira_A", "hira_B"),
-    "flora": ("flora_B", "flora_A"),
-    "ia3": ("ia3_l",),
-}
 _DTYPES: dict[str, Any] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -41,20 +35,9 @@ class Header(NamedTuple):
     dtype: str
 
 
-def tensor_names(kind: str, layer: int, target: str) -> tuple[str, ...]:
-    """Names in the file of a module's tensors, input side first."""
-    return tuple(f"{PREFIX}{module_path(layer, target)}.{leaf}" for leaf in LEAVES[kind])
-
-
-def tensor_shapes(
-    kind: str, inputs: int, outputs: int, rank: int, feedforward: bool
-) -> tuple[tuple[int, int], ...]:
-    """Their shapes in the same order; torch's linear layers are ``(out, in)``."""
-    if kind == "ia3":
-        return ((1, inputs),) if feedforward else ((outputs, 1),)
-    if kind == "flora":
-        return (rank, inputs), (rank, outputs)
-    return (rank, inputs), (outputs, rank)
+def tensor_names(found: Format, layer: int, target: str) -> tuple[str, ...]:
+    """Names in the file of a module's tensors, in the order of the format's leaves."""
+    return tuple(f"{PREFIX}{module_path(layer, target)}.{leaf.name}" for leaf in found.leaves)
 
 
 def read_headers(directory: Path) -> tuple[Path, dict[str, Header]]:

@@ -1,4 +1,4 @@
-"""Writing an adapter folder that PEFT loads (LoRA, IA3, HiRA) and that reads back bit for bit.
+"""Writing an adapter folder that PEFT loads, where it has the kind, and that reads back bit for bit.
 
 Knows nothing of the base model. The folder appears whole or not at all.
 """
@@ -6,9 +6,8 @@ Knows nothing of the base model. The folder appears whole or not at all.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,10 +15,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from flora_jax.adapters import IA3
 from flora_jax.adapters.model_adapter import ModelAdapter, rank_of
 from flora_jax.files import require_new, whole_directory
-from flora_jax.peft.config import CONFIG_FILE, PEFT_TYPES, SETTINGS, AdapterError
+from flora_jax.peft.config import CONFIG_FILE, AdapterError
+from flora_jax.peft.format import FORMATS, Format, Modules
 from flora_jax.peft.targets import module_path
 from flora_jax.peft.tensors import TENSORS_FILE, tensor_names
 
@@ -30,7 +29,6 @@ _SUFFIX = {
     "mlp.c_fc": "c_fc",
     "mlp.c_proj": "mlp.c_proj",
 }
-Modules = Mapping[tuple[int, str], Any]
 Value = TypeVar("Value", int, float)
 
 
@@ -65,7 +63,7 @@ def write_adapter(
     config = _config(adapter, modules, directory)
     if base_model_name_or_path is not None:
         config["base_model_name_or_path"] = base_model_name_or_path
-    tensors = _tensors(adapter.kind, modules, directory)
+    tensors = _tensors(FORMATS[adapter.kind], modules, directory)
 
     try:
         with whole_directory(directory) as part:
@@ -79,14 +77,16 @@ def write_adapter(
     return directory
 
 
-def _tensors(kind: str, modules: Modules, where: Path) -> dict[str, np.ndarray]:
+def _tensors(own_format: Format, modules: Modules, where: Path) -> dict[str, np.ndarray]:
     tensors = {}
     for (layer, target), params in modules.items():
-        names = tensor_names(kind, layer, target)
-        for name, array in zip(names, _arrays(kind, params), strict=True):
-            if array.ndim != 2:
+        names = tensor_names(own_format, layer, target)
+        arrays = own_format.to_tensors(params)
+        for name, array, leaf in zip(names, arrays, own_format.leaves, strict=True):
+            if array.ndim != len(leaf.axes):
                 raise AdapterError(
-                    f"{where}: {name}: found shape {array.shape}, expected the 2 axes of one adapter"
+                    f"{where}: {name}: found shape {array.shape}, "
+                    f"expected the {len(leaf.axes)} axes of one adapter"
                 )
             if not np.isfinite(array).all():
                 raise AdapterError(f"{where}: {name}: holds numbers that are not finite")
@@ -94,72 +94,45 @@ def _tensors(kind: str, modules: Modules, where: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _arrays(kind: str, params: Any) -> Iterable[np.ndarray]:
-    def wide(factor: Any) -> np.ndarray:
-        return np.asarray(factor).astype(np.float32)
-
-    if kind == "ia3":
-        return (wide(params.l)[None] if params.side == "input" else wide(params.l)[..., None],)
-    if kind == "flora":
-        return wide(params.B_RI), wide(params.A_RO)
-    return wide(params.down_RI), wide(params.up_RO).swapaxes(-1, -2)
-
-
 def _config(adapter: ModelAdapter, modules: Modules, where: Path) -> dict[str, Any]:
-    kind = adapter.kind
-    unknown = sorted(set(adapter.settings) - set(SETTINGS[kind]))
+    own_format = FORMATS[adapter.kind]
+    unknown = sorted(set(adapter.settings) - set(own_format.kept))
     if unknown:
         raise AdapterError(
-            f"{where}: settings {', '.join(unknown)} have no place in the config of a {kind} "
-            f"adapter, which has {', '.join(SETTINGS[kind])}"
+            f"{where}: settings {', '.join(unknown)} have no place in the config of a {adapter.kind} "
+            f"adapter, which has {', '.join(own_format.kept)}"
         )
     config: dict[str, Any] = {
         "base_model_name_or_path": None,
         "task_type": None,
         "inference_mode": True,
         **adapter.settings,
-        "peft_type": {name: peft for peft, name in PEFT_TYPES.items()}[kind],
+        "peft_type": own_format.peft_type,
+        **own_format.marks,
         **_places(adapter, modules),
     }
-    if kind == "ia3":
-        return config
-    ranks = {module: rank_of(params) for module, params in modules.items()}
-    config["r"], config["rank_pattern"] = _pattern(ranks)
-    if kind == "lora":
-        for module, params in modules.items():
-            if not math.isfinite(params.scale):
-                raise AdapterError(f"{where}: {module_path(*module)}: scale is {params.scale}")
-        root = math.sqrt if adapter.settings.get("use_rslora") else float
-        alphas = {m: _alpha(params.scale, root(ranks[m])) for m, params in modules.items()}
-        config["lora_alpha"], config["alpha_pattern"] = _pattern(alphas)
-        config["bias"] = "none"
-    if kind == "flora":
-        ways = {(params.reduction, params.frozen) for params in modules.values()}
-        if len(ways) > 1:
-            raise AdapterError(
-                f"{where}: modules differ in (reduction, frozen components): {sorted(ways)}, "
-                "expected one for the whole adapter"
-            )
-        config["reduction"], frozen = ways.pop()
-        if frozen:
-            config["frozen_components"] = frozen
-    return config
+    if own_format.has_rank:
+        ranks = {module: rank_of(params) for module, params in modules.items()}
+        config["r"], config["rank_pattern"] = _pattern(ranks)
+    try:
+        return config | own_format.write(modules, adapter.settings, _pattern)
+    except ValueError as error:
+        raise AdapterError(f"{where}: {error}") from None
 
 
 def _places(adapter: ModelAdapter, modules: Modules) -> dict[str, Any]:
     """Targets by suffix where that says it all; whole paths where layers differ among themselves."""
     targets = list(dict.fromkeys(target for _, target in modules))
     layers = {target: [n for n, t in modules if t == target] for target in targets}
-    inputs = {
-        m for m, params in modules.items() if isinstance(params, IA3) and params.side == "input"
-    }
+    own_format = FORMATS[adapter.kind]
+    inputs = {module for module, params in modules.items() if own_format.on_inputs(params)}
     numbers = layers[targets[0]]
     everywhere = numbers == list(range(len(adapter.layers)))
     alike = all(found == numbers for found in layers.values()) and all(
         len({(n, target) in inputs for n in numbers}) == 1 for target in targets
     )
-    # IA3Config has no layers_to_transform.
-    if alike and (everywhere or adapter.kind != "ia3"):
+    # A config without ranks has no layers_to_transform either.
+    if alike and (everywhere or own_format.has_rank):
         places: dict[str, Any] = {"target_modules": [_SUFFIX[target] for target in targets]}
         feedforward = [_SUFFIX[target] for target in targets if (numbers[0], target) in inputs]
         if not everywhere:
@@ -167,8 +140,8 @@ def _places(adapter: ModelAdapter, modules: Modules) -> dict[str, Any]:
     else:
         places = {"target_modules": [module_path(*module) for module in modules]}
         feedforward = [module_path(*module) for module in modules if module in inputs]
-    if adapter.kind == "ia3":
-        places["feedforward_modules"] = feedforward
+    if own_format.placed_by is not None:
+        places[own_format.placed_by] = feedforward
     return places
 
 
@@ -183,17 +156,3 @@ def _pattern(values: Mapping[tuple[int, str], Value]) -> tuple[Value, dict[str, 
         elif (value := next(iter(own.values()))) != common:
             pattern[target] = value
     return common, pattern
-
-
-def _alpha(scale: float, divisor: float) -> float:
-    """The alpha with ``alpha / divisor == scale``; whole where it can be."""
-    near = scale * divisor
-    for alpha in (
-        float(round(near)),
-        near,
-        math.nextafter(near, math.inf),
-        math.nextafter(near, 0),
-    ):
-        if alpha / divisor == scale:
-            return int(alpha) if alpha.is_integer() and abs(alpha) < 2**53 else alpha
-    return near

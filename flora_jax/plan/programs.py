@@ -18,7 +18,7 @@ from flora_jax.models.starcoder.model import Model, abstract_model
 from flora_jax.plan.setting import Setting
 from flora_jax.platforms import GPU
 from flora_jax.serve.ahead import abstract_device, lower_for
-from flora_jax.serve.dispatch import Device
+from flora_jax.serve.device import Device
 from flora_jax.serve.options import EngineOptions
 from flora_jax.weights.quantized import Method
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from flora_jax.adapters.registry import TRAITS
 from flora_jax.errors import InputError
 from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.plan.cards import Card
 from flora_jax.platforms import GPU
 
 TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-KINDS = ("none", "flora", "lora", "ia3", "hira")
+KINDS = ("none", *TRAITS)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 METHODS = ("none", "int8", "int4")
 # Slots that every bank begins with: multiplicative, additive, bias.
@@ -34,7 +35,7 @@ class Setting:
         dtype: of weights, activations and cache.
         quantize: "none", "int8" or "int4".
         kind: of all adapters; "none" is the base alone.
-        rank: of all adapters; 0 for "none", 1 for "ia3".
+        rank: of all adapters; 0 for "none".
         targets: full names of the projections that they are on.
         max_num_seqs: sequences that run at once.
         max_model_len: prompt and output together; the model's positions where it is ``None``.
@@ -66,9 +67,11 @@ class Setting:
             raise InputError(f"--quantize is {self.quantize!r}, expected int8, int4 or none")
         if self.kind not in KINDS:
             raise InputError(f"--kind is {self.kind!r}, expected one of {', '.join(KINDS)}")
-        fixed = {"none": 0, "ia3": 1}.get(self.kind)
-        if self.rank < 1 if fixed is None else self.rank != fixed:
-            expected = "at least 1" if fixed is None else f"{fixed}"
+        if self.kind == "none":
+            expected = None if self.rank == 0 else "0"
+        else:
+            expected = TRAITS[self.kind].rank_problem(self.rank)
+        if expected is not None:
             raise InputError(f"--rank is {self.rank}, expected {expected} with --kind {self.kind}")
         for option, value in (
             ("max-num-seqs", self.max_num_seqs), ("max-model-len", self.max_model_len),
@@ -135,13 +138,11 @@ class Setting:
 
     def count(self, target: str) -> Count:
         """Components of one adapter on a projection: multiplicative, additive, bias offsets."""
-        return {
-            "none": (1, 0, 0),
-            "flora": (self.rank, 0, 0),
-            "lora": (1, self.rank, 0),
-            "hira": (self.rank + 1, 0, 0),
-            "ia3": (1, 0, int(target != "mlp.c_proj")),  # It scales the inputs of that one.
-        }[self.kind]
+        if self.kind == "none":
+            return (1, 0, 0)
+        traits = TRAITS[self.kind]
+        # Where a kind scales either, it is the inputs of that one.
+        return *traits.pairs(self.rank), int(traits.scales_bias and target != "mlp.c_proj")
 
     def room(self) -> Mapping[str, Count]:
         """By projection the bank's numbers of components, those that it begins with included."""

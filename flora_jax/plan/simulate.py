@@ -1,10 +1,10 @@
-"""Serving on a simulated clock: the engine's own scheduler, lattice and choice of pieces, and for every
-dispatch the time that the roofline gives it.
+"""Serving on a simulated clock: the engine's own scheduler and lattice, and for every dispatch the time
+that the roofline gives it.
 
 What it says is a model's, not a measurement. It follows the engine's iteration with a GPU's choices:
 sequences enter, prompts are prefilled within the budget of tokens, the others draw a number of tokens,
 and what was dispatched before is read while the device works on. Adapters are always on the device;
-swapping pages of the cache and sampling take no time, and the host none but what ``host_ms`` says.
+swapping blocks of the cache and sampling take no time, and the host none but what ``host_ms`` says.
 Knows nothing of tokens' values or of arrays.
 """
 
@@ -13,20 +13,18 @@ from __future__ import annotations
 import collections
 import itertools
 from collections.abc import Sequence as Many
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from flora_jax.errors import InputError
-from flora_jax.mixing.pairs import Form, padded_additive, padded_multiplicative
 from flora_jax.mixing.ragged import GROUP
 from flora_jax.plan import prompts, roofline
 from flora_jax.plan.programs import Residents, options_of
 from flora_jax.plan.setting import Setting
 from flora_jax.platforms import GPU
-from flora_jax.serve.dispatch import Piece, most_left
-from flora_jax.serve.flight import Flight
-from flora_jax.serve.pieces import dispatch_prompts
-from flora_jax.serve.programs import DecodeShape, Lattice
-from flora_jax.serve.scheduler import Scheduler, Sequence
+from flora_jax.serve.engine import bounds_of
+from flora_jax.serve.lattice import DecodeShape, Lattice
+from flora_jax.serve.scheduler import Admission, Plan, Scheduler
+from flora_jax.serve.sequence import Chunk, Sequence
 
 
 class Arrival(NamedTuple):
@@ -64,13 +62,23 @@ class Outcome(NamedTuple):
 
 
 class _Flown(NamedTuple):
-    """What was dispatched in an iteration: the engine's own record, the tokens that its rows draw in it,
-    and when the device is through.
-    """
+    """An iteration's plan, the tokens that its rows draw in it, and when the device is through."""
 
-    flight: Flight
+    plan: Plan
     took: list[int]
     end_s: float
+
+
+class _Resident:
+    """Adapters that are always on the device."""
+
+    def claim(self, version: Any) -> Admission:
+        return "ready"
+
+    def is_resident(self, version: Any) -> bool:
+        return True
+
+    is_read = is_resident
 
 
 class Simulation:
@@ -99,42 +107,31 @@ class Simulation:
             setting, max_num_batched_tokens=max_num_batched_tokens, cache_tokens=cache_tokens
         )
         self.lattice = Lattice(Residents(setting), self.options, setting.context, GPU)
-        pages = self.options.cache_pages(setting.context)
-        self.scheduler = Scheduler(setting.max_num_seqs, pages, setting.page)
+        blocks = self.options.cache_blocks(setting.context)
+        bounds = bounds_of(self.lattice, self.options, GPU, blocks)
+        # All adapters have one form.
+        self.scheduler = Scheduler(bounds)
         self.dispatches = self.steps = 0
         self._host_s = self._device_s = 0.0
         self._flown: _Flown | None = None
+        self._arrivals: dict[int, Arrival] = {}
         self._first_s: dict[int, float] = {}
         self._served: list[Served] = []
         self._gone: set[int] = set()
         self._cached_ms: dict[Any, float] = {}
-        counts = [setting.count(target) for target in setting.adapted]
-        own = None
-        if counts:
-            own = Form(
-                padded_multiplicative(max(count[0] for count in counts)),
-                padded_additive(max(count[1] for count in counts)),
-                setting.adapted,
-            )
-        self._form = self.lattice.form(own)
 
-    def form_of(self, sequence: Sequence) -> Form:
-        """In which form a prompt is prefilled; all adapters have one."""
-        return self._form
-
-    def prefill(self, pieces: Many[Piece]) -> Any:
-        """What the engine's device does with pieces, on the clock."""
+    def _prefill(self, chunks: Many[Chunk]) -> None:
+        """What the engine's device does with chunks, on the clock."""
         lattice = self.lattice
         rows, length = 1, lattice.long
-        if max(piece.length for piece in pieces) <= lattice.short:
-            rows, length = lattice.piece_rows(len(pieces)), lattice.short
-        span = lattice.prompt_span(max(piece.start + length for piece in pieces))
+        if max(chunk.length for chunk in chunks) <= lattice.short:
+            rows, length = lattice.chunk_rows(len(chunks)), lattice.short
+        span = lattice.prompt_span(max(chunk.start + length for chunk in chunks))
         key = (rows, length, span)
         if key not in self._cached_ms:
             terms = prompts.prefill(self.setting, rows, length, span, self.ways)
             self._cached_ms[key] = roofline.total(terms)
         self._pass(self._cached_ms[key], 1)
-        return pieces if any(piece.last for piece in pieces) else None
 
     def run(self, arrivals: Many[Arrival]) -> Outcome:
         """Serves all requests; each draws exactly its tokens.
@@ -142,7 +139,8 @@ class Simulation:
         Raises:
             InputError: a request that the context or the cache cannot hold, or none at all.
         """
-        most = min(self.setting.context, self.scheduler.pages * self.setting.page)
+        bounds = self.scheduler.bounds
+        most = min(self.setting.context, bounds.blocks * bounds.block)
         for number, arrival in enumerate(arrivals):
             if arrival.prompt < 1 or arrival.output < 1 or arrival.prompt + arrival.output > most:
                 raise InputError(
@@ -152,47 +150,41 @@ class Simulation:
         if not arrivals:
             raise InputError("the workload has no requests, expected some")
         ordered = collections.deque(sorted(arrivals))
-        tickets = itertools.count()
+        request_ids = itertools.count()
         while ordered or self._flown or self.scheduler.has_work:
             if not self._flown and not self.scheduler.has_work:
                 self._host_s = max(self._host_s, ordered[0].at_s)
             while ordered and ordered[0].at_s <= self._host_s:
-                ticket, own = next(tickets), ordered.popleft()
-                self.scheduler.add(Sequence(ticket, ticket, own.prompt, own.output, own))
+                number, own = next(request_ids), ordered.popleft()
+                self._arrivals[number] = own
+                # Every request is under an adapter of its own; there are no tokens.
+                version, nothing = cast(Any, number), cast(Any, None)
+                self.scheduler.add(
+                    Sequence(number, number, own.prompt, own.output, nothing, version, nothing)
+                )
             self._iterate()
         return self._outcome()
 
     def _iterate(self) -> None:
-        if self.scheduler.aside:
+        if self.scheduler.swapped:
             self._land()
-        self.scheduler.resume()
-        self.scheduler.admit(lambda _: "ready")
-        if not self.scheduler.running:
-            self._land()
-            return
-        device: Any = (
-            self  # What asks it wants its lattice, a sequence's form, and the time to pass.
-        )
-        prefilled = dispatch_prompts(self.scheduler.running, device)
-        hurry = prefilled or any(s.stage == "prefill" for s in self.scheduler.running)
-        if not self.scheduler.can_grow():
-            self._land()
-        most = GPU.steps_while_waiting if hurry else self.options.decode_steps
-        rows, steps, _ = self.scheduler.grow(min(most, self.options.decode_steps))
-        if rows:
-            steps = min(steps, most_left(rows))
-            longest = max(sequence.reach for sequence in rows) + steps
-            shape = self.lattice.decode([sequence.ticket for sequence in rows], longest)
+        plan = self.scheduler.plan(_Resident())
+        for chunks in plan.chunks:
+            self._prefill(chunks)
+        took: list[int] = []
+        decode = plan.decode
+        if decode is not None:
+            steps = max(decode.most)
+            shape, _ = self.lattice.decode([s.version for s in decode.sequences], decode.longest)
             self._pass(steps * self._step_ms(shape), steps)
             self.steps += steps
-        took = [min(steps, sequence.left) for sequence in rows]
+            # Sequences that are through, as far as the host knows, draw nothing.
+            took = [min(n, s.left + n) for s, n in zip(decode.sequences, decode.most)]
         before, self._flown = self._flown, None
-        if rows or prefilled:
-            flight = Flight.of(prefilled, rows, None, steps)
-            self._flown = _Flown(flight, took, self._device_s)
-        if GPU.pipelined:
-            self._read(before)
-        else:
+        if decode is not None or plan.chunks:
+            self._flown = _Flown(plan, took, self._device_s)
+        self._read(before)
+        if plan.unread or not GPU.pipelined:
             self._land()
 
     def _pass(self, device_ms: float, programs: int) -> None:
@@ -212,24 +204,27 @@ class Simulation:
         if flown is None:
             return
         self._host_s = max(self._host_s, flown.end_s)
-        flight = flown.flight
-        for pieces, _ in flight.prefilled:
-            for piece in pieces:
-                if piece.last:
-                    self._first_s.setdefault(piece.sequence.ticket, self._host_s)
-                    self._end_if_done(piece.sequence)
-        for sequence, number, took in zip(flight.rows, flight.flying, flown.took, strict=True):
-            sequence.flying -= number
-            if sequence.ticket not in self._gone:
-                sequence.drawn += took
+        for chunk in itertools.chain(*flown.plan.chunks):
+            if chunk.last:
+                self._first_s.setdefault(chunk.sequence.number, self._host_s)
+                self._end_if_done(chunk.sequence)
+        decode = flown.plan.decode
+        if decode is None:
+            return
+        self.scheduler.landed(decode)
+        for sequence, number in zip(decode.sequences, flown.took, strict=True):
+            if sequence.number not in self._gone:
+                self.scheduler.drew(sequence, sequence.drawn + number)
                 self._end_if_done(sequence)
 
     def _end_if_done(self, sequence: Sequence) -> None:
-        if sequence.drawn == sequence.room:
+        if sequence.drawn == sequence.budget:
             self.scheduler.remove(sequence)
-            self._gone.add(sequence.ticket)
-            first_s = self._first_s.pop(sequence.ticket)
-            self._served.append(Served(sequence.content, first_s, self._host_s, sequence.drawn))
+            number = sequence.number
+            self._gone.add(number)
+            first_s = self._first_s.pop(number)
+            arrival = self._arrivals.pop(number)
+            self._served.append(Served(arrival, first_s, self._host_s, sequence.drawn))
 
     def _step_ms(self, shape: DecodeShape) -> float:
         if shape not in self._cached_ms:

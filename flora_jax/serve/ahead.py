@@ -1,28 +1,55 @@
 """Every program that an engine can need, by name: compiled side by side before the first request, or
-for a device that is not there.
+for a device that is not there; and a counter of the programs that XLA builds or fetches from its cache.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax.adapters.kind import KINDS
 from flora_jax.mixing.bank import Count
 from flora_jax.models.starcoder.model import Model
 from flora_jax.platforms import Platform
-from flora_jax.serve.dispatch import Call, Device
+from flora_jax.serve.device import Call, Device
+from flora_jax.serve.lattice import DecodeShape, Lattice, PrefillShape
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.packing import pack
-from flora_jax.serve.pool import AdapterPool
-from flora_jax.serve.programs import DecodeShape, Lattice, PrefillShape
+from flora_jax.serve.residency import Residency
 from flora_jax.serve.sampling import Draw
+from flora_jax.serve.state import pack
+
+_EVENT = "/jax/core/compile/backend_compile_duration"
+_total = 0
+
+
+def _listen(event: str, duration_secs: float, **kwargs: Any) -> None:
+    global _total
+    _total += event == _EVENT
+
+
+jax.monitoring.register_event_duration_secs_listener(_listen)
+
+
+class Compilations:
+    """How many programs were compiled since this counter was made or last reset, by whomever."""
+
+    def __init__(self) -> None:
+        self._before = _total
+
+    @property
+    def count(self) -> int:
+        return _total - self._before
+
+    def reset(self) -> None:
+        self._before = _total
 
 
 class Program(NamedTuple):
@@ -45,10 +72,11 @@ def programs(device: Device) -> list[Program]:
         ways: tuple[Draw, ...] = ("digits", "plain", "greedy")
         found += [_drawing(device, rows, how) for rows in device.lattice.rows for how in ways]
     found += [_beginning(device, count) for count in _entering(device)]
-    found.append(Program("write an adapter", None, device.pool.write_nothing))
+    found += _reading(device)
+    found.append(Program("write an adapter", None, device.residency.write_nothing))
     if device.may_preempt:
         found.append(Program("insert", None, partial(device.insert, [], [0])))
-        found.append(Program("pages out and in", None, partial(_copy_nothing, device)))
+        found.append(Program("blocks out and in", None, partial(_copy_nothing, device)))
     return found
 
 
@@ -111,18 +139,17 @@ def abstract_device(
     config = model.config
     context = options.max_model_len or config.n_positions
     dtype = jax.tree.leaves(model.params["wte"])[0].dtype
-    pool = AdapterPool.of_size(
+    residency = Residency.of_size(
         config, most, residents, additive=platform.additive(dtype), allocate=False
     )
-    lattice = Lattice(pool, options, context, platform)
-    pages = options.cache_pages(context)
-    return Device(model, pool, lattice, options, pages, platform, allocate=False)
+    lattice = Lattice(residency, options, context, platform)
+    return Device(model, residency, lattice, options, platform, allocate=False)
 
 
 def _entering(device: Device) -> list[int]:
     """How many sequences may begin to decode in one dispatch."""
     lattice = device.lattice
-    return [lattice.pieces[-1]] if lattice.few else sorted({1, *lattice.pieces})
+    return [lattice.chunks[-1]] if lattice.few else sorted({1, *lattice.chunks})
 
 
 def _prefilling(device: Device, shape: PrefillShape) -> Program:
@@ -144,7 +171,7 @@ def _named(verb: str, shape: DecodeShape) -> str:
 
 def _looping(device: Device, shape: DecodeShape) -> Program:
     def call() -> Call:
-        return device.decode_call(device.decoding(shape, [], 0), 0, False)
+        return device.decode_call(device.nothing(shape), 0, False)
 
     def run() -> None:
         device.cache, device.state_rows, _ = call().run()
@@ -154,7 +181,7 @@ def _looping(device: Device, shape: DecodeShape) -> Program:
 
 def _forwarding(device: Device, shape: DecodeShape) -> Program:
     def call() -> Call:
-        packed = pack(device.decoding(shape, [], 0))
+        packed = pack(device.nothing(shape))
         return device.forward_call(packed)
 
     def run() -> None:
@@ -192,5 +219,19 @@ def _beginning(device: Device, count: int) -> Program:
     return Program(f"begin {count} sequences", call, run)
 
 
+def _reading(device: Device) -> Iterator[Program]:
+    """What an adapter's reading runs, of a kind that asks for the base's weights, at any rank."""
+    residency = device.residency
+    if residency.weights is None:
+        return
+    for kind in KINDS.values():
+        for target in residency.targets:
+            if kind.rehearse is not None:
+                run = partial(
+                    kind.rehearse, residency.weights(0, target), residency.most(target)[1]
+                )
+                yield Program(f"read {target} of a {kind.name} adapter", None, run)
+
+
 def _copy_nothing(device: Device) -> None:
-    device.put_back([], device.copy_out([]))
+    device.copy_in([], device.copy_out([]))

@@ -1,45 +1,53 @@
 """The engine: continuous batching over one model, every sequence under its own adapter.
 
-``add`` and ``cancel`` may be called by any thread; ``step``, by one, runs an iteration: adapters that
-have come are written, sequences enter, pieces of prompts are prefilled, the others draw tokens. Knows
-nothing of HTTP or files.
+Any thread may add and cancel requests and register adapters. One thread calls ``step``, which asks the
+scheduler for a plan and runs it: adapters that were read are written, sequences enter, chunks of prompts
+are prefilled, the others draw tokens. A step never sleeps; ``wait`` does, until a step can bring
+something. Knows nothing of HTTP or files.
 """
 
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
-import operator
-from collections.abc import Callable, Mapping
-from typing import Any
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any, Literal, Self
 
 import jax
 
 from flora_jax.errors import InputError, RunError
 from flora_jax.mixing.bank import Prepared
+from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.models.starcoder.model import Model
 from flora_jax.models.transpose import for_decoding
 from flora_jax.platforms import Platform
 from flora_jax.platforms import platform as platform_of
-from flora_jax.serve.ahead import compile_all
-from flora_jax.serve.compilations import Compilations
-from flora_jax.serve.dispatch import Device, Job
-from flora_jax.serve.flight import Flight
-from flora_jax.serve.layout import longest_sequence, make_pool, target_groups
+from flora_jax.serve.ahead import Compilations, compile_all
+from flora_jax.serve.device import Device, Flight
+from flora_jax.serve.lattice import Lattice
 from flora_jax.serve.options import WHILE_READING, EngineOptions
-from flora_jax.serve.pieces import dispatch_prompts
-from flora_jax.serve.pool import LoadError
-from flora_jax.serve.programs import Lattice
-from flora_jax.serve.request import Request
-from flora_jax.serve.scheduler import Admission, Scheduler, Sequence
-from flora_jax.serve.state import BROKEN
+from flora_jax.serve.readers import Readers
+from flora_jax.serve.registry import Registry, Source, Version, version
+from flora_jax.serve.request import MAX_STOP_TOKENS, Limits, Request, RequestId, is_request_id
+from flora_jax.serve.residency import make_residency, target_groups
+from flora_jax.serve.scheduler import Bounds, Plan, Scheduler
+from flora_jax.serve.sequence import Sequence
+from flora_jax.serve.state import BROKEN, MAX_STOPS
 from flora_jax.serve.stream import Stream
 from flora_jax.serve.updates import Stats, Update
-from flora_jax.serve.versions import Source, Version, version
+
+# Where an adapter is: in the bank's slots, ready in memory, or in its folder.
+AdapterState = Literal["resident", "host", "disk"]
+# A sequence's number and what is told of it.
+_Told = tuple[int, Update]
 
 
 class Engine:
-    """A model with a pool of adapters, ready to serve.
+    """A model with adapters, ready to serve; a context manager, which closes it.
 
     Args:
         model: the base. On a CPU a copy of its kernels is held by outputs, unless it comes from
@@ -64,32 +72,54 @@ class Engine:
         options: EngineOptions | None = None,
         platform: Platform | None = None,
     ):
-        config = model.config
-        options = options or EngineOptions()
-        context = longest_sequence(config, options)
+        config, options = model.config, options or EngineOptions()
+        context = _longest_sequence(config, options)
         self.compilations = Compilations()
         self.platform = platform = platform or platform_of()
         model = for_decoding(model, platform=platform)
-        self.model, self.tokenizer, self.options, self.context = model, tokenizer, options, context
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.registry = Registry()
         first: dict[Version, Prepared] = {}
         for name, source in (adapters or {}).items():
             known = version(name, source)
-            first[known] = known.read(config)
-        additive = platform.additive(jax.tree.leaves(model.params["wte"])[0].dtype)
-        self.pool = make_pool(first, config, options, additive)
-        self.lattice = Lattice(self.pool, options, context, platform, target_groups(first))
-        pages = options.cache_pages(context)
-        self.scheduler = Scheduler(options.max_num_seqs, pages, options.page)
-        self.device = Device(model, self.pool, self.lattice, options, pages, platform)
-        self._tickets = itertools.count()
-        self._inbox: collections.deque[Sequence | int] = collections.deque()
+            first[known] = known.read(config, model.weight)
+            self.registry.register(name, known.source)
+        # Guards the inbox, which sequences there are, and whether something has come since the last step.
+        self._changed = threading.Condition()
+        self._news = False
+        self.residency = make_residency(
+            first, config, options,
+            platform.additive(jax.tree.leaves(model.params["wte"])[0].dtype),
+            readers=Readers(options.adapter_readers, options.adapter_timeout_s, self._notify),
+            is_pinned=self.registry.is_pinned,
+        )  # fmt: skip
+        self.residency.weights = model.weight
+        groups = target_groups(first)
+        self.lattice = lattice = Lattice(self.residency, options, context, platform, groups)
+        self.device = Device(model, self.residency, lattice, options, platform)
+        bounds = bounds_of(lattice, options, platform, self.device.blocks)
+        self.scheduler = Scheduler(bounds, self.device.form_of)
+        self.limits = Limits(context, config.vocab_size, tokenizer)
+        self._arrivals = itertools.count()
+        self._inbox: collections.deque[Sequence | RequestId] = collections.deque()
+        # Those that have not ended: by number of arrival, and the numbers by request id.
         self._sequences: dict[int, Sequence] = {}
+        self._numbers: dict[RequestId, int] = {}
+        # What the blocks of preempted sequences hold.
         self._copies: dict[int, Any] = {}
-        self._updates: list[Update] = []
-        self._written, self._due = 0, False
         self._flight: Flight | None = None
         self._broken: BaseException | None = None
-        self._refused: list[tuple[Sequence, Admission]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
         """Compiles every program that can be needed; ``progress`` gets the name of one that is there, how
@@ -99,8 +129,81 @@ class Engine:
         self.compilations.reset()
 
     @property
+    def config(self) -> StarCoderConfig:
+        """The base model's."""
+        return self.model.config
+
+    @property
+    def max_model_len(self) -> int:
+        """Positions of the longest sequence, prompt and output together."""
+        return self.lattice.context
+
+    @property
+    def attention_note(self) -> str | None:
+        """Which attention prompts go through and why, where it is not what the platform wants."""
+        why = self.device.attention_note
+        return None if why is None else f"{self.device.prompt_attention} ({why})"
+
+    def register(self, name: str, source: Source, *, pinned: bool = False) -> None:
+        """Makes an adapter known, or replaces what the name stood for; any thread may call.
+
+        Requests that were added before keep what the name stood for then. A folder is hashed here, by
+        the calling thread, and read when a request needs it. A pinned adapter is never evicted.
+
+        Raises:
+            InputError: there is no adapter at that path.
+        """
+        self.registry.register(name, source, pinned=pinned)
+
+    def unregister(self, name: str) -> None:
+        """Forgets an adapter's name; requests that were added before keep it. Any thread may call.
+
+        Raises:
+            InputError: nothing has this name.
+        """
+        try:
+            self.registry.unregister(name)
+        except KeyError:
+            raise InputError(f"unknown adapter {name!r}") from None
+
+    @property
+    def adapters(self) -> dict[str, AdapterState]:
+        """Where the adapters are, by the names that requests use; any thread may ask."""
+        found: dict[str, AdapterState] = {}
+        for known in self.registry.versions():
+            ready = known.in_memory or self.residency.is_read(known)
+            host: AdapterState = "host" if ready else "disk"
+            found[known.name] = "resident" if self.residency.is_resident(known) else host
+        return found
+
+    def preload(self, names: Iterable[str]) -> None:
+        """Reads adapters and writes them into the bank, as their first requests would.
+
+        Returns when all are there; what does not fit evicts what was used least recently, also those
+        that were preloaded just before. By the thread that calls ``step``.
+
+        Raises:
+            InputError: nothing has such a name, or its adapter cannot be read or does not fit.
+            RunError: running sequences leave no slots for it.
+        """
+        wanted = [self._current(name) for name in names]
+        for known in wanted:
+            self.residency.prefetch(known)
+        for known in wanted:
+            while (found := self.residency.claim(known)) == "loading":
+                with self._changed:
+                    self._changed.wait(0.05)
+                self.residency.expire()
+            if found == "full":
+                raise RunError(f"adapter {known.name!r}: running requests leave no slots for it")
+            self.residency.write_claimed()
+            self.residency.release(known)
+
+    @property
     def has_work(self) -> bool:
-        return bool(self._inbox) or self.scheduler.has_work or self._flight is not None
+        """Whether a request or a cancellation has not come to its end yet; any thread may ask."""
+        with self._changed:
+            return bool(self._inbox or self._sequences) or self._flight is not None
 
     @property
     def stats(self) -> Stats:
@@ -108,47 +211,97 @@ class Engine:
         return Stats(
             running=len(scheduler.running), waiting=scheduler.waiting + len(self._inbox),
             preemptions=scheduler.preemptions,
-            adapter_loads=self.pool.loads, adapter_evictions=self.pool.evictions,
-            cache_usage=1 - len(scheduler.free_pages) / scheduler.pages,
+            adapter_loads=self.residency.loads, adapter_evictions=self.residency.evictions,
+            cache_usage=1 - len(scheduler.free_blocks) / scheduler.bounds.blocks,
         )  # fmt: skip
 
-    def add(self, request: Request) -> int:
+    def add(self, request: Request) -> RequestId:
         """Takes a request under the adapter that its name stands for now; any thread may call.
 
         Returns:
-            The ticket that updates carry.
+            The request id that updates carry: the request's own, or a number that no other has.
 
         Raises:
-            InputError: the model or the known adapters cannot serve it.
+            InputError: the model or the known adapters cannot serve it, or its id is in use.
             RunError: an iteration broke off.
         """
         self._check_whole()
         own = self._check(request)
-        config, ids = self.model.config, request.token_ids
-        room = min(request.max_tokens, self.context - len(ids))
-        most = self.scheduler.pages * self.options.page
-        if len(ids) + room > most:
+        ids, params = request.prompt_token_ids, request.sampling_params
+        budget = min(params.max_tokens, self.max_model_len - len(ids))
+        most = self.device.blocks * self.options.page
+        if len(ids) + budget > most:
             raise InputError(
-                f"request {request.index}: {len(ids)} tokens and {room} more, the cache holds {most}"
+                f"{request.label}: {len(ids)} tokens and {budget} more, the cache holds {most}"
             )
-        stops = {*request.stop_token_ids, *(() if request.ignore_eos else config.eos_token_ids)}
-        job = Job(request, own, Stream(request, stops, room, self.tokenizer))
-        ticket = next(self._tickets)
-        self._inbox.append(Sequence(ticket, request.adapter, len(ids), room, job))
-        return ticket
+        stops = self.limits.stop_ids(params, self.config.eos_token_ids)
+        with self._changed:
+            request, request_id, number = self._named(request)
+            stream = Stream(request, stops, budget, self.tokenizer)
+            sequence = Sequence(number, request.adapter, len(ids), budget, request, own, stream)
+            self._sequences[number], self._numbers[request_id] = sequence, number
+            self._inbox.append(sequence)
+        self._notify()
+        return request_id
 
-    def cancel(self, ticket: int) -> None:
+    def _named(self, request: Request) -> tuple[Request, RequestId, int]:
+        """The request with an id and a number to fold in, its id, and its number of arrival."""
+        number = next(self._arrivals)
+        found = request.request_id
+        if found is None:
+            found = number
+            while found in self._numbers:
+                found = next(self._arrivals)
+        elif found in self._numbers:
+            raise InputError(f"{request.label}: another request with this id has not ended")
+        fold_in = number % 2**32 if request.fold_in is None else request.fold_in
+        return dataclasses.replace(request, request_id=found, fold_in=fold_in), found, number
+
+    def cancel(self, request_id: RequestId) -> None:
         """Ends a request without a further update; one that is gone already is no error. Any thread.
 
         Raises:
-            TypeError: no ticket is of this type.
+            TypeError: no request id is of this type.
         """
-        self._inbox.append(operator.index(ticket))
+        if not is_request_id(request_id):
+            raise TypeError(f"request_id is {request_id!r}, expected a string or an integer")
+        with self._changed:
+            self._inbox.append(request_id)
+        self._notify()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until a step can bring something, for at most ``timeout`` seconds.
+
+        That is at once where anything runs, else when a request, a cancellation or an adapter comes. By
+        the thread that calls ``step``.
+
+        Returns:
+            Whether a step can bring something.
+        """
+        end_s = float("inf") if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while not self._can_step():
+                deadline_s = self.residency.deadline_s()
+                until_s = end_s if deadline_s is None else min(end_s, deadline_s)
+                left_s = until_s - time.monotonic()
+                if left_s <= 0:
+                    return until_s < end_s  # A read is overdue.
+                self._changed.wait(None if left_s == float("inf") else left_s)
+            return True
+
+    def _can_step(self) -> bool:
+        runs = bool(self.scheduler.running) or self._flight is not None
+        return self._news or runs or (self.scheduler.has_work and not self.residency.is_reading)
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._news = True
+            self._changed.notify_all()
 
     def step(self) -> list[Update]:
-        """Runs one iteration and returns what it brought, in the order of tickets.
+        """Runs one iteration and returns what it brought, in the order in which the requests came.
 
-        Without anything that can run it waits a moment for adapters that are being read.
+        It returns at once where nothing can run; see :meth:`wait`.
 
         Raises:
             RunError: an iteration before broke off, by an interrupt or for want of memory: what the host
@@ -156,11 +309,15 @@ class Engine:
         """
         self._check_whole()
         try:
-            self._iterate()
+            updates = self._iterate()
         except BaseException as error:
             self._broken = error
             raise
-        return sorted(self._updates, key=lambda update: update.ticket)
+        return [update for _, update in sorted(updates, key=lambda found: found[0])]
+
+    def close(self) -> None:
+        """Reads no further adapters. Waits for none that is being read."""
+        self.residency.close()
 
     def _check_whole(self) -> None:
         if self._broken is not None:
@@ -168,146 +325,193 @@ class Engine:
                 f"the engine is of no use since an iteration broke off ({self._broken!r}), make another"
             )
 
-    def _iterate(self) -> None:
-        self._updates = []
-        self._receive()
-        if self.scheduler.aside:
-            self._land()  # Who comes back needs its last token.
-        for sequence in self.scheduler.resume():
-            if sequence.stage == "decode":
-                self.device.restore(sequence, self._copies.pop(sequence.ticket))
-        self._written, self._due, self._refused = self.pool.loads, False, []
-        self.scheduler.admit(self._admission, lambda s: self.pool.is_read(s.content.version))
-        self._read_ahead()
-        if self.scheduler.running:
-            self._run()
-        elif self._flight is not None:
-            self._land()
-        elif self._refused:
-            self.pool.wait([sequence.content.version for sequence, _ in self._refused], 0.1)
+    def _iterate(self) -> list[_Told]:
+        updates = self._receive()
+        self.residency.expire()
+        if self.scheduler.swapped:
+            updates += self._land()  # Who comes back needs its last token.
+        plan = self.scheduler.plan(self.residency)
+        for sequence, why in plan.refused:
+            self._release(sequence, claimed=False)
+            updates.append(_told(sequence, error=why))
+        # The adapters of those that come next are read, though there is no row for them yet.
+        for sequence in self.scheduler.heads():
+            if sequence.version is not None:
+                self.residency.prefetch(sequence.version)
+        before, self._flight = self._flight, self._run(plan)
+        if plan.unread or not self.platform.pipelined:
+            # Also where nothing of the plan was dispatched: what is under way comes first.
+            return updates + self._read(before) + self._land()
+        return updates + self._read(before)
 
-    def close(self) -> None:
-        """Ends the pool's background reader."""
-        self.pool.close()
+    def _run(self, plan: Plan) -> Flight | None:
+        """Dispatches what a plan says, in its order; nothing waits for the device."""
+        for sequence in plan.swapped_in:
+            self.device.swap_in(sequence, self._copies.pop(sequence.number))
+        self.residency.write_claimed()
+        prefilled = []
+        for chunks in plan.chunks:
+            tokens_B = self.device.prefill(chunks)
+            if tokens_B is not None:
+                prefilled.append((chunks, tokens_B))
+        for sequence, blocks in plan.swapped_out:
+            self._copies[sequence.number] = self.device.copy_out(blocks)
+        tokens_BN = None if plan.decode is None else self.device.decode(plan.decode)
+        if plan.decode is None and not prefilled:
+            return None
+        return Flight(prefilled, plan.decode, tokens_BN)
 
     def _check(self, request: Request) -> Version | None:
-        request.check(self.context, self.model.config.vocab_size, self.tokenizer is not None)
+        try:
+            self.limits.check(request)
+        except InputError as error:
+            raise InputError(f"{request.label}: {error}") from None
         if request.adapter is None:
             return None
         try:
-            return self.pool.current(request.adapter)
-        except KeyError:
-            raise InputError(
-                f"request {request.index}: unknown adapter {request.adapter!r}"
-            ) from None
+            return self._current(request.adapter)
+        except InputError as error:
+            raise InputError(f"{request.label}: {error}") from None
 
-    def _receive(self) -> None:
-        arrived = [self._inbox.popleft() for _ in range(len(self._inbox))]
-        cancelled = {one for one in arrived if isinstance(one, int)}
+    def _current(self, name: str) -> Version:
+        try:
+            return self.registry.current(name)
+        except KeyError:
+            raise InputError(f"unknown adapter {name!r}") from None
+
+    def _receive(self) -> list[_Told]:
+        """Takes what has come; the updates of requests that end without a token."""
+        with self._changed:
+            arrived, self._news = [*self._inbox], False
+            self._inbox.clear()
+        cancelled = {one for one in arrived if not isinstance(one, Sequence)}
+        updates = []
         for one in arrived:
-            if isinstance(one, int):
-                sequence = self._sequences.get(one)
+            if not isinstance(one, Sequence):
+                sequence = self._sequences.get(self._numbers.get(one, -1))
                 if sequence is not None:
                     self._drop(sequence)
-            elif one.room:
-                self._sequences[one.ticket] = one
+            elif one.budget:
                 self.scheduler.add(one)
-            elif one.ticket not in cancelled:
-                completion = one.content.stream.completion()
-                self._updates.append(Update(one.ticket, completion=completion))
+            else:
+                self._forget(one)
+                if one.request.request_id not in cancelled:
+                    updates.append(_ended(one, ()))
+        return updates
 
-    def _read_ahead(self) -> None:
-        """Begins to read the adapters of those that come next, though there is no row for them yet."""
-        for sequence in self.scheduler.heads():
-            if sequence.content.version is not None:
-                self.pool.prefetch(sequence.content.version)
-
-    def _admission(self, sequence: Sequence) -> Admission:
-        own = sequence.content.version
-        if own is None:
-            return "ready"
-        found: Admission = "loading"
-        # A write delays those who run: one in an iteration.
-        decoding = any(other.stage == "decode" for other in self.scheduler.running)
-        due = decoding and self.pool.loads > self._written and not self.pool.is_resident(own)
-        self._due = self._due or due
-        if not due:
-            try:
-                found = self.pool.acquire(own)
-            except LoadError as error:
-                self._drop(sequence)
-                self._updates.append(Update(sequence.ticket, error=str(error)))
-                return "loading"
-        if found != "ready":
-            self._refused.append((sequence, found))
-        return found
-
-    def _run(self) -> None:
-        prefilled = dispatch_prompts(self.scheduler.running, self.device)
-        # Nobody should wait for long who has, or could have, a row; how long a read takes nobody knows.
-        hurry = prefilled or self._due or any(s.stage == "prefill" for s in self.scheduler.running)
-        reading = any(found == "loading" for _, found in self._refused)
-        reading_most = WHILE_READING if reading else self.options.decode_steps
-        most = self.platform.steps_while_waiting if hurry else reading_most
-        if not self.scheduler.can_grow():
-            self._land()  # Who is preempted needs its last token.
-        rows, steps, preempted = self.scheduler.grow(min(most, self.options.decode_steps))
-        for sequence, pages in preempted:
-            if pages:
-                self._copies[sequence.ticket] = self.device.copy_out(pages)
-        eager = self.scheduler.waiting > 0
-        tokens_BN = self.device.decode(rows, steps, eager) if rows else None
-        before, self._flight = self._flight, None
-        if rows or prefilled:
-            self._flight = Flight.of(prefilled, rows, tokens_BN, steps)
-        if self.platform.pipelined:
-            self._read(before)
-        else:
-            self._land()
-
-    def _land(self) -> None:
+    def _land(self) -> list[_Told]:
         """Reads what is under way, if anything is."""
         flight, self._flight = self._flight, None
-        self._read(flight)
+        return self._read(flight)
 
-    def _read(self, flight: Flight | None) -> None:
+    def _read(self, flight: Flight | None) -> list[_Told]:
         """Waits for the tokens of a dispatch and gives them to those sequences that are still there."""
-        for ticket, tokens in (flight.land() if flight else {}).items():
-            if ticket in self._sequences:
-                self._extend(self._sequences[ticket], tokens)
+        if flight is None:
+            return []
+        drawn = flight.read()
+        if flight.decode is not None:
+            self.scheduler.landed(flight.decode)
+        found = [
+            self._extend(self._sequences[number], tokens)
+            for number, tokens in drawn.items()
+            if number in self._sequences
+        ]
+        return [told for told in found if told is not None]
 
-    def _extend(self, sequence: Sequence, tokens: list[int]) -> None:
+    def _extend(self, sequence: Sequence, tokens: list[int]) -> _Told | None:
         """Gives a sequence its new tokens; ends it where they do."""
-        stream = sequence.content.stream
+        stream = sequence.stream
         before = len(stream.token_ids)
         broken = BROKEN in tokens
-        stream.add(tokens[: tokens.index(BROKEN)] if broken else tokens)
+        try:
+            stream.add(tokens[: tokens.index(BROKEN)] if broken else tokens)
+        except Exception as error:  # What a tokenizer makes of its text is its own affair.
+            self._drop(sequence)
+            return _told(sequence, error=_no_text(error))
         new = tuple(stream.token_ids[before:])
-        sequence.drawn = len(stream.token_ids)
+        self.scheduler.drew(sequence, len(stream.token_ids))
         if broken and stream.running:
-            name = sequence.content.request.adapter
+            name = sequence.request.adapter
             adapter = "no adapter" if name is None else f"adapter {name!r}"
             reason = (
                 f"{adapter}: the logits after {sequence.drawn} tokens are not finite in "
                 f"{self.device.dtype}"
             )
             self._drop(sequence)
-            self._updates.append(Update(sequence.ticket, new, error=reason))
-        elif not stream.running:
+            return _told(sequence, new, error=reason)
+        if not stream.running:
             self._drop(sequence)
-            self._updates.append(Update(sequence.ticket, new, completion=stream.completion()))
-        elif new:
-            self._updates.append(Update(sequence.ticket, new))
+            return _ended(sequence, new)
+        return _told(sequence, new) if new else None
 
     def _drop(self, sequence: Sequence) -> None:
         """Takes a sequence out with all that it holds."""
-        waiting, own = sequence.stage == "waiting", sequence.content.version
+        claimed = sequence.stage != "waiting"
         self.scheduler.remove(sequence)
-        if own is not None and not waiting:
-            self.pool.release(own)
+        self._release(sequence, claimed)
+
+    def _release(self, sequence: Sequence, claimed: bool) -> None:
+        """Gives back what a sequence holds beside its row and blocks; ``claimed``: it had its adapter."""
+        own = sequence.version
+        if own is not None and claimed:
+            self.residency.release(own)
         elif own is not None:
             others = self.scheduler.queued(sequence.owner)
-            if not any(other.content.version == own for other in others):
-                self.pool.forget(own)
-        self._copies.pop(sequence.ticket, None)
-        del self._sequences[sequence.ticket]
+            if not any(other.version == own for other in others):
+                self.residency.forget(own)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self._copies.pop(sequence.number, None)
+        request_id = sequence.request.request_id
+        assert request_id is not None
+        with self._changed:
+            del self._sequences[sequence.number], self._numbers[request_id]
+
+
+def bounds_of(lattice: Lattice, options: EngineOptions, platform: Platform, blocks: int) -> Bounds:
+    """What the scheduler keeps to, for an engine of these sizes with so many blocks of the cache."""
+    return Bounds(
+        rows=options.max_num_seqs,
+        blocks=blocks,
+        block=options.page,
+        chunk=lattice.short,
+        long_chunk=lattice.long,
+        chunks=lattice.chunks[-1],
+        budget=lattice.budget,
+        steps=options.decode_steps,
+        steps_while_waiting=platform.steps_while_waiting,
+        steps_while_reading=WHILE_READING,
+    )
+
+
+def _longest_sequence(config: StarCoderConfig, options: EngineOptions) -> int:
+    most = MAX_STOPS - MAX_STOP_TOKENS
+    if len(config.eos_token_ids) > most:
+        raise InputError(f"the model has {len(config.eos_token_ids)} end tokens, at most {most}")
+    context = options.max_model_len or config.n_positions
+    if context > config.n_positions:
+        raise InputError(
+            f"max_model_len is {context}, the model has {config.n_positions} positions"
+        )
+    return context
+
+
+def _told(sequence: Sequence, new: tuple[int, ...] = (), **end: Any) -> _Told:
+    """An update with what is new of a sequence's tokens and text."""
+    request_id = sequence.request.request_id
+    assert request_id is not None
+    return sequence.number, Update(request_id, new, sequence.stream.take_text(), **end)
+
+
+def _ended(sequence: Sequence, new: tuple[int, ...]) -> _Told:
+    """The last update of a sequence that is through."""
+    try:
+        completion = sequence.stream.completion()
+    except Exception as error:
+        return _told(sequence, new, error=_no_text(error))
+    return _told(sequence, new, completion=completion)
+
+
+def _no_text(error: Exception) -> str:
+    return f"its tokens have no text: {type(error).__name__}: {error}"

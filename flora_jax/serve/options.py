@@ -1,4 +1,4 @@
-"""How an engine is laid out: rows, cache, lengths of pieces; checked on the host, without JAX."""
+"""How an engine is laid out: rows, cache, lengths of chunks; checked on the host, without JAX."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from flora_jax.platforms import Platform
 
 # Tokens of a dispatch at most while a row is free and an adapter for it is being read.
 WHILE_READING = 4
-# Tokens of a piece that there is room for at least where the options name no chunk.
+# Tokens of a chunk that there is room for at least where the options name no chunk.
 LEAST_CHUNK = 64
 
 
@@ -21,16 +21,16 @@ class EngineOptions:
     Args:
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens of one iteration; longer prompts are prefilled over several. A
-            long piece is never cut, so there may be up to ``chunk · pieces - 1`` more. ``None`` is 2,048,
+            long chunk is never cut, so there may be up to ``chunk · pieces - 1`` more. ``None`` is 2,048,
             and enough for the largest dispatch of prompts beside all rows.
         max_model_len: prompt and output together; the model's context where it is ``None``.
         cache_tokens: positions of the key/value cache over all sequences; room for ``max_num_seqs``
-            sequences of ``max_model_len`` where it is ``None``. With less, sequences are set aside when
+            sequences of ``max_model_len`` where it is ``None``. With less, sequences are preempted when
             it is full.
-        page: positions of a cache page.
-        chunk: tokens of a short piece of a prompt; a long one has ``chunk · pieces``. ``None`` is what
+        page: positions of a block of the cache.
+        chunk: tokens of a short chunk of a prompt; a long one has ``chunk · pieces``. ``None`` is what
             the platform wants.
-        pieces: short pieces of one prefill dispatch at most; ``None`` likewise.
+        pieces: short chunks of one prefill dispatch at most; ``None`` likewise.
         decode_steps: tokens a row may draw in one dispatch while nobody waits.
         row_buckets: numbers of rows that a decode dispatch is padded to; ``max_num_seqs`` is always
             one, and ``None`` adds it divided by powers of four where the platform gains by it.
@@ -41,9 +41,11 @@ class EngineOptions:
         targets: projections that later adapters may have besides those of the first ones; without
             ``max_components`` with as many components as any of the first ones has anywhere.
         host_adapter_bytes: bound of the host's cache of adapters that are ready to be written; those
-            read ahead for who comes next, at most 4 · ``max_num_seqs``, are not counted.
+            preloaded for who comes next, at most 4 · ``max_num_seqs``, are not counted.
+        adapter_readers: adapters that are read at once.
+        adapter_timeout_s: seconds that reading one may take; its requests fail then, and no others.
         merge_prompts: prompts under two or more multiplicative components go through their explicit
-            weight, where pieces are long enough for the platform; else by the paper's formula (Eq. 6), as
+            weight, where chunks are long enough for the platform; else by the paper's formula (Eq. 6), as
             decoding does: more products and no weight.
         batch_invariant: always use the largest shapes, so that a row has the same bits in any company.
         seed: of requests that have none of their own.
@@ -65,6 +67,8 @@ class EngineOptions:
     max_components: int | None = None
     targets: tuple[str, ...] = ()
     host_adapter_bytes: int = 4 << 30
+    adapter_readers: int = 4
+    adapter_timeout_s: float = 60.0
     merge_prompts: bool = True
     batch_invariant: bool = False
     seed: int = 0
@@ -75,20 +79,22 @@ class EngineOptions:
             "max_num_batched_tokens": self.max_num_seqs + (self.chunk or LEAST_CHUNK),
             "resident_adapters": 1,
             "max_model_len": 1, "cache_tokens": self.page, "max_components": 1,
-            "host_adapter_bytes": 0, "seed": 0,
+            "host_adapter_bytes": 0, "adapter_readers": 1, "seed": 0,
         }  # fmt: skip
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise InputError(f"{name} is {value}, expected at least {bound}")
+        if not self.adapter_timeout_s > 0:
+            raise InputError(f"adapter_timeout_s is {self.adapter_timeout_s}, expected above 0")
         if self.seed >= 2**32:
             raise InputError(f"seed is {self.seed}, expected below 2**32")
         for rows in self.row_buckets or ():
             if not 1 <= rows <= self.max_num_seqs:
                 raise InputError(f"row_buckets has {rows}, expected 1 to {self.max_num_seqs}")
 
-    def cache_pages(self, context: int) -> int:
-        """Pages of the cache of an engine whose longest sequence is ``context``."""
+    def cache_blocks(self, context: int) -> int:
+        """Blocks of the cache of an engine whose longest sequence has ``context`` positions."""
         if self.cache_tokens is not None:
             return -(-self.cache_tokens // self.page)
         return self.max_num_seqs * -(-context // self.page)

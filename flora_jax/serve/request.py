@@ -1,292 +1,357 @@
-"""A generation request and its completion, as lines of JSON; checked on the host, without JAX."""
+"""Requests and completions: one validation, the same for Python and for lines of JSON.
+
+A :class:`SamplingParams` and a :class:`Request` are checked when they are made. What depends on the model
+(context, vocabulary, tokenizer) is checked by :meth:`Limits.check`. Without JAX.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import numbers
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from flora_jax.errors import InputError
+from flora_jax.jsonl import Line, kind_of
 
-FinishReason = Literal["stop", "length"]
+RequestId = int | str
+FinishReason = Literal["stop", "length", "abort", "error"]
+MAX_STOP_TOKENS = 8
+
+_LARGEST_INT32 = 2**31 - 1
+_LARGEST_SEED = 2**32 - 1
+_LARGEST_FLOAT32 = 3.4028234663852886e38
+# As in vLLM: a temperature below draws the largest logit. Logits over it would overflow.
+_LEAST_TEMPERATURE = 1e-5
 
 
 class RequestError(InputError):
-    """A request that cannot be served; the message says which line, what was found and expected."""
+    """A request that cannot be served; the message says what was found and what was expected."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Defaults:
-    """What a request takes for the fields it does not have.
+class SamplingParams:
+    """How a prompt is continued; the names and meanings are vLLM's.
+
+    Args:
+        max_tokens: tokens to generate at most, from 1. Fewer where the model's context ends.
+        temperature: 0 (and anything below 1e-5, as in vLLM) takes the likeliest token.
+        top_k: samples among so many likeliest tokens; 0 or -1 is off.
+        top_p: samples among the likeliest tokens that reach this probability together; 1 is off.
+        seed: of this request's random numbers, 0 to 2^32 - 1; ``None`` takes the engine's seed, folded
+            with the request's ``fold_in``.
+        stop: one string or several; the text ends before the first that appears.
+        stop_token_ids: tokens that end it, beside the model's end tokens; up to 8 different ones.
+        ignore_eos: goes on after the model's end tokens.
 
     Raises:
-        RequestError: a value that no request may have.
+        RequestError: a value of the wrong type or out of range. A bool is no number, and a number has to
+            be finite in float32.
     """
 
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self) -> None:
-        _settings(dataclasses.asdict(self), self)
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One prompt and how to continue it.
-
-    ``seed`` is ``None`` where the row takes the command's, folded with ``index``. Generation ends
-    after ``max_tokens``, at a stop token (the model's end tokens, unless ``ignore_eos``, and
-    ``stop_token_ids``), or where one of the ``stop`` strings appears in the text.
-    """
-
-    index: int
-    token_ids: tuple[int, ...]
-    adapter: str | None = None
     max_tokens: int = 128
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
+    # A string is a sequence of strings: both are accepted, and a tuple of whole strings is stored.
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
 
-    def check(self, context: int, vocab_size: int, has_tokenizer: bool) -> None:
-        """Whether such a model can serve it.
+    def __post_init__(self) -> None:
+        temperature = _real("temperature", self.temperature, 0.0, _LARGEST_FLOAT32)
+        ids = () if self.stop_token_ids is None else self.stop_token_ids
+        ids = _token_ids("stop_token_ids", ids)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos is {self.ignore_eos!r}, expected true or false")
+        _store(
+            self,
+            max_tokens=_integer("max_tokens", self.max_tokens, 1, _LARGEST_INT32),
+            temperature=temperature if temperature >= _LEAST_TEMPERATURE else 0.0,
+            top_k=max(0, _integer("top_k", self.top_k, -1, _LARGEST_INT32)),
+            top_p=_real("top_p", self.top_p, 0.0, 1.0, above=True),
+            seed=None if self.seed is None else _integer("seed", self.seed, 0, _LARGEST_SEED),
+            stop=_strings(self.stop),
+            stop_token_ids=tuple(dict.fromkeys(ids)),
+        )
+        _check_stop_count(self.stop_token_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt, and how and under which adapter to continue it.
+
+    Args:
+        prompt_token_ids: the prompt, from one token.
+        sampling_params: see there.
+        adapter: the name of an adapter; ``None`` is the base model.
+        request_id: how the caller knows it, a string or an integer; ``None`` leaves it to the engine.
+        fold_in: what the engine's seed is folded with where ``sampling_params`` has no seed, 0 to
+            2^32 - 1: requests with the same number draw alike. ``None`` takes how many requests the
+            engine had before.
+
+    Raises:
+        RequestError: a field of the wrong type or out of range, or an empty prompt.
+    """
+
+    prompt_token_ids: Sequence[int]
+    sampling_params: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    adapter: str | None = None
+    request_id: RequestId | None = None
+    fold_in: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sampling_params, SamplingParams):
+            found = type(self.sampling_params).__name__
+            raise RequestError(f"sampling_params is {found}, expected SamplingParams")
+        if self.adapter is not None and not (isinstance(self.adapter, str) and self.adapter):
+            raise RequestError(f"adapter is {self.adapter!r}, expected a name")
+        if not (self.request_id is None or is_request_id(self.request_id)):
+            raise RequestError(
+                f"request_id is {self.request_id!r}, expected a string or an integer"
+            )
+        ids = _token_ids("prompt_token_ids", self.prompt_token_ids)
+        if not ids:
+            raise RequestError("the prompt is empty")
+        fold_in = self.fold_in
+        if fold_in is not None:
+            fold_in = _integer("fold_in", fold_in, 0, _LARGEST_SEED)
+        _store(self, prompt_token_ids=ids, fold_in=fold_in)
+
+    @property
+    def reach(self) -> int:
+        """Tokens of prompt and output at most."""
+        return len(self.prompt_token_ids) + self.sampling_params.max_tokens
+
+    @property
+    def label(self) -> str:
+        """The request as messages name it."""
+        return "request" if self.request_id is None else f"request {self.request_id}"
+
+
+def is_request_id(value: Any) -> bool:
+    return isinstance(value, str | numbers.Integral) and not isinstance(value, bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a model can serve.
+
+    Args:
+        context: positions of the longest sequence, prompt and output together.
+        vocab_size: token ids lie below it.
+        tokenizer: a ``tokenizers.Tokenizer``, or ``None``: then there is no text.
+    """
+
+    context: int
+    vocab_size: int
+    tokenizer: Any | None = None
+
+    def check(self, request: Request) -> None:
+        """Whether the model can serve a request.
 
         Raises:
-            RequestError: the prompt is not of 1 to ``context`` tokens of the vocabulary, a field that no
-                request may have, or stop strings where there is no text.
+            RequestError: the prompt is longer than the context, a token is outside the vocabulary, stop
+                strings where there is no text, or too many stop tokens. It does not name the request.
         """
-        ids = self.token_ids
-        if not 1 <= len(ids) <= context:
-            raise RequestError(f"request {self.index}: {len(ids)} tokens, expected 1 to {context}")
+        params, ids = request.sampling_params, request.prompt_token_ids
+        if len(ids) > self.context:
+            raise RequestError(f"the prompt has {len(ids)} tokens, the context {self.context}")
+        self._known("prompt_token_ids", ids)
+        self._known("stop_token_ids", params.stop_token_ids)
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and the checkpoint has none")
+        _check_stop_count(self.stop_ids(params))
+
+    def _known(self, name: str, ids: Sequence[int]) -> None:
+        if ids and max(ids) >= self.vocab_size:
+            token = next(token for token in ids if token >= self.vocab_size)
+            raise RequestError(
+                f"{name} holds {token}, the vocabulary has 0 to {self.vocab_size - 1}"
+            )
+
+    def stop_ids(self, params: SamplingParams, eos: Collection[int] = ()) -> frozenset[int]:
+        """The tokens that end a request, with the model's end tokens ``eos`` unless it ignores them.
+
+        A stop string that is the text of a special token is among them: the text of special tokens is
+        no part of a completion, so only the token itself can be found.
+        """
+        special = _special_tokens(self.tokenizer) if params.stop else {}
+        named = (special[text] for text in params.stop if text in special)
+        return frozenset([*params.stop_token_ids, *named, *(() if params.ignore_eos else eos)])
+
+    def encode(self, text: Any) -> tuple[int, ...]:
+        """The tokens of a prompt's text.
+
+        Raises:
+            RequestError: it is no valid text, or there is no tokenizer.
+        """
+        if not isinstance(text, str):
+            raise RequestError(f"prompt is {type(text).__name__}, expected a string")
+        if self.tokenizer is None:
+            raise RequestError(
+                "the checkpoint has no tokenizer.json: give prompt_token_ids in place of prompt"
+            )
         try:
-            _token_ids("token_ids", ids, vocab_size)
-            _number({"index": self.index}, "index", 0, int, 0, _LARGEST_SEED)
-            _settings({name: getattr(self, name) for name in _SETTINGS}, self)
-            if self.seed is not None:
-                _number({"seed": self.seed}, "seed", 0, int, 0, _LARGEST_SEED)
-            _token_ids("stop_token_ids", self.stop_token_ids, vocab_size)
-            if len({*self.stop_token_ids}) > MAX_STOP_TOKENS:
-                raise RequestError(_too_many(len(self.stop_token_ids)))
-            _strings([*self.stop])
-            if self.stop and not has_tokenizer:
-                raise RequestError(_NO_TEXT)
-        except RequestError as error:
-            raise RequestError(f"request {self.index}: {error}") from None
+            return tuple(self.tokenizer.encode(text).ids)
+        except TypeError:  # What the binding makes of a lone surrogate such as \ud800.
+            raise RequestError("the prompt is not valid Unicode") from None
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """``token_ids`` has every generated token, the stop token or the end of a stop string included;
+    """What a request ended with.
+
+    ``token_ids`` has every generated token, the stop token or the end of a stop string included;
     ``text`` is cut before either, and ``None`` without a tokenizer.
     """
 
-    index: int
+    request_id: RequestId | None
     adapter: str | None
     text: str | None
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     prompt_tokens: int
 
-    def to_json(self) -> str:
-        fields = dataclasses.asdict(self) | {"completion_tokens": len(self.token_ids)}
-        return json.dumps(fields, ensure_ascii=False)
+    def to_json(self) -> dict[str, Any]:
+        """All but the request id, as JSON has it, with ``completion_tokens``."""
+        fields = dataclasses.asdict(self) | {"token_ids": [*self.token_ids]}
+        del fields["request_id"]
+        return fields | {"completion_tokens": len(self.token_ids)}
 
 
-_FIELDS = frozenset(
-    "prompt prompt_token_ids adapter max_tokens temperature top_k top_p seed stop stop_token_ids "
-    "ignore_eos".split()
-)
-_SETTINGS = ("max_tokens", "temperature", "top_k", "top_p")
-_LARGEST_SEED = 2**32 - 1
-_NO_TEXT = "stop strings need a tokenizer, and the checkpoint has none"
-MAX_STOP_TOKENS = 8
+_SETTINGS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+_FIELDS = _SETTINGS | {"prompt", "prompt_token_ids", "adapter"}
 
 
-def _too_many(count: int) -> str:
-    return f"{count} stop_token_ids, at most {MAX_STOP_TOKENS} are served"
-
-
-def parse_requests(
-    lines: Iterable[str],
-    *,
-    where: str,
-    tokenizer: Any | None,
-    adapters: Iterable[str],
-    vocab_size: int,
-    context: int,
-    defaults: Defaults,
-) -> list[Request]:
-    """Reads one request a line; blank lines are passed over, but count as lines.
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Makes requests from JSON.
 
     Args:
-        lines: JSON objects.
-        where: the file's name for messages.
-        tokenizer: a ``tokenizers.Tokenizer``, or ``None``: then only token ids are served.
+        limits: the model's.
         adapters: the names that a request may use.
-        vocab_size: token ids lie below it.
-        context: the longest prompt, in tokens.
-        defaults: for absent fields.
-
-    Raises:
-        RequestError: on the first line that is not a valid request.
+        defaults: for fields that are absent or null.
+        keep_last: cuts a prompt from the left to so many tokens that its ``max_tokens`` fit the context
+            behind it; otherwise a prompt longer than the context is refused.
     """
-    names = frozenset(adapters)
-    requests: list[Request] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            raw = json.loads(line)
-        except (ValueError, RecursionError) as error:  # Not only JSONDecodeError: huge integers.
-            raise RequestError(f"{where}, line {number}: malformed JSON: {error}") from None
-        try:
-            requests.append(
-                parse_request(raw, len(requests), tokenizer, names, vocab_size, context, defaults)
-            )
-        except RequestError as error:
-            raise RequestError(f"{where}, line {number}: {error}") from None
-    if not requests:
-        raise RequestError(f"{where}: no requests")
-    return requests
 
+    limits: Limits
+    adapters: Collection[str] = frozenset()
+    defaults: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    keep_last: bool = False
 
-def parse_request(
-    raw: Any,
-    index: int,
-    tokenizer: Any | None,
-    adapters: frozenset[str],
-    vocab_size: int,
-    context: int,
-    defaults: Defaults,
-) -> Request:
-    """One request from its JSON value; see :func:`parse_requests`.
+    def lines(self, lines: Iterable[Line]) -> Iterator[Request | RequestError]:
+        """The request of each line, or why it is none, which begins with file and line. Their
+        ``request_id`` and ``fold_in`` are 0, 1, 2 ...
 
-    Raises:
-        RequestError: without the file and line.
-    """
-    if not isinstance(raw, Mapping):
-        raise RequestError(f"expected a JSON object, found {type(raw).__name__}")
-    if unknown := sorted(set(raw) - _FIELDS):
-        raise RequestError(
-            f"unknown field {unknown[0]!r}, expected some of {', '.join(sorted(_FIELDS))}"
-        )
-    adapter = raw.get("adapter")
-    if adapter is not None and not (isinstance(adapter, str) and adapter in adapters):
-        given = ", ".join(sorted(adapters)) or "none"
-        raise RequestError(f"unknown adapter {adapter!r}, given: {given}")
-    ignore_eos = raw.get("ignore_eos")
-    ignore_eos = False if ignore_eos is None else ignore_eos
-    if not isinstance(ignore_eos, bool):
-        raise RequestError(f"ignore_eos is {ignore_eos!r}, expected true or false")
-    seed = raw.get("seed")
-    stop = _strings(raw.get("stop"))
-    if stop and tokenizer is None:
-        raise RequestError(_NO_TEXT)
-    stop_ids = raw.get("stop_token_ids")
-    stop_ids = () if stop_ids is None else _token_ids("stop_token_ids", stop_ids, vocab_size)
-    special = _special_tokens(tokenizer) if stop else {}
-    # The text of a special token is not part of a completion: it can only stop one as a token.
-    stop_ids += tuple(special[text] for text in stop if text in special)
-    stop = tuple(text for text in stop if text not in special)
-    if len(stop_ids) > MAX_STOP_TOKENS:
-        raise RequestError(_too_many(len(stop_ids)))
-    return Request(
-        index=index,
-        token_ids=_prompt(raw, tokenizer, vocab_size, context),
-        adapter=adapter,
-        **_settings(raw, defaults),
-        seed=None if seed is None else _number(raw, "seed", 0, int, 0, _LARGEST_SEED),
-        stop=stop,
-        stop_token_ids=stop_ids,
-        ignore_eos=ignore_eos,
-    )
+        Args:
+            lines: of :func:`flora_jax.jsonl.read_lines` or :func:`~flora_jax.jsonl.parse_lines`.
+        """
+        for index, line in enumerate(lines):
+            if line.problem is not None:
+                yield RequestError(f"{line.where}: {line.problem}")
+                continue
+            try:
+                yield self.request(line.value, index)
+            except RequestError as error:
+                yield RequestError(f"{line.where}: {error}")
 
+    def request(self, raw: Any, index: int = 0) -> Request:
+        """One request from its JSON value, with ``index`` as its id and ``fold_in``.
 
-def _settings(raw: Mapping[str, Any], defaults: Defaults | Request) -> dict[str, Any]:
-    return {
-        "max_tokens": _number(raw, "max_tokens", defaults.max_tokens, int, 1),
-        "temperature": _number(raw, "temperature", defaults.temperature, float, 0.0),
-        "top_k": max(0, _number(raw, "top_k", defaults.top_k, int, -1, 2**31 - 1)),
-        "top_p": _number(raw, "top_p", defaults.top_p, float, 0.0, 1.0, above=True),
-    }
-
-
-def _prompt(
-    raw: Mapping[str, Any], tokenizer: Any | None, vocab_size: int, context: int
-) -> tuple[int, ...]:
-    text = raw.get("prompt")
-    if (text is None) == (raw.get("prompt_token_ids") is None):
-        raise RequestError("expected one of 'prompt' and 'prompt_token_ids'")
-    if text is not None:
-        if not isinstance(text, str):
-            raise RequestError(f"prompt is {type(text).__name__}, expected a string")
-        if tokenizer is None:
+        Raises:
+            RequestError: without the file and line.
+        """
+        if not isinstance(raw, Mapping):
+            raise RequestError(f"found {kind_of(raw)}, expected an object")
+        if unknown := sorted(set(raw) - _FIELDS):
             raise RequestError(
-                "the checkpoint has no tokenizer.json: give prompt_token_ids in place of prompt"
+                f"unknown field {unknown[0]!r}, expected some of {', '.join(sorted(_FIELDS))}"
             )
-        try:
-            ids = tuple(tokenizer.encode(text).ids)
-        except TypeError:  # What the binding makes of a lone surrogate such as \ud800.
-            raise RequestError("the prompt is not valid Unicode") from None
-    else:
-        ids = _token_ids("prompt_token_ids", raw["prompt_token_ids"], vocab_size)
-    if not ids:
-        raise RequestError("the prompt is empty")
-    if len(ids) > context:
-        raise RequestError(f"the prompt has {len(ids)} tokens, the context {context}")
-    return ids
+        adapter = raw.get("adapter")
+        if adapter is not None and not (isinstance(adapter, str) and adapter in self.adapters):
+            given = ", ".join(sorted(self.adapters)) or "none"
+            raise RequestError(f"unknown adapter {adapter!r}, given: {given}")
+        given_settings = {n: raw[n] for n in _SETTINGS if raw.get(n) is not None}
+        params = dataclasses.replace(self.defaults, **given_settings)
+        text, ids = raw.get("prompt"), raw.get("prompt_token_ids")
+        if (text is None) == (ids is None):
+            raise RequestError("expected one of 'prompt' and 'prompt_token_ids'")
+        ids = self.limits.encode(text) if ids is None else _token_ids("prompt_token_ids", ids)
+        if self.keep_last:
+            ids = ids[-max(1, self.limits.context - params.max_tokens) :]
+        request = Request(ids, params, adapter, request_id=index, fold_in=index)
+        self.limits.check(request)
+        return request
+
+
+def _store(target: Any, **values: Any) -> None:
+    """Sets fields of a frozen dataclass that is being made."""
+    for name, value in values.items():
+        object.__setattr__(target, name, value)
 
 
 def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    if tokenizer is None:
+        return {}
     added = tokenizer.get_added_tokens_decoder()
     return {token.content: number for number, token in added.items() if token.special}
 
 
-def _token_ids(name: str, value: Any, vocab_size: int) -> tuple[int, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str):
+def _check_stop_count(ids: Collection[int]) -> None:
+    if len(ids) > MAX_STOP_TOKENS:
+        raise RequestError(f"{len(ids)} stop_token_ids, at most {MAX_STOP_TOKENS} are served")
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    if hasattr(value, "tolist"):  # An array's.
+        value = value.tolist()
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise RequestError(f"{name} is {type(value).__name__}, expected a list of integers")
-    for token in value:
-        if not isinstance(token, numbers.Integral) or isinstance(token, bool):
-            raise RequestError(f"{name} holds {token!r}, expected integers")
-        if not 0 <= int(token) < vocab_size:
-            raise RequestError(f"{name} holds {token}, the vocabulary has 0 to {vocab_size - 1}")
+    if any(type(token) is not int for token in value):
+        for token in value:
+            if not isinstance(token, numbers.Integral) or isinstance(token, bool):
+                raise RequestError(f"{name} holds {token!r}, expected integers")
+        value = [int(token) for token in value]
+    if value and min(value) < 0:
+        raise RequestError(f"{name} holds {min(value)}, expected integers from 0")
     return tuple(value)
 
 
 def _strings(value: Any) -> tuple[str, ...]:
     values = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(values, list) or not all(isinstance(v, str) and v for v in values):
-        raise RequestError(f"stop is {value!r}, expected a non-empty string or a list of them")
-    return tuple(values)
+    whole = isinstance(values, list | tuple) and all(isinstance(v, str) and v for v in values)
+    if not whole:
+        shown = list(value) if isinstance(value, tuple) else value
+        raise RequestError(f"stop is {shown!r}, expected a non-empty string or a list of them")
+    return tuple(dict.fromkeys(values))
 
 
-def _number(
-    raw: Mapping[str, Any],
-    name: str,
-    default: Any,
-    kind: type,
-    least: float,
-    most: float = sys.float_info.max,
-    *,
-    above: bool = False,
-) -> Any:
-    value = raw.get(name)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-        wanted = "a number" if kind is float else "an integer"
-        raise RequestError(f"{name} is {value!r}, expected {wanted}")
-    in_range = least < value if above else least <= value
-    if not in_range or not value <= most:
-        bounds = f"{'above' if above else 'at least'} {least}"
-        bounds += " and finite" if most == sys.float_info.max else f" and at most {most}"
-        raise RequestError(f"{name} is {value}, expected {bounds}")
-    return kind(value)
+def _integer(name: str, value: Any, least: int, most: int) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise RequestError(f"{name} is {value!r}, expected an integer")
+    if not least <= int(value) <= most:
+        raise RequestError(
+            f"{name} is {_short(value)}, expected at least {least} and at most {most}"
+        )
+    return int(value)
+
+
+def _real(name: str, value: Any, least: float, most: float, *, above: bool = False) -> float:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise RequestError(f"{name} is {value!r}, expected a number")
+    number: Any = value  # Compared as it is: float() of a large integer overflows.
+    if not ((least < number if above else least <= number) and number <= most):
+        bound = "finite in float32" if most == _LARGEST_FLOAT32 else f"at most {most}"
+        side = "above" if above else "at least"
+        raise RequestError(f"{name} is {_short(value)}, expected {side} {least} and {bound}")
+    return float(value)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 10_000:  # Python writes no such number out.
+        return f"an integer of {value.bit_length()} bits"
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:40]}... ({len(text)} digits)"

@@ -1,8 +1,8 @@
-"""Which sequences run, with which rows and pages of the cache; plain Python, without arrays.
+"""What the next iteration does: plans of chunks and decode rows; plain Python, without arrays.
 
 First come, first served among adapters; the one with the fewest running sequences goes first, so that
-none is starved by another's flood. Where the cache is full the youngest sequence is set aside and comes
-back, before anything new, when there is room. Knows nothing of JAX, tokens or text.
+none is starved by another's flood. Where the cache is full the youngest sequence is preempted. It comes
+back, before anything new enters, when there are blocks for it. Knows nothing of JAX, tokens or text.
 """
 
 from __future__ import annotations
@@ -11,78 +11,138 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-Stage = Literal["waiting", "prefill", "decode", "aside"]
-# What stands in the way of a sequence: nothing, its adapter's load, or no room for its adapter.
+from flora_jax.errors import InputError
+from flora_jax.serve.sequence import Chunk, Sequence, Stage
+
+if TYPE_CHECKING:
+    from flora_jax.serve.registry import Version
+
+# What stands in the way of a sequence: nothing, its adapter's read, or no slots for its adapter.
 Admission = Literal["ready", "loading", "full"]
 
 
-@dataclasses.dataclass(eq=False)
-class Sequence:
-    """A request on its way: ``prompt`` and ``room`` count tokens, ``drawn`` those it has so far.
+class LoadError(InputError):
+    """An adapter could not be made ready; the message says which and why."""
 
-    ``flying`` counts further ones that may have been drawn and nobody has read yet. ``owner`` is whose
-    share of the rows it takes; ``content`` is the caller's.
+
+class Adapters(Protocol):
+    """What the scheduler asks about adapters; ``None`` is the base model, which is always there."""
+
+    def claim(self, version: Version) -> Admission:
+        """Claims an adapter for a sequence; "ready" holds until the sequence ends.
+
+        Raises:
+            LoadError: it cannot be read, or can have no slots.
+        """
+        ...
+
+    def is_resident(self, version: Version) -> bool:
+        """Whether it has slots."""
+        ...
+
+    def is_read(self, version: Version) -> bool:
+        """Whether it has slots, or can be given some without being read."""
+        ...
+
+
+class Bounds(NamedTuple):
+    """The fixed sizes that plans keep to.
+
+    ``rows`` sequences run at once over ``blocks`` blocks of ``block`` positions. Prompts are cut into
+    chunks of ``chunk`` tokens, up to ``chunks`` in a dispatch, or of ``long_chunk``, one in a dispatch;
+    an iteration has about ``budget`` tokens. A decode dispatch has up to ``steps`` steps,
+    ``steps_while_waiting`` where a sequence could go on sooner, and ``steps_while_reading`` where one
+    waits for an adapter that is being read.
     """
 
-    ticket: int
-    owner: Hashable
-    prompt: int
-    room: int
-    content: Any = None
-    stage: Stage = "waiting"
-    row: int | None = None
-    pages: list[int] = dataclasses.field(default_factory=list)
-    prefilled: int = 0
-    drawn: int = 0
-    flying: int = 0
-    overtaken: int = 0
+    rows: int
+    blocks: int
+    block: int
+    chunk: int = 64
+    long_chunk: int = 64
+    chunks: int = 4
+    budget: int = 2048
+    steps: int = 16
+    steps_while_waiting: int = 1
+    steps_while_reading: int = 4
 
-    @property
-    def cached(self) -> int:
-        """Positions in the cache: the last drawn token is not among them yet."""
-        return self.prompt + self.drawn - 1 if self.drawn else self.prefilled
 
-    @property
-    def reach(self) -> int:
-        """Positions in the cache at most, with those of tokens that nobody has read yet."""
-        return self.cached + self.flying
+class Decode(NamedTuple):
+    """A decode dispatch: up to ``steps`` tokens for each sequence, or until one ends where ``eager``.
 
-    @property
-    def left(self) -> int:
-        return self.room - self.drawn - self.flying
+    ``most``: how many each one may draw. ``longest``: positions that any of them can reach.
+    """
+
+    sequences: list[Sequence]
+    steps: int
+    eager: bool
+    most: list[int]
+    longest: int
+
+    @classmethod
+    def of(cls, sequences: list[Sequence], steps: int, eager: bool) -> Decode:
+        """The dispatch for sequences as they stand."""
+        most = [min(steps, max(1, sequence.left)) for sequence in sequences]
+        longest = max((sequence.reach for sequence in sequences), default=0) + steps
+        return cls(sequences, steps, eager, most, longest)
+
+
+@dataclasses.dataclass
+class Plan:
+    """What one iteration does, in the order of the fields.
+
+    Args:
+        refused: sequences whose adapters could not be loaded, and why; they are out.
+        swapped_in: sequences that go on decoding: their blocks' contents come back.
+        admitted: new sequences that run from now on.
+        chunks: prefill dispatches; the chunks of one have one form.
+        swapped_out: sequences that were preempted while they decoded, with the blocks that hold what
+            they have cached: to be copied before the rows below write.
+        decode: the decode dispatch, if there is one.
+        unread: there is no decode dispatch because a sequence has to be preempted, and how much of the
+            cache it holds is known only when the tokens in flight are read.
+    """
+
+    refused: list[tuple[Sequence, str]] = dataclasses.field(default_factory=list)
+    swapped_in: list[Sequence] = dataclasses.field(default_factory=list)
+    admitted: list[Sequence] = dataclasses.field(default_factory=list)
+    chunks: list[list[Chunk]] = dataclasses.field(default_factory=list)
+    swapped_out: list[tuple[Sequence, list[int]]] = dataclasses.field(default_factory=list)
+    decode: Decode | None = None
+    unread: bool = False
 
 
 class Scheduler:
-    """Rows, pages and queues.
+    """Rows, blocks and queues.
 
     Args:
-        rows: sequences that run at once.
-        pages: pages of the cache.
-        page: positions of a page.
+        bounds: the fixed sizes.
+        form_of: in which compiled form a running sequence's prompt is prefilled.
     """
 
-    def __init__(self, rows: int, pages: int, page: int):
-        self.rows = rows
-        self.page = page
-        self.pages = pages
-        self.free_pages = list(range(pages - 1, -1, -1))
-        self.free_rows = list(range(rows - 1, -1, -1))
+    def __init__(
+        self, bounds: Bounds, form_of: Callable[[Sequence], Hashable] = lambda sequence: None
+    ):
+        self.bounds = bounds
+        self.free_blocks = list(range(bounds.blocks - 1, -1, -1))
+        self.free_rows = list(range(bounds.rows - 1, -1, -1))
         self.running: list[Sequence] = []
-        self.aside: list[Sequence] = []
+        self.swapped: list[Sequence] = []
         self.preemptions = 0
+        self._form_of = form_of
         self._waiting: dict[Hashable, collections.deque[Sequence]] = {}
         self._share: collections.Counter[Hashable] = collections.Counter()
 
     @property
     def waiting(self) -> int:
-        # Another thread may ask: a list is taken of them at once.
-        return sum(map(len, list(self._waiting.values()))) + len(self.aside)
+        """Sequences that have no row; any thread may ask."""
+        return sum(map(len, list(self._waiting.values()))) + len(self.swapped)
 
     @property
     def has_work(self) -> bool:
-        return bool(self.running or self.aside or self._waiting)
+        return bool(self.running or self.swapped or self._waiting)
 
     def add(self, sequence: Sequence) -> None:
         """Puts a new sequence behind its owner's others."""
@@ -92,71 +152,126 @@ class Scheduler:
         """The owner's sequences that wait, first in line first."""
         return self._waiting.get(owner, ())
 
+    def heads(self) -> list[Sequence]:
+        """The first in line of each owner, of so many owners that the next to run is most likely among
+        them; their adapters are worth reading.
+        """
+        return [queue[0] for queue in itertools.islice(self._waiting.values(), self._looked_at)]
+
     def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is, with its row and pages."""
+        """Takes a sequence out, wherever it is, with its row and blocks."""
         if sequence.stage == "waiting":
             queue = self._waiting[sequence.owner]
             queue.remove(sequence)
             if not queue:
                 del self._waiting[sequence.owner]
-        elif sequence.stage == "aside":
-            self.aside.remove(sequence)
+        elif sequence.stage == "swapped":
+            self.swapped.remove(sequence)
         else:
             self.running.remove(sequence)
             self._leave(sequence)
+        sequence.stage = "ended"
+
+    def plan(self, adapters: Adapters) -> Plan:
+        """Decides what the next iteration does; what it says is taken for done.
+
+        A plan can be made before the tokens of the one before are read.
+        """
+        plan = Plan()
+        self._resume(plan)
+        due, reading = self._admit(plan, adapters)
+        if not self.running:
+            return plan
+        self._cut_prompts(plan)
+        # Nobody should wait for long who has, or could have, a row; how long a read takes nobody knows.
+        hurry = plan.chunks or due or any(s.stage == "prefill" for s in self.running)
+        bounds = self.bounds
+        most = bounds.steps_while_reading if reading else bounds.steps
+        if hurry:
+            most = bounds.steps_while_waiting
+        self._grow(plan, min(most, bounds.steps))
+        return plan
+
+    def landed(self, decode: Decode) -> None:
+        """The tokens of a decode dispatch are read."""
+        for sequence, number in zip(decode.sequences, decode.most, strict=True):
+            sequence.in_flight -= number
+
+    def drew(self, sequence: Sequence, total: int) -> None:
+        """A sequence has so many tokens."""
+        sequence.drawn = total
 
     def _leave(self, sequence: Sequence) -> None:
         assert sequence.row is not None
         self.free_rows.append(sequence.row)
-        self.free_pages += reversed(sequence.pages)
+        self.free_blocks += reversed(sequence.blocks)
         self._share[sequence.owner] -= 1
-        sequence.row, sequence.pages = None, []
+        if not self._share[sequence.owner]:
+            del self._share[sequence.owner]
+        sequence.row, sequence.blocks = None, []
 
     def _enter(self, sequence: Sequence, stage: Stage) -> None:
         sequence.row, sequence.stage = self.free_rows.pop(), stage
         self._share[sequence.owner] += 1
         self.running.append(sequence)
-        self.running.sort(key=lambda s: s.ticket)
+        self.running.sort(key=lambda s: s.number)
 
-    def _pages_for(self, positions: int) -> int:
-        return -(-positions // self.page)
+    def _blocks_for(self, positions: int) -> int:
+        return -(-positions // self.bounds.block)
 
     def reserve(self, sequence: Sequence, positions: int) -> bool:
-        """Gives a sequence pages for its first ``positions``; false, and nothing done, if there are
+        """Gives a sequence blocks for its first ``positions``; false, and nothing done, if there are
         too few.
         """
-        more = self._pages_for(positions) - len(sequence.pages)
-        if more > len(self.free_pages):
+        more = self._blocks_for(positions) - len(sequence.blocks)
+        if more > len(self.free_blocks):
             return False
-        sequence.pages += [self.free_pages.pop() for _ in range(more)]
+        sequence.blocks += [self.free_blocks.pop() for _ in range(more)]
         return True
 
-    def resume(self) -> list[Sequence]:
-        """Sequences set aside that run again, oldest first; their stages and pages are set."""
-        found = []
-        while self.aside and self.free_rows:
-            oldest = self.aside[0]
+    def _resume(self, plan: Plan) -> None:
+        """Gives rows and blocks to preempted sequences, oldest first."""
+        while self.swapped and self.free_rows:
+            oldest = self.swapped[0]
             if not self.reserve(oldest, max(oldest.cached + 1, oldest.prompt)):
                 break
-            self._enter(self.aside.pop(0), "decode" if oldest.drawn else "prefill")
-            found.append(oldest)
-        return found
+            self._enter(self.swapped.pop(0), "decode" if oldest.drawn else "prefill")
+            if oldest.drawn:
+                plan.swapped_in.append(oldest)
 
-    def admit(
-        self,
-        admission: Callable[[Sequence], Admission],
-        at_once: Callable[[Sequence], bool] = lambda _: False,
-    ) -> list[Sequence]:
-        """New sequences that run from now on, with a row and pages for their prompts.
+    def _admit(self, plan: Plan, adapters: Adapters) -> tuple[bool, bool]:
+        """Lets new sequences in, with a row and blocks for their prompts.
 
-        ``admission`` says whether a sequence's adapter is there; "ready" must stay true for as long as
-        the sequence runs. It may remove the sequence from the scheduler. It is asked about the heads,
-        and where none of them can run about those behind them of which ``at_once`` is true: theirs
-        need not be read.
+        Returns:
+            Whether one waits for its adapter to be written in the next iteration, and whether one waits
+            for an adapter that is being read.
         """
-        found: list[Sequence] = []
-        while self.free_rows and not self.aside:
-            chosen = self._choose(admission, at_once)
+        due = reading = False
+        # A write delays those who decode: one in an iteration.
+        decoding = any(sequence.stage == "decode" for sequence in self.running)
+        written = 0
+
+        def claim(sequence: Sequence) -> Admission | None:
+            nonlocal due, reading, written
+            version = sequence.version
+            if version is None:
+                return "ready"
+            resident = adapters.is_resident(version)
+            if decoding and written and not resident:
+                due = True
+                return "loading"
+            try:
+                found = adapters.claim(version)
+            except LoadError as error:
+                self.remove(sequence)
+                plan.refused.append((sequence, str(error)))
+                return None
+            written += found == "ready" and not resident
+            reading = reading or found == "loading"
+            return found
+
+        while self.free_rows and not self.swapped:
+            chosen = self._choose(claim, adapters)
             if chosen is None:
                 break
             queue = self._waiting.pop(chosen.owner)
@@ -164,81 +279,122 @@ class Scheduler:
             if queue:  # Behind the others, who have as much right.
                 self._waiting[chosen.owner] = queue
             self._enter(chosen, "prefill")
-            found.append(chosen)
-        return found
+            plan.admitted.append(chosen)
+        return due, reading
 
     def _choose(
-        self, admission: Callable[[Sequence], Admission], at_once: Callable[[Sequence], bool]
+        self, claim: Callable[[Sequence], Admission | None], adapters: Adapters
     ) -> Sequence | None:
-        """The next one to run; none where the first in line lacks pages or has been passed enough."""
+        """The next one to run; none where the first in line lacks blocks or was overtaken enough."""
         heads = sorted(self.heads(), key=lambda sequence: self._share[sequence.owner])
-        for number, sequence in enumerate(itertools.chain(heads, self._behind(at_once))):
-            if self._pages_for(sequence.prompt + 1) > len(self.free_pages):
+        for number, sequence in enumerate(itertools.chain(heads, self._behind(adapters))):
+            if self._blocks_for(sequence.prompt + 1) > len(self.free_blocks):
                 return None
-            found = admission(sequence)
+            found = claim(sequence)
             if found == "ready":
                 self.reserve(sequence, sequence.prompt + 1)
                 for passed in heads[:number]:
                     passed.overtaken += 1
                 return sequence
-            # No room for its adapter until a running one ends: do not let others take it for ever.
-            if found == "full" and sequence.overtaken >= self.rows:
+            # No slots for its adapter until a running one ends: do not let others take them for ever.
+            if found == "full" and sequence.overtaken >= self.bounds.rows:
                 return None
         return None
 
-    def _behind(self, at_once: Callable[[Sequence], bool]) -> Iterator[Sequence]:
-        """Who is first in line behind the heads and can run at once; looked for only when asked."""
-        for queue in list(self._waiting.values())[4 * self.rows :]:
-            if at_once(queue[0]):
+    def _behind(self, adapters: Adapters) -> Iterator[Sequence]:
+        """Who is first in line behind the heads and needs no read; looked for only when asked."""
+        for queue in list(self._waiting.values())[self._looked_at :]:
+            version = queue[0].version
+            if version is None or adapters.is_read(version):
                 yield queue[0]
 
-    def heads(self) -> list[Sequence]:
-        """The first in line of each owner, of so many owners that the next to run is most likely among
-        them; their adapters are worth reading.
+    @property
+    def _looked_at(self) -> int:
+        return 4 * self.bounds.rows
+
+    def _cut_prompts(self, plan: Plan) -> None:
+        """Chunks of prompts within the iteration's budget of tokens."""
+        budget = self.bounds.budget - sum(s.stage == "decode" for s in self.running)
+        while chunks := self._next_chunks(budget):
+            for chunk in chunks:
+                sequence = chunk.sequence
+                sequence.prefilled = chunk.start + chunk.length
+                if chunk.last:
+                    sequence.stage, sequence.drawn = "decode", 1
+            budget -= sum(chunk.length for chunk in chunks)
+            plan.chunks.append(chunks)
+
+    def _next_chunks(self, budget: int) -> list[Chunk]:
+        """The oldest prompt's next long chunk, or its short ones beside others of the same form; none
+        where no prompt is left, or the ``budget`` of tokens does not reach for one.
         """
-        return [queue[0] for queue in itertools.islice(self._waiting.values(), 4 * self.rows)]
+        found: list[Chunk] = []
+        bounds = self.bounds
+        shared: Hashable = None
+        for sequence in self.running:
+            if sequence.stage != "prefill":
+                continue
+            start, form = sequence.prefilled, self._form_of(sequence)
+            if sequence.prompt - start >= bounds.long_chunk:
+                if not found:
+                    return [Chunk(sequence, start, bounds.long_chunk)] if budget > 0 else []
+                continue
+            if shared not in (None, form):
+                continue
+            shared = form
+            while start < sequence.prompt and len(found) < bounds.chunks:
+                count = min(bounds.chunk, sequence.prompt - start)
+                if count > budget:
+                    return found
+                found.append(Chunk(sequence, start, count))
+                start, budget = start + count, budget - count
+        return found
 
-    def _wanted(self, steps: int) -> list[tuple[Sequence, int]] | None:
-        """Who decodes, and the positions each needs for so many steps; ``None`` for want of pages."""
-        rows = [s for s in self.running if s.stage == "decode" and (s.left > 0 or not s.flying)]
-        wanted = [(s, s.reach + min(steps, max(1, s.left))) for s in rows]
-        more = sum(max(0, self._pages_for(n) - len(s.pages)) for s, n in wanted)
-        return wanted if more <= len(self.free_pages) else None
-
-    def can_grow(self) -> bool:
-        """Whether all decoding sequences have, or can have, pages for a token more."""
-        return self._wanted(1) is not None
-
-    def grow(self, steps: int) -> tuple[list[Sequence], int, list[tuple[Sequence, list[int]]]]:
-        """Pages for the next tokens of all decoding sequences.
-
-        Returns:
-            Who decodes, for how many steps at most, and who was set aside for it, with the pages that
-            hold what they have cached: to be copied before anybody writes.
-        """
-        set_aside: list[tuple[Sequence, list[int]]] = []
+    def _grow(self, plan: Plan, steps: int) -> None:
+        """The decode dispatch, with blocks for its tokens; preempts the youngest where there are none."""
         while True:
             for tried in dict.fromkeys((steps, 1)):
-                wanted = self._wanted(tried)
-                if wanted is not None:
-                    for sequence, positions in wanted:
-                        self.reserve(sequence, positions)
-                    return [sequence for sequence, _ in wanted], tried, set_aside
-            youngest = self.running[-1]
-            set_aside.append((youngest, self.preempt(youngest)))
+                decode = self._fitting(tried)
+                if decode is not None:
+                    self._dispatch(plan, decode)
+                    return
+            if any(sequence.in_flight for sequence in self.running):
+                plan.unread = True
+                return
+            self._preempt(plan, self.running[-1])
 
-    def preempt(self, sequence: Sequence) -> list[int]:
-        """Sets a running sequence aside; one that is not through its prompt starts over.
+    def _fitting(self, steps: int) -> Decode | None:
+        """The decode dispatch of so many steps; ``None`` for want of blocks."""
+        rows = [s for s in self.running if s.stage == "decode" and (s.left > 0 or not s.in_flight)]
+        decode = Decode.of(rows, steps, self.waiting > 0)
+        more = sum(
+            max(0, self._blocks_for(sequence.reach + number) - len(sequence.blocks))
+            for sequence, number in zip(rows, decode.most)
+        )
+        return decode if more <= len(self.free_blocks) else None
 
-        Returns the pages that hold what it has cached, which are no longer its own.
-        """
-        pages = sequence.pages[: self._pages_for(sequence.cached)]
+    def _dispatch(self, plan: Plan, decode: Decode) -> None:
+        for sequence, number in zip(decode.sequences, decode.most):
+            self.reserve(sequence, sequence.reach + number)
+            sequence.in_flight += number
+        plan.decode = decode if decode.sequences else None
+
+    def _preempt(self, plan: Plan, sequence: Sequence) -> None:
+        """Takes a running sequence's row and blocks; one that is not through its prompt starts over."""
+        blocks = sequence.blocks[: self._blocks_for(sequence.cached)]
         self.running.remove(sequence)
         self._leave(sequence)
-        if sequence.stage == "prefill":
-            sequence.prefilled, pages = 0, []
-        sequence.stage = "aside"
-        self.aside.append(sequence)
-        self.aside.sort(key=lambda s: s.ticket)
+        planned = any(chunk.sequence is sequence for chunks in plan.chunks for chunk in chunks)
+        if planned:  # Nothing of it is dispatched yet.
+            kept = [[c for c in chunks if c.sequence is not sequence] for chunks in plan.chunks]
+            plan.chunks = [chunks for chunks in kept if chunks]
+        if planned or sequence.stage == "prefill":
+            sequence.prefilled = sequence.drawn = 0
+        elif sequence in plan.swapped_in:
+            plan.swapped_in.remove(sequence)  # The host still has its copy.
+        else:
+            plan.swapped_out.append((sequence, blocks))
+        sequence.stage = "swapped"
+        self.swapped.append(sequence)
+        self.swapped.sort(key=lambda s: s.number)
         self.preemptions += 1
-        return pages

@@ -1,16 +1,20 @@
 """What changes from token to token, and what requests and dispatches bring, as pytrees.
 
-Knows nothing of models, text or scheduling.
+The small host arrays of a dispatch are packed into one, which costs one copy to the device instead of
+many. Knows nothing of models, text or scheduling.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from flora_jax.mixing.ragged import Pairs, RowComponents
 from flora_jax.models.cache import Cache, Paging, init_cache
@@ -100,7 +104,7 @@ class Entries:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """Chunks of prompts: their adapters' components, all in one form, the pages of each one's sequence,
+    """Chunks of prompts: their adapters' components, all in one form, the blocks of each one's sequence,
     the tokens padded, each one's first position, and how many of its tokens are real (0: no chunk).
     """
 
@@ -114,7 +118,7 @@ class Prompts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """Which rows decode (past the last one: none), with their adapters' components and their pages."""
+    """Which rows decode (past the last one: none), with their adapters' components and their blocks."""
 
     pairs: Mapping[str, Pairs]
     paging: Paging
@@ -130,10 +134,10 @@ class Steps:
     eager: Any
 
 
-def init_state(config: StarCoderConfig, rows: int, pages: int, page: int, dtype: Any) -> State:
-    """``rows`` rows at rest over a pool of ``pages`` pages of ``page`` positions."""
+def init_state(config: StarCoderConfig, rows: int, blocks: int, block: int, dtype: Any) -> State:
+    """``rows`` rows at rest over a cache of ``blocks`` blocks of ``block`` positions."""
     return State(
-        cache=init_cache(config, pages, page, dtype),
+        cache=init_cache(config, blocks, block, dtype),
         rows=Rows(
             token_B=jnp.zeros(rows, jnp.int32),
             position_B=jnp.zeros(rows, jnp.int32),
@@ -148,3 +152,63 @@ def init_state(config: StarCoderConfig, rows: int, pages: int, page: int, dtype:
             ),
         ),
     )
+
+
+_WORDS = (np.dtype(np.int32), np.dtype(np.uint32), np.dtype(np.float32))
+
+
+class Layout:
+    """Where each array of a tree lies among the words; one object for all trees of equal shapes."""
+
+    def __init__(self, structure: Any, shapes: tuple[tuple[tuple[int, ...], np.dtype], ...]):
+        self.structure, self.shapes = structure, shapes
+
+
+@functools.cache
+def _layout(structure: Any, shapes: tuple[tuple[tuple[int, ...], np.dtype], ...]) -> Layout:
+    # Compared by identity from here on: hashing shapes at every call is what this saves.
+    return Layout(structure, shapes)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """A pytree of small arrays as int32 words ``[N]``, and where they lie among them."""
+
+    words_N: Any
+    layout: Layout = dataclasses.field(metadata=dict(static=True))
+
+    def unpack(self) -> Any:
+        """The tree; inside a jitted step."""
+        arrays, start = [], 0
+        for shape, dtype in self.layout.shapes:
+            end = start + math.prod(shape)
+            words = self.words_N[start:end].reshape(shape)
+            if dtype == np.bool_:
+                arrays.append(words != 0)
+            elif dtype == np.int32:
+                arrays.append(words)
+            else:
+                arrays.append(jax.lax.bitcast_convert_type(words, jnp.dtype(dtype)))
+            start = end
+        return jax.tree.unflatten(self.layout.structure, arrays)
+
+
+def pack(tree: Any) -> Packed:
+    """A tree of NumPy arrays and scalars, int32, uint32, float32 or bool, as one array.
+
+    Raises:
+        TypeError: an array of another dtype.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    shapes, words = [], []
+    for leaf in leaves:
+        array = np.asarray(leaf)
+        shapes.append((array.shape, array.dtype))
+        if array.dtype == np.bool_:
+            array = array.astype(np.int32)
+        elif array.dtype not in _WORDS:
+            raise TypeError(f"found {array.dtype}, expected int32, uint32, float32 or bool")
+        words.append(array.reshape(-1).view(np.int32))
+    whole = np.concatenate(words) if words else np.zeros(0, np.int32)
+    return Packed(whole, _layout(structure, tuple(shapes)))

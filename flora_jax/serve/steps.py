@@ -1,4 +1,4 @@
-"""The engine's jitted verbs: prefill, begin, insert, decode or forward and draw, and pages out and in.
+"""The engine's jitted verbs: prefill, begin, insert, decode or forward and draw, and blocks out and in.
 
 The cache and the rows are donated. A row that is not listed does not run, so freeing one is the host's
 affair alone. Prompts are prefilled in chunks cut from their start at fixed lengths, each under its own
@@ -23,9 +23,17 @@ from flora_jax.mixing.ragged import BankLayers, ragged_hooks, row_wise_hooks
 from flora_jax.models.cache import NOWHERE, Cache, LayerCache, Paging
 from flora_jax.models.starcoder.model import Definition, StarCoder
 from flora_jax.platforms import Platform
-from flora_jax.serve.packing import Packed
 from flora_jax.serve.sampling import Draw, sample
-from flora_jax.serve.state import BROKEN, RESTING, Decoding, Entries, Prompts, Rows, Steps
+from flora_jax.serve.state import (
+    BROKEN,
+    RESTING,
+    Decoding,
+    Entries,
+    Packed,
+    Prompts,
+    Rows,
+    Steps,
+)
 from flora_jax.weights.product import rounding_others
 
 Leaves = Sequence[jax.Array]
@@ -294,12 +302,12 @@ def draw(
 
 
 @_verb()
-def take_pages(cache: Cache, pages_M: jax.Array) -> list[LayerCache]:
-    """Copies of a row's pages, ``[M, S, G, K]`` for each layer; zeros for a number that is no page."""
-    return jax.tree.map(lambda pool: pool.at[pages_M].get(mode="fill", fill_value=0), cache)
+def take_blocks(cache: Cache, blocks_M: jax.Array) -> list[LayerCache]:
+    """Copies of a row's blocks, ``[M, S, G, K]`` for each layer; zeros for a number that is no block."""
+    return jax.tree.map(lambda pool: pool.at[blocks_M].get(mode="fill", fill_value=0), cache)
 
 
 @_verb(donate=("cache",))
-def put_pages(cache: Cache, pages_M: jax.Array, copies: list[LayerCache]) -> Cache:
-    """Puts such copies into pages of a pool, the same or others."""
-    return jax.tree.map(lambda pool, copy: pool.at[pages_M].set(copy, mode="drop"), cache, copies)
+def put_blocks(cache: Cache, blocks_M: jax.Array, copies: list[LayerCache]) -> Cache:
+    """Puts such copies into blocks of the cache, the same or others."""
+    return jax.tree.map(lambda pool, copy: pool.at[blocks_M].set(copy, mode="drop"), cache, copies)

@@ -1,19 +1,23 @@
 """The tokens of one row as they come from the device, their text, and where they end.
 
-Knows nothing of JAX, batches or other rows.
+Text comes out as soon as it is certain. What a row's text is and where it ends depends on its tokens
+alone, never on how many of them come at once. Knows nothing of JAX, batches or other rows.
 """
 
 from __future__ import annotations
 
-import bisect
+import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from flora_jax.serve.request import Completion, Request
+from flora_jax.serve.request import Completion, FinishReason, Request
+
+# So many tokens without certain text are no character: what is certain of them comes out.
+_MOST_HELD = 16
 
 
 class Stream:
-    """Collects a request's tokens until it ends.
+    """Collects a request's tokens and text until it ends.
 
     Args:
         request: whose tokens these are.
@@ -28,10 +32,12 @@ class Stream:
         self.request = request
         self.stops = frozenset(stops)
         self.room = room
-        self.tokenizer = tokenizer
         self.token_ids: list[int] = []
         self.stopped = False
-        self._cut: int | None = None
+        self._decoder = None if tokenizer is None else TextDecoder(tokenizer)
+        self._search = StopSearch(request.sampling_params.stop if tokenizer is not None else ())
+        self._released: list[str] = []
+        self._taken = 0
 
     @property
     def running(self) -> bool:
@@ -39,52 +45,180 @@ class Stream:
 
     def add(self, tokens: Sequence[int]) -> None:
         """Takes tokens in order; those after the end are left."""
-        before = len(self.token_ids)
         for token in tokens:
             if not self.running:
                 break
-            self.token_ids.append(token)
-            self.stopped = token in self.stops
-        if self.request.stop and len(self.token_ids) > before:
-            self._look_for_stop(before)
+            self._add(token)
 
-    def _look_for_stop(self, before: int) -> None:
-        """Ends the row at the first new token that completes a stop string."""
-        if self._find(len(self.token_ids)) is None:
+    def _add(self, token: int) -> None:
+        self.token_ids.append(token)
+        self.stopped = token in self.stops
+        if self._decoder is None:
             return
-        # Once a stop string is complete it stays so: bisect instead of decoding every prefix.
-        count = bisect.bisect_left(
-            range(before + 1, len(self.token_ids)), True, key=lambda n: self._find(n) is not None
-        )
-        del self.token_ids[before + 1 + count :]
-        self.stopped, self._cut = True, self._find(len(self.token_ids))
+        if not self.stopped:
+            self._release(self._decoder.add(token))
+        if not self.running and not self._search.found:
+            self._release(self._decoder.rest())
+            self._keep(self._search.rest())
 
-    def _find(self, count: int) -> int | None:
-        """Where the first stop string starts in the text of so many tokens."""
-        ids = self.token_ids[:count]
-        text = self._decode(ids[:-1] if ids[-1] in self.stops else ids)
-        places = [text.find(stop) for stop in self.request.stop]
-        return min((place for place in places if place >= 0), default=None)
+    def _release(self, text: str) -> None:
+        self._keep(self._search.add(text))
+        self.stopped = self.stopped or self._search.found
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        assert self.tokenizer is not None
-        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    def _keep(self, text: str) -> None:
+        if text:
+            self._released.append(text)
+
+    def take_text(self) -> str | None:
+        """The text that has become certain since this was last asked; ``None`` without a tokenizer."""
+        if self._decoder is None:
+            return None
+        new = "".join(self._released[self._taken :])
+        self._taken = len(self._released)
+        return new
 
     def text(self) -> str | None:
-        """The text before the stop token or stop string."""
-        if self.tokenizer is None:
-            return None
-        if self._cut is not None:
-            return self._decode(self.token_ids)[: self._cut]
-        ended = self.stopped and self.token_ids[-1] in self.stops
-        return self._decode(self.token_ids[:-1] if ended else self.token_ids)
+        """The certain text before the stop token or stop string: all of it once the row has ended."""
+        return None if self._decoder is None else "".join(self._released)
 
-    def completion(self) -> Completion:
+    def completion(self, finish_reason: FinishReason | None = None) -> Completion:
+        """What the row has; ``finish_reason`` is "stop" or "length" where none is given."""
         return Completion(
-            index=self.request.index,
+            request_id=self.request.request_id,
             adapter=self.request.adapter,
             text=self.text(),
             token_ids=tuple(self.token_ids),
-            finish_reason="stop" if self.stopped else "length",
-            prompt_tokens=len(self.request.token_ids),
+            finish_reason=finish_reason or ("stop" if self.stopped else "length"),
+            prompt_tokens=len(self.request.prompt_token_ids),
         )
+
+
+class TextDecoder:
+    """Turns tokens into text one by one, in time linear in their number.
+
+    A character whose bytes lie in several tokens comes out with the last. Bytes that are no character
+    come out as U+FFFD once a later token shows it. All texts together are what the tokenizer makes of all
+    tokens at once, special ones left out.
+
+    Args:
+        tokenizer: a ``tokenizers.Tokenizer``.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._special = _special_ids(tokenizer)
+        self._restart([])
+
+    def _restart(self, held: list[int]) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._stream = DecodeStream(skip_special_tokens=True)
+        # The tokens whose text has come out last, which that of the next may depend on; those whose text
+        # has not come out.
+        self._before: list[int] = []
+        self._held = held
+        for token in held:
+            self._stream.step(self._tokenizer, token)
+
+    def add(self, token: int) -> str:
+        """The text that has become certain by this token."""
+        if token in self._special or self._tokenizer.id_to_token(token) is None:
+            return ""  # The library would keep them, and look at all of them again each time.
+        self._held.append(token)
+        try:
+            text = self._stream.step(self._tokenizer, token)
+        except (
+            Exception
+        ):  # The binding's own, where the text before changes: bytes that are no UTF-8.
+            text = self.rest()
+            self._restart([])
+            return text
+        if text is not None:
+            self._before, self._held = self._held, []
+            return text
+        return self._settle() if len(self._held) >= _MOST_HELD else ""
+
+    def rest(self) -> str:
+        """The text of the tokens that are held, taken as the last ones."""
+        before = self._decode(self._before)
+        text = self._decode([*self._before, *self._held])
+        return text[len(before) :] if text.startswith(before) else self._decode(self._held)
+
+    def _settle(self) -> str:
+        """Lets go of the held tokens but for the last ones, which may be the start of a character."""
+        whole = self._decode(self._held)
+        if not whole:
+            self._restart([])
+            return ""
+        for count in range(len(self._held) - 1, len(self._held) - 5, -1):
+            first, last = self._held[:count], self._held[count:]
+            if self._decode(first) + self._decode(last) == whole and self._decode(last):
+                self._held = first
+                text = self.rest()
+                self._restart(last)
+                return text
+        return ""
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True) if token_ids else ""
+
+
+class StopSearch:
+    """Finds the first of some strings in a text that comes in parts.
+
+    What may be the beginning of one is held back. Time is linear in the text (Knuth, Morris and Pratt).
+
+    Args:
+        stops: the strings, none empty.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = [(stop, _borders(stop)) for stop in stops]
+        self._matched = [0] * len(self._stops)
+        self._held = ""
+        self.found = False
+
+    def add(self, text: str) -> str:
+        """The part of the text so far that is new and before any stop string, of which as many as appear
+        in this part are looked at.
+        """
+        if not self._stops or self.found:
+            return "" if self.found else text
+        text = self._held + text
+        first = len(text)
+        for number, (stop, borders) in enumerate(self._stops):
+            matched = self._matched[number]
+            for place in range(len(self._held), len(text)):
+                while matched and stop[matched] != text[place]:
+                    matched = borders[matched - 1]
+                matched += stop[matched] == text[place]
+                if matched == len(stop):
+                    self.found = True
+                    first = min(first, place + 1 - matched)
+                    break
+            self._matched[number] = matched
+        if not self.found:
+            first = len(text) - max(self._matched)
+        self._held = text[first:]
+        return text[:first]
+
+    def rest(self) -> str:
+        """What was held back and is no stop string, as nothing follows."""
+        return "" if self.found else self._held
+
+
+def _borders(stop: str) -> list[int]:
+    """By length, from 1, the longest proper beginning of that much of the string that also ends it."""
+    borders = [0]
+    for character in stop[1:]:
+        matched = borders[-1]
+        while matched and stop[matched] != character:
+            matched = borders[matched - 1]
+        borders.append(matched + (stop[matched] == character))
+    return borders
+
+
+@functools.lru_cache(maxsize=8)
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    added = tokenizer.get_added_tokens_decoder()
+    return frozenset(number for number, token in added.items() if token.special)

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 
-from flora_jax.serve.request import Completion
+from flora_jax.serve.request import Completion, FinishReason, RequestId
 
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What an iteration brought one request: new tokens, its end, or the reason why it failed."""
+    """What an iteration brought one request: new tokens, its end, or the reason why it failed.
 
-    ticket: int
+    Args:
+        request_id: what ``Engine.add`` returned for it.
+        token_ids: the tokens that are new.
+        text: the text that is new and certain: a possible beginning of a stop string and a part of a
+            character wait for the next. All texts together are the completion's. ``None`` without a
+            tokenizer.
+        completion: there where the request has ended.
+        error: why it failed, where it did; then no update follows.
+        index: its place among the requests of :func:`flora_jax.serve.generate.run`.
+    """
+
+    request_id: RequestId
     token_ids: tuple[int, ...] = ()
+    text: str | None = None
     completion: Completion | None = None
     error: str | None = None
+    index: int | None = None
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended; ``None`` while it goes on."""
+        if self.error is not None:
+            return "error"
+        return None if self.completion is None else self.completion.finish_reason
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from flora_jax.adapters import FLoRA
+from flora_jax.adapters.kind import kind_of
 from flora_jax.mixing.grouped import grouped_hooks
 from flora_jax.models.starcoder.model import Remat, StarCoder
 from flora_jax.train.data.packing import Batch
@@ -86,7 +86,7 @@ class StepOptions:
     Args:
         accumulate: splits every adapter's rows into so many parts, run one after another.
         remat: what of a block is computed anew in the backward pass.
-        dropout: of LoRA's inputs.
+        dropout: of the inputs of the adapters' own part, where their kind has one.
         attention: a name of :data:`flora_jax.models.attention.IMPLEMENTATIONS`.
         rounded: projections give the activations' dtype at once, where their kind allows it.
         head: the chunks of the loss.
@@ -206,15 +206,9 @@ def _divide(leaf: jax.Array, count_N: jax.Array) -> jax.Array:
     return leaf / count_N.reshape(-1, *(1,) * (leaf.ndim - 1))
 
 
-def _hold_frozen(updates: Any) -> Any:
-    """No update, not even weight decay's, for FLoRA's frozen components."""
-
-    def hold(params: Any) -> Any:
-        if not isinstance(params, FLoRA) or not params.frozen:
-            return params
-        return jax.tree.map(lambda leaf: leaf.at[..., : params.frozen, :].set(0.0), params)
-
-    return jax.tree.map(hold, updates, is_leaf=lambda node: isinstance(node, FLoRA))
+def _hold_frozen(updates: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """No update, not even weight decay's, for what a kind does not train."""
+    return [{t: kind_of(own).freeze(own) for t, own in layer.items()} for layer in updates]
 
 
 class Scores(NamedTuple):

@@ -11,12 +11,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from flora_jax.adapters.registry import TRAITS, options, owners
 from flora_jax.errors import InputError
 from flora_jax.files import LOCK
 
-# The paper's section 4 for all but HiRA, which it does not train: that one starts like LoRA but
-# multiplies, so that its factors must move about as far as FLoRA's.
-LEARNING_RATES: Mapping[str, float] = {"flora": 8e-3, "lora": 1e-4, "ia3": 5e-3, "hira": 8e-3}
 # What a run writes beside the adapters' directories.
 CHECKPOINTS, METRICS, CONFIG, DATA, CURVE = (
     "checkpoints", "metrics.jsonl", "config.json", "data.json", "curve.png"
@@ -49,13 +47,13 @@ class TrainOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     model: str
-    kind: Literal["flora", "lora", "ia3", "hira"]
+    kind: str
     data: dict[str, str]
     validation: dict[str, str] = {}
     rank: Annotated[int, Field(ge=1, le=MOST_RANK)] = 1
     targets: tuple[str, ...] = Field(("c_attn",), min_length=1)
-    init: Literal["zero_sum", "ones", "frozen_ones"] | None = None
-    reduction: Literal["mean", "sum"] | None = None
+    init: str | None = None
+    reduction: str | None = None
     alpha: Positive | None = None
     dropout: Share = 0.0
     steps: Count = 1500
@@ -82,7 +80,8 @@ class TrainOptions(BaseModel):
     @property
     def rate(self) -> float:
         """The peak learning rate."""
-        return LEARNING_RATES[self.kind] if self.learning_rate is None else self.learning_rate
+        own = self.learning_rate
+        return TRAITS[self.kind].learning_rate if own is None else own
 
     @property
     def warmup(self) -> int:
@@ -95,11 +94,10 @@ class TrainOptions(BaseModel):
 
     def effective(self, backend: str) -> Self:
         """The same with every value that a default left open, as it is on this JAX backend."""
-        own: dict[str, Any] = {}
-        if self.kind == "flora":
-            own = {"init": self.init or "zero_sum", "reduction": self.reduction or "mean"}
-        elif self.kind == "lora":
-            own = {"alpha": self.alpha or float(self.rank)}
+        own = {
+            option.name: getattr(self, option.name) or option.default(self.rank)
+            for option in TRAITS[self.kind].options
+        }
         dtype = self.dtype or ("float32" if backend == "cpu" else "bfloat16")
         filled = {"learning_rate": self.rate, "warmup_steps": self.warmup, "dtype": dtype} | own
         return self.model_copy(update=filled)
@@ -131,16 +129,23 @@ class TrainOptions(BaseModel):
 
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
-        only = {"init": "flora", "reduction": "flora", "alpha": "lora", "dropout": "lora"}
-        for option, kind in only.items():
-            if getattr(self, option) and self.kind != kind:
-                raise InputError(f"{option} belongs to the kind {kind}, found {self.kind}")
-        if self.init == "frozen_ones" and self.rank == 1:
-            raise InputError(
-                "rank is 1, expected 2 or more: init frozen_ones freezes one component"
-            )
-        if self.kind == "ia3" and self.rank != 1:
-            raise InputError(f"rank is {self.rank}, expected 1 for ia3")
+        if self.kind not in TRAITS:
+            raise InputError(f"kind is {self.kind!r}, expected one of {', '.join(TRAITS)}")
+        for name, option in options().items():
+            value, kinds = getattr(self, name), owners(name)
+            if not value:
+                continue
+            if self.kind not in kinds:
+                raise InputError(f"{name} belongs to {' and '.join(kinds)}, found {self.kind}")
+            if option.choices and value not in option.choices:
+                expected = ", ".join(option.choices)
+                raise InputError(f"{name} is {value!r}, expected one of {expected}")
+            if self.rank < (least := option.least_rank.get(value, 1)):
+                raise InputError(
+                    f"rank is {self.rank}, expected {least} or more with {name} {value}"
+                )
+        if (problem := TRAITS[self.kind].rank_problem(self.rank)) is not None:
+            raise InputError(f"rank is {self.rank}, expected {problem} for {self.kind}")
         return self
 
     @model_validator(mode="after")

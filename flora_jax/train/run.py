@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, match_targets
+from flora_jax.adapters.registry import TRAITS
 from flora_jax.checkpoints.checkpoint import describe, load_model
 from flora_jax.checkpoints.digest import model_digest
 from flora_jax.checkpoints.sources import resolve
@@ -131,8 +132,7 @@ def prepare(
         training={name: packed for name, (packed, _) in training.items()},
         validation={name: packed for name, (packed, _) in validation.items()},
         fresh={
-            name: _fresh(options, base.config, adapter_key(options.seed, name))
-            for name in options.data
+            name: _fresh(options, model, adapter_key(options.seed, name)) for name in options.data
         },
         program=program,
         piece_bytes=piece_bytes(base.tokenizer, base.config.vocab_size),
@@ -317,18 +317,16 @@ def adapter_key(seed: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-def _fresh(options: TrainOptions, config: StarCoderConfig, key: jax.Array) -> ModelAdapter:
-    given = {name: getattr(options, name) for name in ("init", "reduction", "alpha")}
+def _fresh(options: TrainOptions, model: Model, key: jax.Array) -> ModelAdapter:
+    config = model.config
+    own = TRAITS[options.kind].options
     adapter = init_adapter(
         key, options.kind, config.projections(), config.n_layer, rank=options.rank,
-        targets=match_targets(options.targets),
-        **{name: value for name, value in given.items() if value is not None},
+        targets=match_targets(options.targets), weights=model.weight,
+        **{option.name: getattr(options, option.name) for option in own if option.at_start},
     )  # fmt: skip
-    settings: dict[str, Any] = {"task_type": "CAUSAL_LM"}
-    if options.kind == "lora":
-        settings["lora_dropout"] = options.dropout
-    if options.kind == "flora":
-        settings["init"] = options.init
+    settings = {o.setting: getattr(options, o.name) for o in own if o.setting is not None}
+    settings["task_type"] = "CAUSAL_LM"
     return dataclasses.replace(adapter, settings=settings)
 
 

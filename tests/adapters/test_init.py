@@ -78,7 +78,7 @@ def test_only_a_broken_symmetry_uses_the_rank(init, expected_rank, solved):
     first = float(loss(params))
     for _ in range(3000):
         params, state = step(params, state)
-    learned = np.einsum("ri,ro->io", params.B_RI, params.A_RO)
+    learned = np.einsum("ri,ro->io", params.down_RI, params.up_RO)
     assert oracles.effective_rank(learned, 0.01) >= expected_rank
     if solved:
         assert float(loss(params)) < 0.02 * first

@@ -110,7 +110,7 @@ def test_gradients_are_numerically_right(kind, options):
 def test_reduction_is_part_of_the_adapter():
     mean = random_projection("flora", 0, 8, 6, 4, reduction="mean")
     total = random_projection("flora", 0, 8, 6, 4, reduction="sum")
-    np.testing.assert_array_equal(mean.B_RI, total.B_RI)
+    np.testing.assert_array_equal(mean.down_RI, total.down_RI)
     x, W = _draw(1, (1, 3, 8)), _draw(2, (8, 6))
     np.testing.assert_allclose(
         4 * adapters.apply(mean, x, W), adapters.apply(total, x, W), rtol=1e-5
@@ -119,7 +119,9 @@ def test_reduction_is_part_of_the_adapter():
 
 def test_factors_of_another_width_are_refused_with_both_shapes():
     params = adapters.stack([random_projection("flora", 0, 8, 6, 4)])
-    with pytest.raises(ValueError, match=r"flora.apply: B_BRI has shape \(1, 4, 8\), but I is 9"):
+    with pytest.raises(
+        ValueError, match=r"flora.apply: down_BRI has shape \(1, 4, 8\), but I is 9"
+    ):
         adapters.apply(params, _draw(0, (1, 2, 9)), _draw(1, (9, 6)))
 
 

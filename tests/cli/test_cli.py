@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from flora_jax import cli
+from flora_jax.cli import completions
 from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.peft.read import write_adapter
 from flora_jax.serve.options import EngineOptions
@@ -85,7 +86,7 @@ def generate(program, tmp_path):
         output = tmp_path / "out.jsonl"
         code, out, err = program(
             "generate", model, "--input", write_requests(tmp_path / "in.jsonl", requests),
-            "--output", output, *options,
+            "--output", output, "--overwrite", *options,
         )  # fmt: skip
         assert (code, out) == (0, ""), err
         assert f"{len(requests)} completions" in err
@@ -190,7 +191,7 @@ GOOD = {"prompt_token_ids": [1, 2]}
 THIRD = [GOOD, b"", {**GOOD, "adapter": "nobody"}]
 BAD = {
     "no input": ("bare", None, ["--input", "none.jsonl"], "none.jsonl: no such file"),
-    "input is a directory": ("bare", None, ["--input", "bare"], "bare: no such file"),
+    "input is a directory": ("bare", None, ["--input", "bare"], "bare: is a directory"),
     "no model": ("./none", [GOOD], [], "./none: no such file or directory"),
     "no hub model": ("nobody/none", [GOOD], [], "nobody/none: no such file or directory"),
     "no config": ("no-config", [GOOD], [], "no config.json"),
@@ -222,13 +223,16 @@ BAD = {
     "top-k": ("bare", [GOOD], ["--top-k", "-2"], "top_k is -2"),
     "max-tokens": ("bare", [GOOD], ["--max-tokens", "0"], "max_tokens is 0"),
     "max-tokens word": ("bare", [GOOD], ["--max-tokens", "many"], "--max-tokens"),
-    "seed": ("bare", [GOOD], ["--seed", "-1"], "--seed is -1"),
-    "dtype": ("bare", [GOOD], ["--dtype", "int8"], "--dtype is 'int8'"),
-    "batch size 0": ("bare", [GOOD], ["--batch-size", "0"], "--batch-size is 0, expected 1 to 256"),
-    "batch size 257": ("bare", [GOOD], ["--batch-size", "257"], "--batch-size is 257"),
+    "seed": ("bare", [GOOD], ["--seed", "-1"], "greater than or equal to 0, found '-1'"),
+    "dtype": ("bare", [GOOD], ["--dtype", "int8"], "'--dtype': "),
+    "batch size 0": ("bare", [GOOD], ["--batch-size", "0"], "greater than or equal to 1, found '0'"),
+    "batch size 257": ("bare", [GOOD], ["--batch-size", "257"], "less than or equal to 256, found '257'"),
     "option": ("bare", [GOOD], ["--tempreature", "1"], "--tempreature"),
-    "output directory": ("bare", [GOOD], ["--output", "none/o.jsonl"], "none/o.jsonl: expected a file"),
-    "output is a directory": ("bare", [GOOD], ["--output", "bare"], "bare: expected a file"),
+    "output directory": ("bare", [GOOD], ["--output", "none/o.jsonl"], "none/o.jsonl, expected a file"),
+    "output that cannot be": ("bare", [GOOD], ["--output", "/proc/o"], "/proc/o, which cannot be"),
+    "output before model": ("./none", [GOOD], ["--output", "none/x"], "none/x, expected"),
+    "on-error": ("bare", [GOOD], ["--on-error", "wait"], "'--on-error': "),
+    "output is a directory": ("bare", [GOOD], ["--output", "bare"], "bare, expected a file"),
 }  # fmt: skip
 
 
@@ -251,6 +255,92 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(case, program, home, tmp_pat
     assert sorted(home.rglob("*")) == before
 
 
+def test_an_output_that_exists_is_replaced_only_when_told_to(program, tmp_path):
+    path, output = write_requests(tmp_path / "in.jsonl", [GOOD]), tmp_path / "out.jsonl"
+    output.write_text("mine")
+    code, _, err = program("generate", "bare", "--input", path, "--output", output)
+    assert (code, err) == (
+        2,
+        f"flora-jax: --output is {output}, which exists already; --overwrite replaces it\n",
+    )
+    assert output.read_text() == "mine"
+    output.unlink()
+    part = tmp_path / "out.jsonl.part"
+    part.write_text("somebody's notes")
+    code, _, err = program("generate", "bare", "--input", path, "--output", output)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "out.jsonl.part: no file that this command left" in err
+    assert part.read_text() == "somebody's notes"
+
+
+def test_standard_output_has_the_completions_and_nothing_else(program, tmp_path, monkeypatch):
+    rows = [PLAIN | {"prompt_token_ids": [5, 6], "max_tokens": n} for n in (7, 2)]
+    path = write_requests(tmp_path / "in.jsonl", rows)
+    code, out, err = program("generate", "bare", "--input", path, "--output", "-")
+    assert (code, "2 completions" in err) == (0, True)
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [(c["index"], c["completion_tokens"]) for c in lines] == [(0, 7), (1, 2)]
+    assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_bad_requests_can_be_passed_over_and_long_prompts_cut(generate, program, tmp_path):
+    long = {"prompt_token_ids": [*range(1, 60)] * 4, "max_tokens": 3}
+    good = {"prompt_token_ids": [5, 6], "max_tokens": 3}
+    rows = [good, long, good | {"seed": -1}, good]
+    path = write_requests(tmp_path / "in.jsonl", rows)
+    output = tmp_path / "out.jsonl"
+    command = ["generate", "bare", "--input", path, "--output", output, "--on-error", "skip"]
+    code, _, err = program(*command)
+    assert (code, "2 completions" in err, "2 requests refused" in err) == (0, True, True)
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [line["index"] for line in found] == [0, 1, 2, 3]
+    assert found[0]["token_ids"] == found[3]["token_ids"]
+    assert f"line 2: the prompt has {59 * 4} tokens" in found[1]["error"].replace("request 1: ", "")
+    assert "line 3: seed is -1" in found[2]["error"]
+    assert [line["finish_reason"] for line in found[1:3]] == ["error", "error"]
+    code, _, err = program(*command, "--truncate-prompt", "left", "--overwrite")
+    assert code == 0, err
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert (found[1]["prompt_tokens"], found[1]["completion_tokens"]) == (CONTEXT - 3, 3)
+
+
+def test_the_same_command_goes_on_with_what_a_killed_one_left(
+    generate, program, tmp_path, monkeypatch
+):
+    whole = generate("bare", MIXED, *ADAPTERS, "--batch-size", "1")
+    output, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    output.unlink()
+    command = [
+        "generate", "bare", "--input", tmp_path / "in.jsonl", "--output", output, *ADAPTERS,
+        "--batch-size", "1",
+    ]  # fmt: skip
+    add = completions.CompletionsFile.add
+
+    def killed(self, line):
+        if line["index"] == 3:
+            os.write(self._journal._file.fileno(), b'{"index": 3, "tok')
+            raise SystemExit(137)
+        add(self, line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(completions.CompletionsFile, "add", killed)
+        assert program(*command)[0] == 137
+    assert not output.exists()
+    assert part.read_text().count("\n") == 4
+    code, _, err = program(*command, "--temperature", "0.5")
+    assert code == 2
+    assert "out.jsonl.part: left by a run with another default" in err
+    added = []
+    monkeypatch.setattr(
+        completions.CompletionsFile, "add", lambda self, line: added.append(line) or add(self, line)
+    )
+    code, _, err = program(*command)
+    assert (code, "6 completions, 3 of them from before" in err) == (0, True)
+    assert [line["index"] for line in added] == [3, 4, 5]
+    assert [json.loads(line) for line in output.read_text().splitlines()] == whole
+    assert not part.exists()
+
+
 def test_the_input_is_not_overwritten(program, tmp_path):
     path = write_requests(tmp_path / "in.jsonl", [GOOD])
     code, _, err = program("generate", "bare", "--input", path, "--output", path)
@@ -270,7 +360,7 @@ def test_an_error_while_writing_keeps_an_older_output_and_leaves_nothing_else(
     path = write_requests(tmp_path / "in.jsonl", [PLAIN | GOOD])
     monkeypatch.setattr("flora_jax.serve.request.Completion.to_json", fail)
     code, _, err = program(
-        "generate", "bare", "--input", path, "--output", output, "--batch-size", "1"
+        "generate", "bare", "--input", path, "--output", output, "--overwrite", "--batch-size", "1"
     )
     assert (code, err.splitlines()[-1]) == (2, "flora-jax: no space left on device")
     assert output.read_text() == "older"
@@ -354,7 +444,8 @@ from flora_jax.cli import main
 try:
     main()
 finally:
-    print(*({"jax", "numpy", "transformers", "torch", "tokenizers"} & set(sys.modules)), "HEAVY")
+    heavy = {"jax", "numpy", "transformers", "torch", "tokenizers", "rich", "pydantic"}
+    print(*(heavy & set(sys.modules)), "HEAVY")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, randomise
+from flora_jax.adapters.model_adapter import ModelAdapter, abstract_adapter, randomise
+from flora_jax.adapters.registry import TRAITS
 from flora_jax.peft.read import AdapterError, read_adapter
 
 PROJECTIONS = {
@@ -23,9 +23,8 @@ C_ATTN = STEM + "0.attn.c_attn."
 
 
 def make(kind: str, rank: int = 2, targets=("attn.c_attn", "mlp.c_proj")) -> ModelAdapter:
-    rank = 1 if kind == "ia3" else rank
-    fresh = init_adapter(jax.random.key(0), kind, PROJECTIONS, 2, rank=rank, targets=targets)
-    return randomise(fresh, 0)
+    shapes = abstract_adapter(kind, PROJECTIONS, 2, rank=TRAITS[kind].rank(rank), targets=targets)
+    return randomise(shapes, 0)
 
 
 def edit(folder: Path, **fields: Any) -> None:

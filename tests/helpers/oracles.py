@@ -3,6 +3,7 @@
 import numpy as np
 
 from flora_jax.adapters import IA3, FLoRA, HiRA, LoRA
+from flora_jax.adapters.dora import DoRA
 
 
 def explicit_weight(params, W_IO, bias_O):
@@ -16,17 +17,18 @@ def explicit_weight(params, W_IO, bias_O):
         if params.side == "input":
             return np.diag(vector) @ W, bias
         return W @ np.diag(vector), bias * vector
-    left, right = (
-        (params.B_RI, params.A_RO) if isinstance(params, FLoRA) else (params.down_RI, params.up_RO)
-    )
-    low_rank = sum(
-        np.outer(i, o) for i, o in zip(np.asarray(left, np.float64), np.asarray(right, np.float64))
-    )
+    left, right = (np.asarray(side, np.float64) for side in (params.down_RI, params.up_RO))
+    low_rank = sum(np.outer(i, o) for i, o in zip(left, right))
     if isinstance(params, FLoRA):
         scale = 1.0 / len(left) if params.reduction == "mean" else 1.0
         return W * (scale * low_rank), bias
     if isinstance(params, HiRA):
         return W * (1.0 + low_rank), bias
+    if isinstance(params, DoRA):
+        changed = W + params.scale * low_rank
+        norm = np.linalg.norm(changed, axis=0)
+        magnitude = np.asarray(params.magnitude_O, np.float64)
+        return changed * np.where(norm > 0, magnitude / np.where(norm > 0, norm, 1), 0), bias
     assert isinstance(params, LoRA)
     return W + params.scale * low_rank, bias
 

@@ -39,7 +39,8 @@ def random_factors(kind: str, inputs: int, outputs: int, rank: int, rng, **field
     if kind == "ia3":
         width = inputs if fields.get("side") == "input" else outputs
         return KINDS[kind].type(draw(width), **fields)
-    return KINDS[kind].type(draw(rank, inputs), draw(rank, outputs), **fields)
+    more = {"magnitude_O": 1 + draw(outputs)} if kind == "dora" else {}
+    return KINDS[kind].type(draw(rank, inputs), draw(rank, outputs), **more, **fields)
 
 
 def some_adapter(kind: str, model, seed: int, **fields) -> ModelAdapter:
@@ -50,7 +51,7 @@ def some_adapter(kind: str, model, seed: int, **fields) -> ModelAdapter:
         layer = {}
         for target, rank in zip(TARGETS, ranks):
             more = dict(fields)
-            if kind == "lora":
+            if kind in ("lora", "dora"):
                 more["scale"] = 0.25 + 1 / rank
             if kind == "ia3":
                 more["side"] = "input" if target == "mlp.c_proj" else "output"

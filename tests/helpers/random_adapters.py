@@ -1,19 +1,16 @@
 """Random adapters of every kind, far from the identity."""
 
-import jax
-
-from flora_jax.adapters.model_adapter import init_adapter, randomise
+from flora_jax.adapters.model_adapter import abstract_adapter, randomise
+from flora_jax.adapters.registry import TRAITS
 
 KINDS = ("lora", "flora", "ia3", "hira")
 
 
 def random_adapter(kind, seed, projections, layers=1, rank=1, targets=("attn.c_attn",), **options):
     """A ``ModelAdapter`` with random factors; the rank is 1 for IA3 whatever is asked for."""
-    fresh = init_adapter(
-        jax.random.key(seed), kind, projections, layers,
-        rank=1 if kind == "ia3" else rank, targets=targets, **options,
-    )  # fmt: skip
-    return randomise(fresh, seed)
+    rank = TRAITS[kind].rank(rank)
+    shapes = abstract_adapter(kind, projections, layers, rank=rank, targets=targets, **options)
+    return randomise(shapes, seed)
 
 
 def random_projection(kind, seed, inputs, outputs, rank, **options):

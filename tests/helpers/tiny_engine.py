@@ -9,8 +9,8 @@ from flora_jax.models.starcoder.model import init_model
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.request import Request
 from tests.helpers.random_adapters import KINDS, random_adapter
+from tests.helpers.requests import make_request
 
 CONFIG = StarCoderConfig(
     vocab_size=97, n_positions=96, n_embd=16, n_layer=2, n_head=2, n_inner=32,
@@ -26,7 +26,7 @@ CONTENTS = {
     (f"{kind}{rank}", content): random_adapter(
         kind, 10 * content + rank, CONFIG.projections(), 2, rank=rank, targets=targets
     )
-    for kind in KINDS
+    for kind in (*KINDS, "dora")
     for rank, targets in [(1, TARGETS), (4, TARGETS), (3, TARGETS[:1])]
     for content in range(2)
     if kind != "ia3" or rank == 1
@@ -44,7 +44,7 @@ def random_request(seed):
     """One of many kinds: greedy and seeded, all sampling settings, base and every adapter."""
     rng = np.random.default_rng(seed)
     warm = bool(rng.integers(2))
-    return Request(
+    return make_request(
         seed,
         tuple(rng.integers(1, 97, int(rng.integers(1, 60))).tolist()),
         adapter=[*NAMES, None][rng.integers(len(NAMES) + 1)],
@@ -57,6 +57,11 @@ def random_request(seed):
     )
 
 
+def without_id(completion):
+    """What two runs of a request have in common."""
+    return dataclasses.replace(completion, request_id=None)
+
+
 class Alone:
     """Completions of single rows, each run by itself in an engine of its own."""
 
@@ -65,9 +70,10 @@ class Alone:
         self.known = {}
 
     def __call__(self, request, content):
-        key = request.index, content
+        key = request.fold_in, content
         if key not in self.known:
-            (self.known[key],) = generate(self.engines[content], [request])
+            (completion,) = generate(self.engines[content], [request])
+            self.known[key] = without_id(completion)
         return self.known[key]
 
 
@@ -80,14 +86,15 @@ def run_schedule(engine, seed, requests=150):
     current = {}
     for name in NAMES:
         current[name] = int(rng.integers(2))
-        engine.pool.register(name, CONTENTS[name, current[name]])
+        engine.register(name, CONTENTS[name, current[name]])
     live, results = {}, []
 
     def step():
         for update in engine.step():
             assert update.error is None
             if update.completion is not None:
-                results.append((*live.pop(update.ticket), update.completion))
+                completion = without_id(update.completion)
+                results.append((*live.pop(update.request_id), completion))
 
     for _ in range(int(rng.integers(4, 14))):
         action = rng.choice(["add", "add", "add", "cancel", "replace", "step", "step"])
@@ -103,10 +110,11 @@ def run_schedule(engine, seed, requests=150):
         elif action == "replace":
             name = NAMES[rng.integers(len(NAMES))]
             current[name] = 1 - current[name]
-            engine.pool.register(name, CONTENTS[name, current[name]])
+            engine.register(name, CONTENTS[name, current[name]])
         else:
             step()
     while engine.has_work:
+        engine.wait()
         step()
     assert not live
     return results

@@ -209,7 +209,7 @@ def test_without_keys_or_probability_nothing_is_dropped():
 def test_dropout_of_a_kind_that_has_none_is_an_error(case):
     layers = [{TARGET: stack(factors(case, 0, 1))}]
     name = KINDS[CASES[case][0]].type.__name__
-    with pytest.raises(ValueError, match=f"dropout is LoRA's, found {name}"):
+    with pytest.raises(ValueError, match=f"dropout belongs to lora.*, found {name}"):
         grouped_hooks(layers, jax.random.split(jax.random.key(0), 1), 0.1)
 
 

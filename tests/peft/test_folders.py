@@ -11,6 +11,7 @@ import pytest
 from flora_jax.adapters import KINDS, FLoRA
 from flora_jax.adapters.model_adapter import TARGETS, ModelAdapter, rank_of
 from flora_jax.peft.read import describe_adapter, read_adapter, write_adapter
+from tests.helpers.broken_folders import PROJECTIONS, edit, edit_tensors, error_of, make
 from tests.helpers.peft_folders import (
     assert_logits_equal,
     assert_same,
@@ -69,7 +70,7 @@ def test_a_flora_folder_gives_the_logits_of_explicitly_merged_weights(reduction,
     linears = dict(torch_model.named_modules())
     for number, layer in enumerate(adapter.layers):
         for target, params in layer.items():
-            factor = np.asarray(params.B_RI).T @ np.asarray(params.A_RO)
+            factor = np.asarray(params.down_RI).T @ np.asarray(params.up_RO)
             factor = factor / rank if reduction == "mean" else factor
             with torch.no_grad():
                 linears[f"transformer.h.{number}.{target}"].weight.mul_(torch.tensor(factor.T))
@@ -133,6 +134,26 @@ def test_a_folder_is_described_without_its_base(kind, tmp_path):
         widths = {target: (None, outputs) for target, (_, outputs) in widths.items()}
         widths["mlp.c_proj"] = (48, None)
     assert summary.widths == widths
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_target_in_no_layer_adapts_nothing_where_another_one_does(kind, tmp_path):
+    adapter = make(kind)
+    folder = write_adapter(adapter, tmp_path / "a")
+    assert describe_adapter(folder).unused == ()
+    # As StarCoder's own fine-tuning scripts name them: the model has no q_attn.
+    edit(folder, target_modules=["c_attn", "q_attn", "mlp.c_proj"])
+    assert_same(read_adapter(folder, PROJECTIONS, 2), adapter)
+    assert describe_adapter(folder).unused == ("q_attn",)
+
+    def rename(tensors):
+        for name in [name for name in tensors if "0.attn.c_attn" in name]:
+            tensors[name.replace("c_attn", "q_attn")] = tensors[name]
+
+    edit_tensors(folder, rename)
+    assert "0.attn.q_attn." in error_of(folder)
+    edit(folder, target_modules=["q_attn"])
+    assert "'q_attn', which is in no layer" in error_of(folder)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

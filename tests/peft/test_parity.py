@@ -8,12 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from flora_jax.adapters import HiRA
 from flora_jax.adapters.model_adapter import ModelAdapter
+from flora_jax.mixing.bank import build_bank
+from flora_jax.mixing.pairs import list_pairs
+from flora_jax.mixing.ragged import ragged_hooks
+from flora_jax.models.quantize import quantize_model
 from flora_jax.peft.config import AdapterConfig
 from flora_jax.peft.read import AdapterError, write_adapter
 from flora_jax.peft.targets import adapted_modules, module_path, pattern_value
+from flora_jax.weights.product import explicit
 from tests.helpers.peft_folders import assert_logits_equal, assert_same, read_for, some_adapter
 from tests.helpers.torch_models import (
     flax_logits,
@@ -72,6 +78,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             layers_to_transform=1,
         ),
     ),
+    "dora-rslora-all-linear": (
+        "LoraConfig",
+        dict(r=6, lora_alpha=2.7, use_rslora=True, target_modules="all-linear", use_dora=True),
+    ),
+    "dora-patterns": (
+        "LoraConfig",
+        dict(
+            r=4,
+            lora_alpha=4,
+            target_modules=["attn.c_attn", "c_fc", "mlp.c_proj"],
+            rank_pattern={"c_attn": 3, "c_fc": 2, r"h\.1\..*": 5},
+            alpha_pattern={"^transformer.h.0.attn.c_attn": 9, "attn.c_.*": 7},
+            use_dora=True,
+        ),
+    ),
     "ia3-default": ("IA3Config", dict()),
     "ia3-c_attn-alone": ("IA3Config", dict(target_modules=["c_attn"], feedforward_modules=[])),
     "ia3-suffix-without-dot": (
@@ -113,7 +134,34 @@ def test_logits_equal_pefts_for_its_folders_and_for_ours(case, seed, tmp_path):
     assert_same(read_for(model, tmp_path / "ours"), dataclasses.replace(adapter, settings=settings))
 
 
-@pytest.mark.parametrize("kind", ["lora", "ia3", "hira"])
+@pytest.mark.parametrize("method", ["int8", "int4"])
+def test_a_dora_over_a_quantised_base_is_pefts_over_the_dequantised_weights(method, tmp_path):
+    torch_model = tiny_torch_model(4)
+    quantised = quantize_model(to_flax(torch_model), method)
+    linears = dict(torch_model.named_modules())
+    with torch.no_grad():
+        for layer in range(2):
+            for target in quantised.config.projections():
+                wide_IO = np.asarray(explicit(quantised.weight(layer, target)))
+                linears[module_path(layer, target)].weight.copy_(torch.tensor(wide_IO.T))
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_dora=True)
+    wrapped = random_peft(torch_model, config, seed=5)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    tokens = random_tokens(4)
+    adapter = read_for(quantised, tmp_path / "theirs")
+    expected = torch_logits(wrapped, tokens)
+    # Components too: the norm that serving uses is that of the weights as they are held.
+    for layers in (adapter.layers, _served(quantised, adapter, len(tokens))):
+        assert_logits_equal(flax_logits(quantised, tokens, layers), expected)
+
+
+def _served(model, adapter, rows):
+    projections, layers = model.config.projections(), model.config.n_layer
+    bank = build_bank({"a": adapter}, projections, layers, model.weight)
+    return ragged_hooks(bank.layers, list_pairs(bank, ["a"] * rows))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "hira"])
 def test_peft_loads_adapters_of_uneven_layers(kind, tmp_path):
     model = to_flax(tiny_torch_model(3))
     adapter = some_adapter(kind, model, 5)

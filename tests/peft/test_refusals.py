@@ -19,7 +19,7 @@ def lora(tmp_path) -> Path:
 
 
 REFUSED = {
-    "use_dora": (True, "DoRA"),
+    "use_dora": ("yes", "expected true"),
     "bias": ("lora_only", "expected 'none'"),
     "lora_bias": (True, "biases"),
     "modules_to_save": (["lm_head"], "fully trained modules"),
@@ -62,12 +62,13 @@ def test_inits_that_left_the_base_alone_are_read(init, lora):
     assert read_adapter(lora, PROJECTIONS, 2).settings.get("init_lora_weights") == init
 
 
-@pytest.mark.parametrize("config", ["LoraConfig", "IA3Config", "HiraConfig"])
-def test_every_default_that_peft_writes_is_read(config, tmp_path):
+@pytest.mark.parametrize("kind, config", [("lora", "LoraConfig"), ("dora", "LoraConfig"),
+                                          ("ia3", "IA3Config"), ("hira", "HiraConfig")])  # fmt: skip
+def test_every_default_that_peft_writes_is_read(kind, config, tmp_path):
     peft = pytest.importorskip("peft")
-    kind = config.removesuffix("Config").lower()
     folder = write_adapter(make(kind, rank=8), tmp_path / "a")
     options = {} if kind == "ia3" else {"r": 8}
+    options |= {"use_dora": True} if kind == "dora" else {}
     made = getattr(peft, config)(target_modules=["c_attn", "mlp.c_proj"], **options)
     made.save_pretrained(folder)
     assert read_adapter(folder, PROJECTIONS, 2).targets() == ("attn.c_attn", "mlp.c_proj")
@@ -104,9 +105,9 @@ def test_a_value_of_the_wrong_type_is_named(kind, name, value, expected, tmp_pat
 
 
 def test_all_fields_at_fault_are_in_one_message(lora):
-    edit(lora, use_dora=True, r=-1, a_new_field="x")
+    edit(lora, use_qalora=True, r=-1, a_new_field="x")
     message = error_of(lora)
-    assert all(name in message for name in ("use_dora", "r is -1", "a_new_field"))
+    assert all(name in message for name in ("use_qalora", "r is -1", "a_new_field"))
 
 
 @pytest.mark.parametrize("peft_type", ["PREFIX_TUNING", None, "lora", 3])
@@ -118,7 +119,7 @@ def test_another_type_is_named_with_those_that_are_read(peft_type, lora):
 
 
 TARGETS = [
-    (["c_attn", "q_proj"], {}, "'q_proj', which is in no layer"),
+    (["q_proj", "k_proj"], {}, "'k_proj', which is in no layer"),
     (["transformer.h.2.attn.c_attn"], {}, "'transformer.h.2.attn.c_attn', which is in no layer"),
     (["c_attn", "lm_head"], {}, "'lm_head': embedding/lm_head adapters are not supported"),
     (["wte"], {}, "'transformer.wte': embedding/lm_head adapters are not supported"),

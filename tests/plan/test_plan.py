@@ -19,10 +19,10 @@ from flora_jax.plan import memory, prompts, roofline, setting
 from flora_jax.plan.cards import CARDS, MATRIX_UNITS, card
 from flora_jax.plan.setting import Setting
 from flora_jax.platforms import GPU
-from flora_jax.serve.layout import make_pool
 from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.registry import version
+from flora_jax.serve.residency import make_residency
 from flora_jax.serve.state import init_state
-from flora_jax.serve.versions import version
 
 ALL = model_adapter.TARGETS
 TINY = StarCoderConfig(
@@ -86,7 +86,7 @@ def test_the_bank_is_what_the_pool_makes_of_such_adapters(kind, rank, targets, d
     prepared = known.read(TINY)
     assert {target: own.count(target) for target in targets} == prepared.counts
     options = EngineOptions(max_num_seqs=4, max_model_len=16, resident_adapters=3)
-    pool = make_pool({known: prepared}, TINY, options, GPU.additive(dtype))
+    pool = make_residency({known: prepared}, TINY, options, GPU.additive(dtype))
     assert memory.bank_bytes(own) == bytes_of(pool.layers)
     pool.close()
 

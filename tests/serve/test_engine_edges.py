@@ -9,8 +9,10 @@ from flora_jax.errors import InputError, RunError
 from flora_jax.models.starcoder.model import init_model
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
-from flora_jax.serve.request import Request
+from flora_jax.serve.stream import Stream, TextDecoder
+from tests.helpers.byte_tokenizer import byte_tokenizer
 from tests.helpers.random_adapters import random_adapter
+from tests.helpers.requests import make_request
 from tests.helpers.tiny_engine import CONFIG, OPTIONS, make_engine
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -23,16 +25,16 @@ def engine():
 
 def test_requests_that_do_not_fit_are_refused(engine):
     with pytest.raises(InputError, match="unknown adapter 'nobody'"):
-        engine.add(Request(0, (1,), adapter="nobody"))
+        engine.add(make_request(0, (1,), adapter="nobody"))
     with pytest.raises(
-        InputError, match="request 0: token_ids holds 97, the vocabulary has 0 to 96"
+        InputError, match="request 0: prompt_token_ids holds 97, the vocabulary has 0 to 96"
     ):
-        engine.add(Request(0, (1, 97)))
-    with pytest.raises(InputError, match="97 tokens, expected 1 to 96"):
-        engine.add(Request(0, (1,) * 97))
+        engine.add(make_request(0, (1, 97), request_id=0))
+    with pytest.raises(InputError, match="the prompt has 97 tokens, the context 96"):
+        engine.add(make_request(0, (1,) * 97))
     small = make_engine(cache_tokens=64)
     with pytest.raises(InputError, match="50 tokens and 20 more, the cache holds 64"):
-        small.add(Request(0, (1,) * 50, max_tokens=20))
+        small.add(make_request(0, (1,) * 50, max_tokens=20))
 
 
 @pytest.mark.parametrize(
@@ -49,32 +51,59 @@ def test_requests_that_do_not_fit_are_refused(engine):
         ({"stop": ("",)}, r"stop is \[''\], expected a non-empty string"),
         ({"stop": (3,)}, r"stop is \[3\], expected a non-empty string"),
         ({"stop_token_ids": (97,)}, "stop_token_ids holds 97, the vocabulary has 0 to 96"),
-        ({"stop_token_ids": (-1,)}, "stop_token_ids holds -1, the vocabulary has 0 to 96"),
+        ({"stop_token_ids": (-1,)}, "stop_token_ids holds -1, expected integers from 0"),
         ({"stop_token_ids": ("x",)}, "stop_token_ids holds 'x', expected integers"),
-        ({"token_ids": (1, float("nan"), 2)}, "token_ids holds nan, expected integers"),
-        ({"token_ids": (1, 2.5)}, "token_ids holds 2.5, expected integers"),
+        (
+            {"prompt_token_ids": (1, float("nan"), 2)},
+            "prompt_token_ids holds nan, expected integers",
+        ),
+        ({"prompt_token_ids": (1, 2.5)}, "prompt_token_ids holds 2.5, expected integers"),
     ],
 )
 def test_a_request_that_would_fail_on_the_device_is_refused(changes, message, engine):
     """Inside a step it would take the others with it."""
-    with pytest.raises(InputError, match=f"request 3: {message}"):
-        engine.add(Request(**{"index": 3, "token_ids": (1, 2)} | changes))
+    with pytest.raises(InputError, match=message):
+        engine.add(make_request(**{"fold_in": 3, "prompt_token_ids": (1, 2)} | changes))
     assert not engine.has_work
 
 
-@pytest.mark.parametrize("index", [-1, 2**32, 1.0, "3"])
-def test_an_index_that_no_seed_can_be_made_of_is_refused(index, engine):
-    with pytest.raises(InputError, match=f"request {index}: index is .*, expected"):
-        engine.add(Request(index, (1, 2)))
-    (completion,) = generate(engine, [Request(2**32 - 1, (np.int64(5), 6), max_tokens=3)])
-    assert completion.index == 2**32 - 1
+@pytest.mark.parametrize("number", [-1, 2**32, 1.0, "3"])
+def test_a_number_to_fold_in_that_no_seed_can_be_made_of_is_refused(number, engine):
+    with pytest.raises(InputError, match=r"fold_in is .*, expected"):
+        engine.add(make_request(number, (1, 2)))
+    (completion,) = generate(engine, [make_request(2**32 - 1, (np.int64(5), 6), max_tokens=3)])
+    assert len(completion.token_ids) == 3
 
 
-def test_a_ticket_that_is_none_is_refused_where_it_is_given(engine):
-    with pytest.raises(TypeError):
-        engine.cancel(None)
-    ticket = engine.add(Request(0, (1, 2)))
-    engine.cancel(np.int64(ticket))
+def test_a_request_id_is_the_callers_or_the_engines_and_names_one_request_at_a_time(engine):
+    mine = make_request(0, (1, 2), request_id="mine", max_tokens=2, ignore_eos=True)
+    assert engine.add(mine) == "mine"
+    with pytest.raises(InputError, match="request mine: another request with this id has not"):
+        engine.add(mine)
+    first = engine.add(make_request(0, (1, 2), max_tokens=2, ignore_eos=True))
+    following = first + 1
+    taken = dataclasses.replace(mine, request_id=following)
+    assert engine.add(taken) == following
+    assert engine.add(dataclasses.replace(mine, request_id=None)) not in (first, following)
+    ended = []
+    while engine.has_work:
+        ended += [update.completion.request_id for update in engine.step() if update.completion]
+    assert {"mine", first, following} < {*ended}
+    assert len(ended) == 4
+    assert engine.add(mine) == "mine"
+    engine.cancel("mine")
+    engine.step()
+    assert engine.add(mine) == "mine"
+    engine.cancel("mine")
+    engine.step()
+
+
+def test_a_request_id_of_another_type_is_refused_where_it_is_given(engine):
+    for wrong in (None, 1.0, True):
+        with pytest.raises(TypeError):
+            engine.cancel(wrong)
+    request_id = engine.add(make_request(0, (1, 2)))
+    engine.cancel(np.int64(request_id))
     assert engine.step() == []
     assert not engine.has_work
 
@@ -83,7 +112,7 @@ def test_a_ticket_that_is_none_is_refused_where_it_is_given(engine):
 def test_an_engine_whose_iteration_broke_off_says_so_instead_of_going_on(error, monkeypatch):
     """Tokens that the device has drawn and nobody has fetched would be missing."""
     engine = make_engine()
-    engine.add(Request(0, (1, 2), max_tokens=30, ignore_eos=True))
+    engine.add(make_request(0, (1, 2), max_tokens=30, ignore_eos=True))
     engine.step()
     decode = engine.device.decode
 
@@ -95,25 +124,27 @@ def test_an_engine_whose_iteration_broke_off_says_so_instead_of_going_on(error, 
     with pytest.raises(error):
         engine.step()
     monkeypatch.undo()
-    for use in (engine.step, lambda: engine.add(Request(1, (1, 2)))):
+    for use in (engine.step, lambda: engine.add(make_request(1, (1, 2)))):
         with pytest.raises(RunError, match=f"iteration broke off .{error.__name__}.'now'.., make"):
             use()
 
 
 def test_a_request_without_room_that_is_cancelled_at_once_gets_no_update(engine):
-    whole = Request(0, (1,) * 96)
+    whole = make_request(0, (1,) * 96)
     with pytest.raises(InputError, match="unknown adapter"):
-        list(generate(engine, [whole, Request(1, (1,), adapter="nobody")]))
+        list(generate(engine, [whole, make_request(1, (1,), adapter="nobody")]))
     (completion,) = generate(engine, [whole])
     assert completion.token_ids == ()
 
 
 def test_every_row_has_room_for_the_longest_sequence_by_default():
     engine = make_engine(max_model_len=17, page=16, cache_tokens=None)
-    tickets = {engine.add(Request(n, (5,) * 8, max_tokens=9, ignore_eos=True)) for n in range(4)}
+    tickets = {
+        engine.add(make_request(n, (5,) * 8, max_tokens=9, ignore_eos=True)) for n in range(4)
+    }
     ended = set()
     while engine.has_work:
-        ended |= {u.ticket for u in engine.step() if u.completion}
+        ended |= {u.request_id for u in engine.step() if u.completion}
     assert ended == tickets
     assert engine.stats.preemptions == 0
 
@@ -122,7 +153,7 @@ def test_every_row_has_room_for_the_longest_sequence_by_default():
 def test_pages_of_any_size_give_the_same_tokens(page):
     """Also where attention's blocks are not 128 positions."""
     model = init_model(dataclasses.replace(CONFIG, n_positions=400), 5)
-    request = Request(0, tuple(np.random.default_rng(0).integers(1, 97, 330).tolist()),
+    request = make_request(0, tuple(np.random.default_rng(0).integers(1, 97, 330).tolist()),
                       max_tokens=60, ignore_eos=True)  # fmt: skip
     found = []
     for size in (16, page):
@@ -139,8 +170,8 @@ def test_targets_of_later_adapters_have_room_for_the_largest_of_the_first():
         later = random_adapter(
             "flora", rank, CONFIG.projections(), 2, rank=rank, targets=("mlp.c_fc",)
         )
-        engine.pool.register("later", later)
-        request = Request(0, (5, 6), adapter="later", max_tokens=3, ignore_eos=True)
+        engine.register("later", later)
+        request = make_request(0, (5, 6), adapter="later", max_tokens=3, ignore_eos=True)
         if fits:
             assert len(next(generate(engine, [request])).token_ids) == 3
         else:
@@ -150,22 +181,62 @@ def test_targets_of_later_adapters_have_room_for_the_largest_of_the_first():
         Engine(init_model(CONFIG, 5), options=options)
 
 
-def test_seeds_decide_and_indices_stand_in_for_them(engine):
-    base = Request(0, (5, 6, 7), max_tokens=20, temperature=1.5, ignore_eos=True)
+def test_seeds_decide_and_what_is_folded_in_stands_in_for_them(engine):
+    def changed(fold_in=0, **settings):
+        settings |= {"max_tokens": 20, "temperature": 1.5, "ignore_eos": True}
+        return make_request(fold_in, (5, 6, 7), **settings)
 
     def run(**changes):
-        (completion,) = generate(engine, [dataclasses.replace(base, **changes)])
+        (completion,) = generate(engine, [changed(**changes)])
         return completion.token_ids
 
-    assert run(seed=3) == run(seed=3, index=9)
+    assert run(seed=3) == run(seed=3, fold_in=9)
     assert run(seed=3) != run(seed=4)
     assert run() == run()
-    assert run() != run(index=1)
+    assert run() != run(fold_in=1)
 
 
 def test_prompts_up_to_the_context_are_cut_with_reason_length(engine):
     for length, expected in [(95, 1), (96, 0), (90, 6)]:
         ids = tuple(t % 96 + 1 for t in range(length))
-        (completion,) = generate(engine, [Request(0, ids, max_tokens=50, ignore_eos=True)])
+        (completion,) = generate(engine, [make_request(0, ids, max_tokens=50, ignore_eos=True)])
         assert len(completion.token_ids) == expected
         assert completion.finish_reason == "length"
+
+
+def test_a_tokenizers_error_ends_its_own_request_alone(engine, monkeypatch):
+    """While tokens come, and where the completion is made."""
+    prompts = [tuple(range(first, first + 5)) for first in range(1, 9)]
+    settings = {"max_tokens": 9, "ignore_eos": True}
+    requests = [make_request(n, prompt, **settings) for n, prompt in enumerate(prompts)]
+    expected = list(generate(engine, requests))
+    bad = expected[0].token_ids[4]
+    own = Engine(engine.model, options=OPTIONS, tokenizer=byte_tokenizer())
+    add, completion = TextDecoder.add, Stream.completion
+
+    def faulty_add(decoder, token):
+        if token == bad:
+            raise OverflowError("no such piece")
+        return add(decoder, token)
+
+    def faulty_completion(stream):
+        if stream.token_ids == [*expected[1].token_ids]:
+            raise ValueError("no such text")
+        return completion(stream)
+
+    monkeypatch.setattr(TextDecoder, "add", faulty_add)
+    monkeypatch.setattr(Stream, "completion", faulty_completion)
+    asked = {own.add(request): one.token_ids for request, one in zip(requests, expected)}
+    ended = {}
+    while own.has_work:
+        ended |= {u.request_id: u for u in own.step() if u.completion or u.error}
+    reasons = {update.error for update in ended.values()}
+    assert reasons >= {"its tokens have no text: OverflowError: no such piece", None}
+    for request_id, token_ids in asked.items():
+        if bad in token_ids:
+            assert ended[request_id].error.endswith("OverflowError: no such piece")
+        elif token_ids == expected[1].token_ids:
+            assert ended[request_id].error.endswith("ValueError: no such text")
+        else:
+            assert ended[request_id].completion.token_ids == token_ids
+    assert own.stats.cache_usage == 0

@@ -1,16 +1,19 @@
 """What running requests pay while an adapter that another request waits for is being read."""
 
 import threading
+import time
 
 import pytest
 
+from flora_jax.errors import InputError, RunError
 from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.models.starcoder.model import init_model
+from flora_jax.peft.write import write_adapter
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import WHILE_READING, EngineOptions
-from flora_jax.serve.request import Request
-from flora_jax.serve.versions import Version
+from flora_jax.serve.registry import Version
 from tests.helpers.random_adapters import random_adapter
+from tests.helpers.requests import make_request
 
 CONFIG = StarCoderConfig(vocab_size=61, n_positions=80, n_embd=16, n_layer=1, n_head=2, n_inner=32)
 STEPS = 8
@@ -26,7 +29,7 @@ def engine():
     )
     engine = Engine(init_model(CONFIG), {"0": adapters["0"]}, options=options)
     for name in "123":
-        engine.pool.register(name, adapters[name])
+        engine.register(name, adapters[name])
     yield engine
     engine.close()
 
@@ -37,9 +40,9 @@ def dispatched(engine, monkeypatch):
     found = []
     decode = engine.device.decode
 
-    def recorded(rows, steps, eager):
-        found.append(steps)
-        return decode(rows, steps, eager)
+    def recorded(planned):
+        found.append(planned.steps)
+        return decode(planned)
 
     monkeypatch.setattr(engine.device, "decode", recorded)
     return found
@@ -50,10 +53,10 @@ def hold(monkeypatch, slow):
     there = threading.Event()
     read = Version.read
 
-    def delayed(version, config):
+    def delayed(version, *rest):
         if version.name in slow:
             assert there.wait(60)
-        return read(version, config)
+        return read(version, *rest)
 
     monkeypatch.setattr(Version, "read", delayed)
     return there
@@ -64,32 +67,32 @@ def run(engine, updates=None):
         for update in engine.step():
             assert update.error is None
             if updates is not None and update.completion is not None:
-                updates[update.ticket] = update.completion.token_ids
+                updates[update.request_id] = update.completion.token_ids
 
 
 def test_a_read_shortens_dispatches_but_not_to_single_tokens(engine, dispatched, monkeypatch):
     there = hold(monkeypatch, {"1"})
-    engine.add(Request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
-    waiting = engine.add(Request(1, (4, 5), "1", max_tokens=2, ignore_eos=True))
+    engine.add(make_request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
+    waiting = engine.add(make_request(1, (4, 5), "1", max_tokens=2, ignore_eos=True))
     for _ in range(6):
-        assert all(update.ticket != waiting for update in engine.step())
+        assert all(update.request_id != waiting for update in engine.step())
     # The first dispatch comes with the prompt, whose row should not wait for its second token.
     assert dispatched == [1] + [WHILE_READING] * 5
     there.set()
     ended = {}
     run(engine, ended)
     assert len(ended[waiting]) == 2
-    alone = engine.add(Request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
+    alone = engine.add(make_request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
     before = dict(ended)
     run(engine, ended)
     assert ended[alone] == before[next(t for t in before if t != waiting)]
 
 
 def test_an_adapter_whose_turn_to_be_written_comes_next_waits_for_one_token(engine, dispatched):
-    engine.add(Request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
+    engine.add(make_request(0, (1, 2, 3), "0", max_tokens=40, ignore_eos=True))
     engine.step()
     for number, name in enumerate("123", 1):
-        engine.add(Request(number, (4, 5), name, max_tokens=30, ignore_eos=True))
+        engine.add(make_request(number, (4, 5), name, max_tokens=30, ignore_eos=True))
     loads = engine.stats.adapter_loads
     while engine.stats.running < 4:
         before = engine.stats.adapter_loads
@@ -105,19 +108,17 @@ def test_who_is_cancelled_takes_no_read_from_others_who_wait_for_it(engine, monk
     reads = []
     there = hold(monkeypatch, {"1"})
     delayed = Version.read
-    monkeypatch.setattr(
-        Version, "read", lambda v, config: reads.append(v.name) or delayed(v, config)
-    )
-    patient = engine.add(Request(0, (4, 5), "1", max_tokens=2, ignore_eos=True))
+    monkeypatch.setattr(Version, "read", lambda v, *rest: reads.append(v.name) or delayed(v, *rest))
+    patient = engine.add(make_request(0, (4, 5), "1", max_tokens=2, ignore_eos=True))
     for _ in range(3):
-        engine.cancel(engine.add(Request(1, (4, 5), "1", max_tokens=2, ignore_eos=True)))
+        engine.cancel(engine.add(make_request(1, (4, 5), "1", max_tokens=2, ignore_eos=True)))
         engine.step()
     there.set()
     ended = {}
     run(engine, ended)
     assert len(ended[patient]) == 2
     assert reads == ["1"]
-    again = engine.add(Request(2, (4, 5), "1", max_tokens=2, ignore_eos=True))
+    again = engine.add(make_request(2, (4, 5), "1", max_tokens=2, ignore_eos=True))
     run(engine, ended)
     assert ended[again] == ended[patient]
 
@@ -125,19 +126,150 @@ def test_who_is_cancelled_takes_no_read_from_others_who_wait_for_it(engine, monk
 def test_any_number_of_owners_that_are_being_read_hold_up_none_that_is_there(engine, monkeypatch):
     there = hold(monkeypatch, {"1"} | {f"cold {n}" for n in range(20)})
     for number in range(20):
-        engine.pool.register(f"cold {number}", engine.pool.current("1").source)
-        engine.add(Request(number, (4, 5), f"cold {number}", max_tokens=1, ignore_eos=True))
-    ready = [engine.add(Request(30, (1, 2), n, max_tokens=2, ignore_eos=True)) for n in (None, "0")]
+        engine.register(f"cold {number}", engine.registry.current("1").source)
+        engine.add(make_request(number, (4, 5), f"cold {number}", max_tokens=1, ignore_eos=True))
+    ready = [
+        engine.add(make_request(30, (1, 2), n, max_tokens=2, ignore_eos=True)) for n in (None, "0")
+    ]
     done = set()
     for _ in range(8):
-        done |= {update.ticket for update in engine.step() if update.completion}
+        done |= {update.request_id for update in engine.step() if update.completion}
     assert done == set(ready)
     there.set()
     run(engine)
 
 
 def test_nothing_is_shortened_where_nothing_is_read(engine, dispatched):
-    engine.add(Request(0, (1, 2, 3), "0", max_tokens=41, ignore_eos=True))
+    engine.add(make_request(0, (1, 2, 3), "0", max_tokens=41, ignore_eos=True))
     run(engine)
     assert dispatched[:1] == [1]
     assert set(dispatched[1:]) == {STEPS}
+
+
+def seconds(call):
+    began = time.monotonic()
+    result = call()
+    return time.monotonic() - began, result
+
+
+def test_a_step_never_sleeps_and_who_waits_is_woken_by_what_comes(engine, monkeypatch):
+    there = hold(monkeypatch, {"1"})
+    assert not engine.wait(0.01)
+    slow = engine.add(make_request(0, (4, 5), "1", max_tokens=1, ignore_eos=True))
+    assert engine.wait(10)
+    engine.step()
+    assert engine.has_work
+    assert min(seconds(engine.step)[0] for _ in range(3)) < 0.05
+    assert not engine.wait(0.02)
+    ended = set()
+
+    def woken_by(call):
+        threading.Timer(0.05, call).start()
+        waited, found = seconds(lambda: engine.wait(20))
+        assert found
+        assert 0.03 < waited < 10
+        while engine.wait(0):
+            ended.update(update.request_id for update in engine.step() if update.completion)
+
+    added = []
+    woken_by(
+        lambda: added.append(engine.add(make_request(1, (1, 2), max_tokens=1, ignore_eos=True)))
+    )
+    assert ended == {*added}
+    woken_by(lambda: engine.cancel(10**6))
+    assert ended == {*added}
+    woken_by(there.set)
+    assert ended == {*added, slow}
+    assert not engine.has_work
+
+
+def test_an_engine_has_work_for_as_long_as_a_request_is_on_its_way(engine, monkeypatch):
+    """Also where it is neither in the inbox any more nor in the scheduler yet."""
+    seen, add = [], engine.scheduler.add
+    monkeypatch.setattr(
+        engine.scheduler, "add", lambda sequence: seen.append(engine.has_work) or add(sequence)
+    )
+    engine.add(make_request(0, (1, 2), max_tokens=1, ignore_eos=True))
+    assert engine.has_work
+    run(engine)
+    assert seen == [True]
+    assert not engine.has_work
+
+
+def test_mounts_that_hang_fail_their_own_requests_and_no_others(monkeypatch):
+    """More of them than readers; who asks again while a thread hangs there takes no other thread."""
+    adapters = {
+        str(n): random_adapter("flora", n, CONFIG.projections(), 1, rank=1) for n in range(2)
+    }
+    options = EngineOptions(
+        max_num_seqs=4, chunk=8, pieces=2, page=8, resident_adapters=4, adapter_readers=2,
+        adapter_timeout_s=0.3,
+    )  # fmt: skip
+    bad = [f"bad {number}" for number in range(3)]
+    there = hold(monkeypatch, {*bad})
+    engine = Engine(init_model(CONFIG), {"0": adapters["0"]}, options=options)
+    for name in ("1", *bad):
+        engine.register(name, adapters["1"])
+    before = threading.active_count()
+    for round_ in range(2):
+        names = {
+            engine.add(make_request(0, (4, 5), name, max_tokens=2, ignore_eos=True)): name
+            for name in (*bad, "1", "0", None)
+        }
+        ended = {}
+        while engine.has_work:
+            assert engine.wait(20)
+            ended |= {names[u.request_id]: u for u in engine.step() if u.completion or u.error}
+        for name in bad:
+            assert ended[name].error == f"adapter {name!r}: memory: not read within 0.3 s"
+        for name in ("1", "0", None):
+            assert len(ended[name].completion.token_ids) == 2
+        assert threading.active_count() <= before + 5, round_
+    there.set()
+    engine.close()
+
+
+def test_adapters_are_known_by_name_and_by_where_they_are(tmp_path):
+    """In memory or in folders; preloaded without a request, forgotten while a request has them."""
+    adapters = {str(n): random_adapter("flora", n, CONFIG.projections(), 1) for n in range(4)}
+    write_adapter(adapters["2"], tmp_path / "2")
+    options = EngineOptions(max_num_seqs=2, chunk=8, pieces=2, page=8, resident_adapters=2)
+    with Engine(init_model(CONFIG), {"0": adapters["0"]}, options=options) as engine:
+        assert (engine.config, engine.max_model_len) == (CONFIG, 80)
+        engine.register("2", tmp_path / "2")
+        engine.register("3", adapters["3"])
+        assert engine.adapters == {"0": "host", "2": "disk", "3": "host"}
+        engine.preload(["2", "0"])
+        assert engine.adapters == {"0": "resident", "2": "resident", "3": "host"}
+        assert engine.stats.adapter_loads == 2
+        engine.preload(["3"])
+        assert engine.adapters == {"0": "resident", "2": "host", "3": "resident"}
+        engine.add(make_request(0, (4, 5), "2", max_tokens=2, ignore_eos=True))
+        engine.unregister("2")
+        for unknown in (
+            lambda: engine.unregister("2"),
+            lambda: engine.preload(["2"]),
+            lambda: engine.add(make_request(1, (4, 5), "2")),
+        ):
+            with pytest.raises(InputError, match="unknown adapter '2'"):
+                unknown()
+        ended = {}
+        run(engine, ended)
+        assert [*map(len, ended.values())] == [2]
+        large = random_adapter("flora", 9, CONFIG.projections(), 1, rank=3)
+        engine.register("large", large)
+        with pytest.raises(InputError, match=r"adapter 'large': attn.c_attn has .* at most"):
+            engine.preload(["large"])
+
+
+def test_preloading_what_running_requests_leave_no_slots_for_says_so(engine):
+    for name in "0123":
+        engine.add(make_request(0, (1, 2), name, max_tokens=60, ignore_eos=True))
+    while engine.stats.running < 4:
+        engine.step()
+    engine.register("more", engine.registry.current("1").source)
+    with pytest.raises(RunError, match="adapter 'more': running requests leave no slots"):
+        engine.preload(["more"])
+    run(engine)
+    engine.preload(["more"])
+    assert engine.adapters["more"] == "resident"

@@ -15,9 +15,9 @@ from flora_jax.peft.read import read_adapter, write_adapter
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.request import Request
 from tests.helpers import oracles
 from tests.helpers.random_adapters import random_adapter
+from tests.helpers.requests import make_request
 from tests.helpers.torch_models import tiny_torch_model, to_flax
 
 pytestmark = pytest.mark.filterwarnings(
@@ -112,7 +112,7 @@ def test_every_row_has_the_tokens_of_torch_with_its_adapter_alone(seed, tmp_path
     names = [None, *adapters, *rng.choice(list(adapters), 6)]
     rng.shuffle(names)
     requests = [
-        Request(
+        make_request(
             index,
             tuple(rng.integers(1, 97, int(rng.integers(1, 30))).tolist()),
             adapter=name,
@@ -125,7 +125,9 @@ def test_every_row_has_the_tokens_of_torch_with_its_adapter_alone(seed, tmp_path
     excused = 0
     for request, completion in zip(requests, generate(engine, requests), strict=True):
         expected, margins = torch_greedy(
-            torch_models[request.adapter], request.token_ids, request.max_tokens
+            torch_models[request.adapter],
+            request.prompt_token_ids,
+            request.sampling_params.max_tokens,
         )
         excused += assert_same_tokens(completion.token_ids, expected, margins)
         assert completion.finish_reason == ("stop" if expected[-1] == 0 else "length")

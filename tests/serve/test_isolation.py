@@ -13,11 +13,11 @@ import pytest
 from flora_jax.errors import InputError
 from flora_jax.models.starcoder.model import init_model
 from flora_jax.peft.read import write_adapter
-from flora_jax.serve.compilations import Compilations
+from flora_jax.serve.ahead import Compilations
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
-from flora_jax.serve.request import Request
 from tests.helpers.random_adapters import random_adapter
+from tests.helpers.requests import make_request, with_settings
 from tests.helpers.tiny_engine import (
     CONFIG,
     CONTENTS,
@@ -28,6 +28,7 @@ from tests.helpers.tiny_engine import (
     make_engine,
     random_request,
     run_schedule,
+    without_id,
 )
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -113,7 +114,7 @@ def test_nothing_is_compiled_after_the_warm_up(committed):
         for seed in range(40)
     ]
     assert len(list(generate(engine, requests))) == 40
-    engine.pool.register("new", new)
+    engine.register("new", new)
     late = dataclasses.replace(requests[0], adapter="new")
     assert len(list(generate(engine, [late]))) == 1
     assert engine.stats.adapter_evictions
@@ -129,8 +130,8 @@ def test_a_row_whose_logits_are_not_finite_fails_and_harms_nobody(engine, alone)
         sick.layers[1]["attn.c_attn"].up_RO, jnp.nan
     )
     run_schedule(engine, 0)
-    engine.pool.register("lora1", sick)
-    bad = Request(7, tuple(range(1, 50)), adapter="lora1", max_tokens=4)
+    engine.register("lora1", sick)
+    bad = make_request(7, range(1, 50), "lora1", request_id=7, max_tokens=4)
     reason = r"request 7 \(adapter 'lora1': the logits after 0 tokens are not finite in float32\)"
     with pytest.raises(InputError, match=reason):
         list(generate(engine, [bad]))
@@ -143,24 +144,25 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_requests_alone(alone, tmp_pa
     run_schedule(engine, 0)
     folder = tmp_path / "changing"
     write_adapter(CONTENTS["flora1", 0], folder)
-    engine.pool.register("changing", folder)
+    engine.register("changing", folder)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
     large = random_adapter("flora", 0, CONFIG.projections(), 2, rank=9, targets=TARGETS)
-    engine.pool.register("large", large)
+    engine.register("large", large)
     content = 0
-    engine.pool.register("flora4", CONTENTS["flora4", content])
-    good = dataclasses.replace(random_request(4), index=10**4, adapter="flora4", seed=1)
+    engine.register("flora4", CONTENTS["flora4", content])
+    good = dataclasses.replace(random_request(4), fold_in=10**4, adapter="flora4")
+    good = with_settings(good, seed=1)
     tickets = {
         name: engine.add(dataclasses.replace(good, adapter=name))
         for name in ("changing", "flora4", "large")
     }
     ended = {}
     while engine.has_work:
-        ended |= {u.ticket: u for u in engine.step() if u.completion or u.error}
+        ended |= {u.request_id: u for u in engine.step() if u.completion or u.error}
     assert "changed since it was registered" in ended[tickets["changing"]].error
     assert "at most" in ended[tickets["large"]].error
-    assert ended[tickets["flora4"]].completion == alone(good, content)
+    assert without_id(ended[tickets["flora4"]].completion) == alone(good, content)
 
 
 @pytest.mark.parametrize("changes", [{"chunk": 16, "pieces": 3}, {"page": 16}, {"decode_steps": 1}])
@@ -169,6 +171,6 @@ def test_the_layout_does_not_change_what_a_prompt_means(alone, changes):
     requests = [random_request(seed) for seed in range(30)]
     requests = [r for r in requests if not r.temperature]
     for name in NAMES:
-        engine.pool.register(name, CONTENTS[name, 0])
+        engine.register(name, CONTENTS[name, 0])
     for request, completion in zip(requests, generate(engine, requests), strict=True):
         assert completion == alone(request, 0)

@@ -12,14 +12,13 @@ from flora_jax.mixing.bank import Count
 from flora_jax.models.starcoder.config import PRESETS
 from flora_jax.models.starcoder.model import abstract_model, init_model
 from flora_jax.platforms import CPU, GPU, platform
-from flora_jax.serve import dispatch, flight, steps
-from flora_jax.serve.ahead import abstract_device, programs
-from flora_jax.serve.compilations import Compilations
+from flora_jax.serve import device, steps
+from flora_jax.serve.ahead import Compilations, abstract_device, programs
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.request import Request
 from tests.helpers.random_adapters import random_adapter
+from tests.helpers.requests import make_request
 from tests.helpers.tiny_engine import (
     CONFIG,
     CONTENTS,
@@ -29,6 +28,7 @@ from tests.helpers.tiny_engine import (
     make_engine,
     random_request,
     run_schedule,
+    without_id,
 )
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -95,7 +95,7 @@ def test_nothing_is_compiled_after_the_warm_up():
         for seed in range(40)
     ]
     assert len(list(generate(engine, requests))) == 40
-    engine.pool.register("new", new)
+    engine.register("new", new)
     late = dataclasses.replace(requests[0], adapter="new")
     assert len(list(generate(engine, [late]))) == 1
     assert engine.stats.adapter_evictions
@@ -126,7 +126,7 @@ def test_a_decode_dispatch_copies_its_small_arguments_at_once(choices, copies, m
     def hosted(tree):
         return sum(isinstance(leaf, (np.ndarray, np.generic)) for leaf in jax.tree.leaves(tree))
 
-    put, run = jax.device_put, dispatch.Call.run
+    put, run = jax.device_put, device.Call.run
 
     def counted_put(tree, *rest):
         found.append(hosted(tree))
@@ -136,27 +136,29 @@ def test_a_decode_dispatch_copies_its_small_arguments_at_once(choices, copies, m
         found.append(hosted(call.arguments))
         return run(call)
 
+    engine.preload(NAMES[:3])
     for n in range(3):
-        engine.add(Request(n, (5, 6, 7), adapter=NAMES[n], max_tokens=20, ignore_eos=True))
-    while any(s.stage != "decode" for s in engine.scheduler.running) or not engine.stats.running:
+        engine.add(make_request(n, (5, 6, 7), adapter=NAMES[n], max_tokens=20, ignore_eos=True))
+    while engine.stats.running < 3 or any(s.stage != "decode" for s in engine.scheduler.running):
+        engine.wait()
         engine.step()
-    rows, steps, _ = engine.scheduler.grow(5)
-    assert len(rows) == 3
-    monkeypatch.setattr(dispatch.jax, "device_put", counted_put)
-    monkeypatch.setattr(dispatch.Call, "run", counted_run)
-    engine.device.decode(rows, steps, eager=False)
+    decode = engine.scheduler.plan(engine.residency).decode
+    assert (len(decode.sequences), decode.steps) == (3, 5)
+    monkeypatch.setattr(device.jax, "device_put", counted_put)
+    monkeypatch.setattr(device.Call, "run", counted_run)
+    engine.device.decode(decode)
     assert sum(found) == copies
 
 
 @pytest.mark.parametrize("choices", [CPU, GPU])
 def test_the_next_decode_leaves_before_the_last_ones_tokens_are_read(choices, monkeypatch):
     engine, order = make_engine(platform=choices), []
-    decode, land = engine.device.decode, flight.Flight.land
+    decode, read = engine.device.decode, device.Flight.read
     monkeypatch.setattr(
         engine.device, "decode", lambda *a, **k: order.append("decode") or decode(*a, **k)
     )
-    monkeypatch.setattr(flight.Flight, "land", lambda self: order.append("read") or land(self))
-    engine.add(Request(0, (5, 6, 7), max_tokens=25, ignore_eos=True))
+    monkeypatch.setattr(device.Flight, "read", lambda self: order.append("read") or read(self))
+    engine.add(make_request(0, (5, 6, 7), max_tokens=25, ignore_eos=True))
     completions = []
     while engine.has_work:
         completions += [u.completion for u in engine.step() if u.completion]
@@ -169,15 +171,15 @@ def test_the_next_decode_leaves_before_the_last_ones_tokens_are_read(choices, mo
 
 
 def test_what_is_under_way_for_a_cancelled_request_reaches_nobody(engine, alone):
-    first = engine.add(Request(0, tuple(range(1, 40)), max_tokens=30, ignore_eos=True))
+    first = engine.add(make_request(0, tuple(range(1, 40)), max_tokens=30, ignore_eos=True))
     for _ in range(3):
         engine.step()
     engine.cancel(first)
     for name in NAMES:
-        engine.pool.register(name, CONTENTS[name, 0])
+        engine.register(name, CONTENTS[name, 0])
     requests = [random_request(seed) for seed in range(20, 28)]
     for request, completion in zip(requests, generate(engine, requests), strict=True):
-        assert completion == alone(request, 0)
+        assert without_id(completion) == alone(request, 0)
 
 
 def test_sixteen_bits_for_additive_vectors_keep_the_logits(monkeypatch):
@@ -197,10 +199,10 @@ def test_sixteen_bits_for_additive_vectors_keep_the_logits(monkeypatch):
     for additive in ("float32", "activations"):
         choices = dataclasses.replace(GPU, additive_dtype=additive, prompt_attention="gather")
         engine = Engine(model, {"a": adapter}, options=options, platform=choices)
-        bank = engine.pool.layers[0]["attn.c_attn"]
+        bank = engine.residency.layers[0]["attn.c_attn"]
         wanted = jnp.float32 if additive == "float32" else jnp.float16
         assert (bank.up_CO.dtype, bank.pre_CI.dtype) == (wanted, jnp.float32)
-        engine.add(Request(0, tuple(range(1, 30)), "a", max_tokens=4, ignore_eos=True))
+        engine.add(make_request(0, tuple(range(1, 30)), "a", max_tokens=4, ignore_eos=True))
         seen.clear()
         while engine.has_work:
             engine.step()

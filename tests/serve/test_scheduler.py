@@ -1,22 +1,62 @@
-"""Rows, pages and queues: who runs next, who is set aside, and that nothing leaks."""
+"""Plans: who runs next and what of it, who is preempted, and that nothing leaks. Without JAX."""
 
 import random
 
 import pytest
 
-from flora_jax.serve.scheduler import Scheduler, Sequence
+from flora_jax.serve.scheduler import Bounds, LoadError, Scheduler
+from flora_jax.serve.sequence import Sequence
 
 
-def ready(_):
-    return "ready"
+class Adapters:
+    """Each version is what it is told to be, all others are ready."""
+
+    def __init__(self, **states):
+        self.states = states
+        self.resident = set()
+        self.asked = []
+
+    def claim(self, version):
+        self.asked.append(version)
+        found = self.states.get(version, "ready")
+        if found not in ("ready", "loading", "full"):
+            raise LoadError(found)
+        if found == "ready":
+            self.resident.add(version)
+        return found
+
+    def is_resident(self, version):
+        return version in self.resident
+
+    def is_read(self, version):
+        return self.states.get(version, "ready") == "ready"
 
 
-def sequence(ticket, owner=None, prompt=4, room=8):
-    return Sequence(ticket, owner, prompt, room)
+READY = Adapters()
 
 
-def admitted(scheduler, admission=ready):
-    return [s.ticket for s in scheduler.admit(admission)]
+def scheduler_of(rows, blocks=100, block=4, form_of=lambda sequence: None, **bounds):
+    return Scheduler(Bounds(rows, blocks, block, **bounds), form_of)
+
+
+def sequence(number, owner=None, prompt=4, budget=8):
+    return Sequence(number, owner, prompt, budget, None, owner, None)
+
+
+def numbers(sequences):
+    return [one.number for one in sequences]
+
+
+def admitted(scheduler, adapters=READY):
+    return numbers(scheduler.plan(adapters).admitted)
+
+
+def land(scheduler, plan):
+    """Reads a plan's tokens: all that its rows could draw."""
+    if plan.decode is not None:
+        scheduler.landed(plan.decode)
+        for one, number in zip(plan.decode.sequences, plan.decode.most):
+            scheduler.drew(one, min(one.budget, one.drawn + number))
 
 
 def finish(scheduler, count=1):
@@ -25,9 +65,9 @@ def finish(scheduler, count=1):
 
 
 def test_different_owners_are_served_in_the_order_of_arrival():
-    scheduler = Scheduler(rows=3, pages=100, page=4)
-    for ticket in range(7):
-        scheduler.add(sequence(ticket, owner=f"adapter {ticket}"))
+    scheduler = scheduler_of(rows=3)
+    for number in range(7):
+        scheduler.add(sequence(number, owner=f"adapter {number}"))
     assert admitted(scheduler) == [0, 1, 2]
     finish(scheduler)
     assert admitted(scheduler) == [3]
@@ -35,9 +75,9 @@ def test_different_owners_are_served_in_the_order_of_arrival():
 
 @pytest.mark.parametrize("flood", [10, 1000])
 def test_an_owners_flood_does_not_keep_others_out(flood):
-    scheduler = Scheduler(rows=4, pages=100, page=4)
-    for ticket in range(flood):
-        scheduler.add(sequence(ticket, owner="loud"))
+    scheduler = scheduler_of(rows=4)
+    for number in range(flood):
+        scheduler.add(sequence(number, owner="loud"))
     assert admitted(scheduler) == [0, 1, 2, 3]
     scheduler.add(sequence(flood, owner="quiet"))
     finish(scheduler)
@@ -45,12 +85,12 @@ def test_an_owners_flood_does_not_keep_others_out(flood):
 
 
 def test_a_flooded_owner_is_served_although_others_keep_coming():
-    scheduler = Scheduler(rows=2, pages=100, page=4)
+    scheduler = scheduler_of(rows=2)
     scheduler.add(sequence(0, owner="first"))
     scheduler.add(sequence(1, owner="first"))
     found = admitted(scheduler)
-    for ticket in range(2, 12):
-        scheduler.add(sequence(ticket, owner=f"other {ticket}"))
+    for number in range(2, 12):
+        scheduler.add(sequence(number, owner=f"other {number}"))
         finish(scheduler, 2)
         found += admitted(scheduler)
         if 1 in found:
@@ -59,34 +99,38 @@ def test_a_flooded_owner_is_served_although_others_keep_coming():
 
 
 def test_a_request_whose_adapter_is_loading_blocks_nobody():
-    scheduler = Scheduler(rows=2, pages=100, page=4)
-    for ticket in range(4):
-        scheduler.add(sequence(ticket, owner=ticket))
-    assert admitted(scheduler, lambda s: "loading" if s.ticket == 0 else "ready") == [1, 2]
+    scheduler = scheduler_of(rows=2, steps=16, steps_while_reading=3)
+    for number in range(4):
+        scheduler.add(sequence(number, owner=str(number), budget=40))
+    adapters = Adapters(**{"0": "loading"})
+    assert admitted(scheduler, adapters) == [1, 2]
+    # With a row free it shortens the others' dispatches, and no longer once it runs.
+    finish(scheduler)
+    scheduler.plan(adapters)
+    finish(scheduler)
+    assert scheduler.plan(adapters).decode.steps == 3
+    adapters.states = {}
+    assert numbers(scheduler.plan(adapters).admitted) == [0]
+    assert scheduler.plan(adapters).decode.steps == 16
 
 
 def test_requests_behind_any_number_of_loading_ones_run_if_they_need_no_load():
-    scheduler = Scheduler(rows=2, pages=100, page=4)
-    for ticket in range(40):
-        scheduler.add(sequence(ticket, owner=ticket))
-    asked = []
-
-    def admission(one):
-        asked.append(one.ticket)
-        return "ready" if one.ticket in (20, 30) else "loading"
-
-    found = scheduler.admit(admission, lambda one: one.ticket in (20, 30))
-    assert [one.ticket for one in found] == [20, 30]
-    assert set(asked) == {*range(8), 20, 30}  # Of the others no adapter is asked for yet.
+    scheduler = scheduler_of(rows=2)
+    for number in range(40):
+        scheduler.add(sequence(number, owner=str(number)))
+    adapters = Adapters(**{str(n): "loading" for n in range(40) if n not in (20, 30)})
+    assert admitted(scheduler, adapters) == [20, 30]
+    # Of the others no adapter is asked for yet.
+    assert {*adapters.asked} == {*map(str, range(8)), "20", "30"}
 
 
 def test_a_request_without_room_for_its_adapter_is_not_passed_for_ever():
-    scheduler = Scheduler(rows=2, pages=100, page=4)
+    scheduler = scheduler_of(rows=2)
     scheduler.add(sequence(0, owner="large"))
     passed = 0
-    for ticket in range(1, 50):
-        scheduler.add(sequence(ticket, owner=ticket))
-        found = admitted(scheduler, lambda s: "full" if s.ticket == 0 else "ready")
+    for number in range(1, 50):
+        scheduler.add(sequence(number, owner=number))
+        found = admitted(scheduler, Adapters(large="full"))
         passed += len(found)
         finish(scheduler, 2)
         if not found:
@@ -94,46 +138,163 @@ def test_a_request_without_room_for_its_adapter_is_not_passed_for_ever():
     assert 0 < passed <= 4
 
 
-def test_the_youngest_is_set_aside_when_the_cache_is_full_and_comes_back_first():
-    scheduler = Scheduler(rows=3, pages=6, page=4)
-    for ticket in range(3):
-        scheduler.add(sequence(ticket, owner=ticket, prompt=4, room=12))
-    admitted(scheduler)
-    for running in scheduler.running:
-        running.stage, running.drawn = "decode", 5
-    rows, steps, aside = scheduler.grow(4)
-    assert [s.ticket for s, _ in aside] == [2]
-    assert [s.ticket for s in rows] == [0, 1]
-    assert steps == 4
+def test_a_request_whose_adapter_cannot_be_loaded_is_refused_and_the_others_enter():
+    scheduler = scheduler_of(rows=2)
+    for number in range(4):
+        scheduler.add(sequence(number, owner=str(number)))
+    plan = scheduler.plan(Adapters(**{"0": "no such file", "2": "too large"}))
+    assert [(one.number, why) for one, why in plan.refused] == [
+        (0, "no such file"),
+        (2, "too large"),
+    ]
+    assert numbers(plan.admitted) == [1, 3]
+    finish(scheduler, 2)
+    assert not scheduler.has_work
+    assert not scheduler._share
+
+
+def test_one_adapter_is_written_in_an_iteration_while_others_decode():
+    scheduler = scheduler_of(rows=4, steps=8)
+    adapters = Adapters()
+    scheduler.add(sequence(0, owner="0", budget=40))
+    scheduler.plan(adapters)
+    for number in range(1, 4):
+        scheduler.add(sequence(number, owner=str(number)))
+    for number in range(1, 4):
+        plan = scheduler.plan(adapters)
+        assert numbers(plan.admitted) == [number]
+        assert plan.decode.steps == 1
+    assert scheduler.plan(adapters).decode.steps == 8
+
+
+def test_chunks_keep_to_the_budget_and_one_dispatch_has_one_form():
+    form = {0: "a", 1: "b", 2: "a", 3: "a"}
+    scheduler = scheduler_of(
+        4, 1000, form_of=lambda one: form[one.number],
+        chunk=8, long_chunk=32, chunks=3, budget=66,
+    )  # fmt: skip
+    for number, prompt in enumerate((50, 8, 12, 8)):
+        scheduler.add(sequence(number, owner=number, prompt=prompt))
+
+    def cut(plan):
+        return [[(c.sequence.number, c.start, c.length) for c in d] for d in plan.chunks]
+
+    # A long chunk of the oldest, then short ones of its form; 20 tokens are left for another form.
+    first = scheduler.plan(READY)
+    assert cut(first) == [
+        [(0, 0, 32)],
+        [(0, 32, 8), (0, 40, 8), (0, 48, 2)],
+        [(1, 0, 8)],
+        [(2, 0, 8)],
+    ]
+    assert [c.last for d in first.chunks for c in d] == [False, False, False, True, True, False]
+    assert numbers(first.decode.sequences) == [0, 1]
+    second = scheduler.plan(READY)
+    assert cut(second) == [[(2, 8, 4), (3, 0, 8)]]
+    assert numbers(second.decode.sequences) == [0, 1, 2, 3]
+
+
+def test_the_youngest_is_preempted_when_the_cache_is_full_and_comes_back_first():
+    scheduler = scheduler_of(rows=3, blocks=6, steps=4, steps_while_waiting=1)
+    for number in range(3):
+        scheduler.add(sequence(number, owner=number, prompt=4, budget=12))
+    while not (plan := scheduler.plan(READY)).swapped_out:
+        assert not plan.unread
+        land(scheduler, plan)
+    ((preempted, blocks),) = plan.swapped_out
+    assert preempted.number == 2
+    assert len(blocks) == -(-preempted.cached // 4)
+    assert numbers(plan.decode.sequences) == [0, 1]
+    land(scheduler, plan)
     scheduler.add(sequence(3, owner=3))
     assert admitted(scheduler) == []
-    finish(scheduler, 2)
-    assert [s.ticket for s in scheduler.resume()] == [2]
+    preempted = numbers(scheduler.swapped)
+    assert preempted[-1] == 2
+    finish(scheduler, 3)
+    plan = scheduler.plan(READY)
+    assert numbers(plan.swapped_in)[0] == preempted[0]
+    assert plan.admitted == []
 
 
+def test_nobody_is_preempted_while_tokens_are_in_flight():
+    scheduler = scheduler_of(rows=2, blocks=5, steps=4)
+    for number in range(2):
+        scheduler.add(sequence(number, owner=number, prompt=4, budget=16))
+    flying = []
+    while not (plan := scheduler.plan(READY)).unread:
+        assert not plan.swapped_out
+        flying.append(plan)
+    assert plan.decode is None
+    for one in flying:
+        land(scheduler, one)
+    plan = scheduler.plan(READY)
+    assert numbers(one for one, _ in plan.swapped_out) == [1]
+    assert numbers(plan.decode.sequences) == [0]
+
+
+def test_who_enters_and_is_preempted_in_one_plan_has_nothing_dispatched():
+    """Neither chunks nor a copy of its blocks: it begins anew when it comes back."""
+    scheduler = scheduler_of(rows=2, blocks=3, steps=1)
+    scheduler.add(sequence(0, owner=0, prompt=4, budget=8))
+    land(scheduler, scheduler.plan(READY))
+    (old,) = scheduler.running
+    while old.cached < 8:
+        land(scheduler, scheduler.plan(READY))
+    scheduler.add(sequence(1, owner=1, prompt=3, budget=4))
+    plan = scheduler.plan(READY)
+    assert numbers(plan.admitted) == [1]
+    (young,) = scheduler.swapped
+    assert (young.blocks, young.prefilled, young.drawn) == ([], 0, 0)
+    assert (plan.chunks, plan.swapped_out) == ([], [])
+    assert numbers(plan.decode.sequences) == [0]
+    finish(scheduler)
+    plan = scheduler.plan(READY)
+    assert [(c.sequence.number, c.start, c.length) for d in plan.chunks for c in d] == [(1, 0, 3)]
+    assert plan.swapped_in == []
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
 @pytest.mark.parametrize("seed", range(20))
-def test_no_page_has_two_owners_and_none_is_lost(seed):
+def test_no_block_has_two_owners_and_none_is_lost(seed, ahead):
+    """With plans made before the last one's tokens are read, and without."""
     rng = random.Random(seed)
-    scheduler = Scheduler(rows=4, pages=12, page=3)
-    ticket = 0
+    scheduler = scheduler_of(4, 12, 3, chunk=4, chunks=2, budget=10, steps=6)
+    flying, number, preemptions = [], 0, 0
     for _ in range(300):
         if rng.random() < 0.4:
             scheduler.add(
-                sequence(ticket, rng.randrange(3), rng.randint(1, 12), rng.randint(1, 20))
+                sequence(number, rng.randrange(3), rng.randint(1, 12), rng.randint(1, 20))
             )
-            ticket += 1
-        scheduler.resume()
-        admitted(scheduler, lambda s: rng.choice(["ready", "ready", "loading"]))
-        for running in scheduler.running:
-            if running.stage == "prefill" and rng.random() < 0.7:
-                running.prefilled, running.stage, running.drawn = running.prompt, "decode", 1
-        rows, steps, _ = scheduler.grow(rng.randint(1, 6))
-        for running in rows:
-            assert len(running.pages) * 3 >= running.cached + min(steps, running.left)
-            running.drawn = min(running.room, running.drawn + steps)
-            if running.left == 0 or rng.random() < 0.05:
-                scheduler.remove(running)
-        owned = [page for running in scheduler.running for page in running.pages]
-        assert sorted(owned + scheduler.free_pages) == list(range(12))
+            number += 1
+        if scheduler.swapped:
+            while flying:
+                land(scheduler, flying.pop(0))
+        before = {one: one.stage for one in [*scheduler.running, *scheduler.swapped]}
+        states = {str(owner): rng.choice(["ready", "ready", "loading"]) for owner in range(3)}
+        adapters = Adapters()
+        adapters.states = {int(owner): state for owner, state in states.items()}
+        plan = scheduler.plan(adapters)
+        dispatched = {c.sequence for d in plan.chunks for c in d}
+        rows = [] if plan.decode is None else plan.decode.sequences
+        for one in [*rows, *dispatched, *plan.swapped_in]:
+            assert one in scheduler.running
+        for one, most in zip(rows, plan.decode.most if rows else ()):
+            assert len(one.blocks) * 3 >= one.reach
+            assert one.reach <= plan.decode.longest
+            assert 1 <= most <= plan.decode.steps
+        for one, blocks in plan.swapped_out:
+            assert before[one] == "decode"
+            assert one.in_flight == 0
+            assert len(blocks) == -(-one.cached // 3)
+        preemptions += len(plan.swapped_out)
+        flying.append(plan)
+        while len(flying) > (0 if plan.unread else ahead):
+            land(scheduler, flying.pop(0))
+        for one in [*scheduler.running]:
+            if one.stage == "decode" and (one.drawn >= one.budget or rng.random() < 0.05):
+                scheduler.remove(one)
+        owned = [block for running in scheduler.running for block in running.blocks]
+        assert sorted(owned + scheduler.free_blocks) == list(range(12))
         assert len({s.row for s in scheduler.running} | set(scheduler.free_rows)) == 4
         assert len(scheduler.running) + len(scheduler.free_rows) == 4
+    assert preemptions > 3

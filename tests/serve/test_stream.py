@@ -1,10 +1,15 @@
 """Where a row ends, and the text that it has then."""
 
-import pytest
+import itertools
+import random
+import time
 
-from flora_jax.serve.request import Request
-from flora_jax.serve.stream import Stream
+import pytest
+from tokenizers import Tokenizer, decoders, models
+
+from flora_jax.serve.stream import Stream, TextDecoder
 from tests.helpers.byte_tokenizer import END, byte_tokenizer
+from tests.helpers.requests import make_request
 
 TOKENIZER = byte_tokenizer()
 END_ID = TOKENIZER.token_to_id(END)
@@ -16,7 +21,8 @@ def ids(text):
 
 
 def stream(stop=(), stops=(END_ID,), room=100, tokenizer=TOKENIZER):
-    return Stream(Request(2, (1, 2, 3), "own", stop=tuple(stop)), stops, room, tokenizer)
+    request = make_request(2, (1, 2, 3), "own", request_id="it", stop=stop)
+    return Stream(request, stops, room, tokenizer)
 
 
 def pieces(tokens, sizes):
@@ -110,4 +116,114 @@ def test_without_a_tokenizer_there_is_no_text():
 
 def test_the_completion_carries_the_requests_own_facts():
     done = stream().completion()
-    assert (done.index, done.adapter, done.prompt_tokens) == (2, "own", 3)
+    assert (done.request_id, done.adapter, done.prompt_tokens) == ("it", "own", 3)
+
+
+# The bytes that are told apart by UTF-8: plain, starts of two, three and four, what follows, neither.
+BYTES = b"aE\xc3\xa9\xe2\x82\xac\xf0\x9f\x98\x80\xef\xbf\xbd\xff"
+
+
+def byte_ids(data):
+    """Tokens of any bytes, whether they are text or not."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    names = {byte: chr(byte) for byte in printable}
+    names |= {byte: chr(256 + number) for number, byte in enumerate(others)}
+    return [TOKENIZER.token_to_id(names[byte]) for byte in data]
+
+
+def whole(tokens):
+    return TOKENIZER.decode(tokens, skip_special_tokens=True)
+
+
+def deltas(row, tokens, sizes):
+    """The text that comes out after each part of the tokens."""
+    found = []
+    for part in pieces(tokens, sizes):
+        row.add(part)
+        found.append(row.take_text())
+    return found
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_text_comes_in_parts_that_make_up_the_text_of_all_tokens(seed):
+    draw = random.Random(seed)
+    data = bytes(draw.choices(BYTES, k=draw.randint(1, 60)))
+    tokens = byte_ids(data)
+    for _ in range(draw.randint(0, 5)):
+        tokens.insert(draw.randrange(len(tokens)), draw.choice([END_ID, 257, 258, 1000]))
+    for sizes in [(1,), (2,), (3, 1, 2), (1000,)]:
+        row = stream(stops=(), room=len(tokens))
+        parts = deltas(row, tokens, sizes)
+        assert "".join(parts) == row.completion().text == whole(tokens)
+        assert row.take_text() == ""
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_where_a_row_ends_does_not_depend_on_how_its_tokens_are_cut(seed):
+    """Also where a stop string holds U+FFFD, which a part of a character looks like for a moment."""
+    draw = random.Random(seed)
+    tokens = byte_ids(bytes(draw.choices(BYTES, k=7)))
+    stop = draw.choice([["\ufffd"], ["\ufffda"], ["a\ufffd", "é"], ["€"], ["Ea", "aE"], ["😀"]])
+    found = set()
+    for cut in itertools.product([False, True], repeat=len(tokens) - 1):
+        row, part = stream(stop, room=len(tokens)), []
+        texts = []
+        for token, ends in zip(tokens, [*cut, True], strict=True):
+            part.append(token)
+            if ends:
+                row.add(part)
+                texts.append(row.take_text())
+                part = []
+        done = row.completion()
+        assert "".join(texts) == done.text
+        found.add(done)
+    (done,) = found
+    places = [whole(tokens).find(one) for one in stop if one in whole(tokens)]
+    assert done.finish_reason == ("stop" if places else "length")
+    assert done.text == whole(tokens)[: min(places, default=None)]
+
+
+def test_what_may_begin_a_stop_string_waits_and_a_character_is_never_cut():
+    row = stream(["</s>"])
+    parts = deltas(row, ids("a</b</s>"), (1,))
+    assert parts == ["a", "", "", "</b", "", "", "", ""]
+    assert row.completion().text == "a</b"
+    row = stream(["</s>"], room=3)
+    assert deltas(row, ids("a</"), (1,)) == ["a", "", "</"]
+    assert deltas(stream(), byte_ids("é€😀".encode()), (1,)) == [
+        "", "é", "", "", "€", "", "", "", "😀",
+    ]  # fmt: skip
+
+
+def test_bytes_that_are_no_text_come_out_before_the_end():
+    row = stream(room=200)
+    parts = deltas(row, byte_ids(b"\xff" * 100), (1,))
+    assert len("".join(parts)) >= 100 - 20
+
+
+@pytest.mark.parametrize("byte", [b"a", b"\xff", b"\xf0", None], ids=str)
+def test_the_time_for_text_is_linear_in_the_tokens(byte):
+    """A quadratic one would take hundreds of times as long for the sixteenfold."""
+
+    def seconds(count):
+        tokens = [END_ID] * count if byte is None else byte_ids(byte) * count
+        row = stream(["stop here", "a" * 50 + "b"], stops=(), room=count)
+        began = time.process_time()
+        deltas(row, tokens, (1,))
+        return time.process_time() - began
+
+    short = min(seconds(400) for _ in range(3))
+    assert seconds(6400) < 4 * 16 * short
+
+
+def test_a_decoder_that_takes_back_what_it_said_ends_no_row():
+    """Pieces of one byte are text together only where all of them are: the next one may undo it."""
+    vocabulary = {"x": 0, "▁y": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    decoder = TextDecoder(tokenizer)
+    tokens = [2 + 0xC3, 2 + 0xA9, 2 + 0xFF, 0, 1, 2 + 0xE2, 2 + 0x82, 2 + 0xAC, 2 + 0xFF]
+    assert "".join(map(decoder.add, tokens)) + decoder.rest() == "é\ufffdx y€\ufffd"

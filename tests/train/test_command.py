@@ -212,7 +212,7 @@ BAD = {
     "target": ([*GOOD, "--targets", "c_attn,q_proj"], "target 'q_proj': expected the end of one of"),
     "devices": ([*GOOD, "--mesh", "tensor=99"], "mesh tensor=99 needs 99 devices, found"),
     "uneven rows": ([*GOOD, "--batch-size", "3", *data_of("ruby")], "batch_size is 3"),
-    "kind": ([*GOOD, "--kind", "dora"], "kind is 'dora', expected "),
+    "kind": ([*GOOD, "--kind", "vera"], "kind is 'vera'"),
     "a wide rank": ([*GOOD, "--kind", "lora", "--rank", "17"], "rank is 17, expected at most 16: attn"),
     "an endless run": ([*GOOD, "--steps", "1" + 20 * "0"], "expected at most 1,000,000,000"),
     "a value of a file": ([*GOOD, "--config", "untrue.json"], "untrue.json: rank is True, expected"),

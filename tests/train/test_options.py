@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flora_jax.adapters.registry import TRAITS
 from flora_jax.errors import InputError
 from flora_jax.files import whole_directory
 from flora_jax.train.adapt import make_schedule
-from flora_jax.train.options import LEARNING_RATES, make_options, read_file
+from flora_jax.train.options import make_options, read_file
 
 BASE = {"model": "some/base", "kind": "flora", "data": {"perl": "perl.jsonl"}}
 TWO = {"data": {"perl": "p", "ruby": "r"}}
@@ -27,8 +28,8 @@ def test_the_defaults_are_the_papers_recipe():
     assert (found.steps, found.batch_size, found.rank, found.targets) == (1500, 8, 1, ("c_attn",))
     assert (found.weight_decay, found.dropout, found.seed) == (0.0, 0.0, 0)
     assert (found.schedule, found.warmup) == ("cosine", 100)
-    rates = {kind: options(kind=kind).rate for kind in ("flora", "lora", "ia3", "hira")}
-    assert rates == {"flora": 8e-3, "lora": 1e-4, "ia3": 5e-3, "hira": 8e-3} == dict(LEARNING_RATES)
+    rates = {kind: options(kind=kind).rate for kind in TRAITS}
+    assert rates == {"flora": 8e-3, "lora": 1e-4, "ia3": 5e-3, "hira": 8e-3, "dora": 1e-4}
     assert options(kind="lora", learning_rate=3e-4).rate == 3e-4
 
 
@@ -57,7 +58,7 @@ REFUSED = {
     "two problems": ({"steps": 0, "rank": 0}, ["steps is 0", "rank is 0"]),
     "wrong type": ({"steps": "many"}, ["steps", "integer", "'many'"]),
     "fraction of a step": ({"steps": 1.5}, ["steps", "1.5"]),
-    "kind": ({"kind": "dora"}, ["kind", "'flora', 'lora', 'ia3' or 'hira'", "'dora'"]),
+    "kind": ({"kind": "vera"}, ["kind is 'vera'", "lora, flora, ia3, hira, dora"]),
     "no data": ({"data": {}}, ["data is missing", "NAME=PATH"]),
     "data is a list": ({"data": ["a"]}, ["data", "['a']"]),
     "uneven batch": ({**TWO, "batch_size": 7}, ["batch_size is 7", "multiple of the 2"]),

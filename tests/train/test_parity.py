@@ -34,6 +34,10 @@ CASES = {
         "LoraConfig",
         dict(r=4, lora_alpha=8, target_modules=["c_attn", "c_fc", "mlp.c_proj"]), 1e-2, 0.5, 0.1,
     ),
+    "dora": (
+        "LoraConfig",
+        dict(r=2, lora_alpha=4, target_modules=["c_attn", "c_fc"], use_dora=True), 2e-2, 0.5, 0.01,
+    ),
     "ia3-output-and-input": ("IA3Config", dict(), 5e-2, 0.2, 0.01),
     "hira": ("HiraConfig", dict(r=4, target_modules=["c_attn", "c_fc"]), 3e-2, 0.1, 0.05),
 }  # fmt: skip

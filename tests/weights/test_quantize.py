@@ -26,12 +26,12 @@ from flora_jax.models.starcoder.model import abstract_model, init_model
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.request import Request
 from flora_jax.weights import quantized
 from flora_jax.weights.product import product
 from flora_jax.weights.quantized import Quantized
 from tests.helpers.byte_tokenizer import PIECES, byte_tokenizer
 from tests.helpers.random_adapters import KINDS, random_adapter, random_projection
+from tests.helpers.requests import make_request
 
 METHODS = ("int8", "int4")
 # Compiled: one operation after the other takes a compilation each.
@@ -228,7 +228,7 @@ def test_generation_draws_the_tokens_of_the_weights_written_out(method):
     }
     names = [None, *adapters]
     requests = [
-        Request(index, (5 + index, 9, 33, 2), adapter=name, max_tokens=12, ignore_eos=True)
+        make_request(index, (5 + index, 9, 33, 2), adapter=name, max_tokens=12, ignore_eos=True)
         for index, name in enumerate(names)
     ]  # fmt: skip
     options = EngineOptions(max_num_seqs=4, chunk=16, pieces=1, page=4)
@@ -304,7 +304,7 @@ def test_the_command_generates_with_a_quantised_base(tmp_path, monkeypatch, caps
     code, err = run("int3")
     assert code == 2
     assert err.strip().count("\n") == 0
-    assert "'int3', expected int8, int4 or none" in err
+    assert "'int3' is not one of 'none', 'int8', 'int4'" in err
 
 
 # The number of devices is fixed when JAX starts, hence a process of its own.
@@ -317,6 +317,7 @@ from flora_jax.checkpoints.checkpoint import load_model, save_hf, save_orbax
 from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.models.starcoder.model import init_model
 from flora_jax.models.sharding import make_mesh, named_leaves
+from tests.helpers.requests import make_request
 
 config = StarCoderConfig(
     vocab_size=96, n_positions=32, n_embd=256, n_layer=1, n_head=4, n_inner=512,

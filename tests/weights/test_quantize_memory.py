@@ -11,8 +11,8 @@ from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.models.starcoder.model import abstract_model
 from flora_jax.platforms import CPU
 from flora_jax.serve.ahead import abstract_device
+from flora_jax.serve.lattice import DecodeShape
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.programs import DecodeShape
 from flora_jax.weights.quantized import matmul, quantize
 from tests.helpers.gpu_target import placed_on_h100
 from tests.helpers.random_adapters import random_adapter
@@ -63,7 +63,7 @@ def decode_temporaries(method, layers):
     options = EngineOptions(max_num_seqs=2, max_model_len=32, page=8, decode_steps=4)
     device = abstract_device(model, options, CPU, {}, 0)
     shape = DecodeShape(2, (0, 0), 32)
-    call = device.decode_call(device.decoding(shape, [], 4), 4, False)
+    call = device.decode_call(device.nothing(shape), 4, False)
     return call.lower().compile().memory_analysis().temp_size_in_bytes
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import get_args
 
-from flora_jax.adapters import KINDS
 from flora_jax.adapters.model_adapter import match_targets
+from flora_jax.adapters.registry import TRAITS
 from flora_jax.errors import InputError
 from flora_jax.models.starcoder.config import PRESETS
 from flora_jax.weights.quantized import Method
@@ -16,7 +16,7 @@ PLAIN = "plain"
 FORMS = ("einsum", "vmap", "batched", "ragged", "merged")
 LAYOUTS = ("auto", "inputs", "outputs")
 DTYPES = ("float32", "bfloat16", "float16")
-ALL_KINDS = (BASE, *KINDS)
+ALL_KINDS = (BASE, *TRAITS)
 # Kind, form and rank; the base has no rank.
 Case = tuple[str, str, int | None]
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -27,7 +27,7 @@ class LayerOptions:
     """A projection ``[inputs, outputs]`` over ``batch`` rows of ``length`` tokens, an adapter per row.
 
     ``kinds`` are of :data:`ALL_KINDS`, ``forms`` of :data:`FORMS`; the base has the form "plain" whatever
-    is asked for, and IA3 the rank 1 alone. ``quantize`` is the base weight's, "none", "int8" or
+    is asked for, and IA3 its one rank. ``quantize`` is the base weight's, "none", "int8" or
     "int4"; ``layout`` how it is held where it is not quantised: "inputs" first (``[I, O]``), "outputs"
     first, or "auto", as a model decodes: by outputs on a CPU. ``memory_gib`` bounds what one measurement
     may hold; ``None`` is half of what the device has free. ``measure_limits`` also measures the machine's
@@ -82,9 +82,9 @@ class LayerOptions:
         if BASE in self.kinds:
             found.append((BASE, PLAIN, None))
         kinds = [kind for kind in self.kinds if kind != BASE]
-        if "ia3" in kinds:
-            kinds.remove("ia3")
-            found += [("ia3", form, 1) for form in self.forms]
+        fixed = {kind: TRAITS[kind].fixed_rank for kind in kinds if TRAITS[kind].fixed_rank}
+        kinds = [kind for kind in kinds if kind not in fixed]
+        found += [(kind, form, rank) for kind, rank in fixed.items() for form in self.forms]
         return found + [(k, f, r) for r in sorted(self.ranks) for k in kinds for f in self.forms]
 
 

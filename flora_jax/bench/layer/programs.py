@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.adapters import KINDS, apply, apply_vmap, kind_of, stack
-from flora_jax.adapters.lora import LoRA
-from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, randomise
+from flora_jax.adapters.model_adapter import ModelAdapter, abstract_adapter, randomise
+from flora_jax.adapters.registry import TRAITS
 from flora_jax.bench.layer.options import BASE, PLAIN, Case, LayerOptions
 from flora_jax.bench.receipts import device_loop, machine
 from flora_jax.bench.receipts.device_loop import Calls
@@ -41,12 +41,8 @@ def make_adapters(
 ) -> dict[str, ModelAdapter]:
     """``count`` different random adapters of one projection, float32, by the names "0", "1", …"""
 
-    def layers() -> tuple[dict[str, Any], ...]:
-        projections = {TARGET: (inputs, outputs)}
-        return init_adapter(jax.random.key(0), kind, projections, 1, rank=rank).layers
-
     # Shapes alone: the start of a kind is of no use, and takes a compilation for each operation.
-    shapes = ModelAdapter(kind, jax.eval_shape(layers))
+    shapes = abstract_adapter(kind, {TARGET: (inputs, outputs)}, 1, rank=rank)
     return {str(number): randomise(shapes, seed + number) for number in range(count)}
 
 
@@ -78,12 +74,8 @@ def apply_batched(params_B: Any, x_BTI: jax.Array, W_IO: Any, bias_O: jax.Array)
     Sums are in float32, and rounded to that dtype between LoRA's two.
     """
     params_B = jax.tree.map(lambda leaf: leaf.astype(x_BTI.dtype), params_B)
-    if not isinstance(params_B, LoRA):
-        return kind_of(params_B).apply(params_B, x_BTI, W_IO, bias_O)
-    wide = dict(preferred_element_type=jnp.float32)
-    h_BTR = jnp.einsum("bti,bri->btr", x_BTI, params_B.down_RI, **wide).astype(x_BTI.dtype)
-    delta_BTO = jnp.einsum("btr,bro->bto", h_BTR, params_B.up_RO, **wide)
-    return finish(product(x_BTI, W_IO) + params_B.scale * delta_BTO, bias_O, x_BTI.dtype)
+    kind = kind_of(params_B)
+    return (kind.apply_narrow or kind.apply)(params_B, x_BTI, W_IO, bias_O)
 
 
 @jax.jit
@@ -247,7 +239,8 @@ class Programs:
     def _ragged(self, kind: str, rank: int) -> tuple[Any, list[tuple[Any, ...]]]:
         """The function over a bank, the weight and the pairs, and the sets of these."""
         named = self.adapters(kind, rank)
-        made = build_bank(named, {TARGET: (self.options.inputs, self.options.outputs)}, 1)
+        size = self.options.inputs, self.options.outputs
+        made = build_bank(named, {TARGET: size}, 1, lambda layer, target: self.base[1])
         pairs = jax.tree.map(jnp.asarray, list_pairs(made, list(named))[TARGET])
         banks = device_loop.several(made.layers[0][TARGET], self.sets)
         self.held += _bytes((pairs, banks))
@@ -306,8 +299,7 @@ def work(case: Case, options: LayerOptions) -> tuple[float, float]:
         moved = float(size * area * options.batch)
     elif form != PLAIN and rank is not None:
         moved += (size if form == "batched" else 4.0) * rank * border * options.batch
-        if kind == "lora":
-            operations += 2.0 * rank * border * options.tokens
-        else:
-            operations *= rank + (kind == "hira")
+        multiplicative, additive = TRAITS[kind].pairs(rank)
+        operations *= multiplicative
+        operations += 2.0 * additive * border * options.tokens
     return moved + size * border * options.tokens, operations

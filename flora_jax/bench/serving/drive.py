@@ -14,13 +14,15 @@ from typing import Any, NamedTuple, Protocol
 
 from flora_jax.bench.serving.latency_metrics import PERCENTILES, Record, latency, throughput
 from flora_jax.errors import InputError, RunError
-from flora_jax.serve.request import Request
+from flora_jax.serve.request import Request, RequestId
 
 
 class Steppable(Protocol):
     """What is asked of an engine; :class:`flora_jax.serve.engine.Engine` is one."""
 
-    def add(self, request: Request, /) -> int: ...
+    def add(self, request: Request, /) -> RequestId: ...
+
+    def wait(self, timeout: float | None = None, /) -> bool: ...
 
     def step(self) -> Sequence[Any]: ...
 
@@ -93,7 +95,7 @@ def drive(
     """
     records: list[Record] = []
     waiting: list[_Waiting] = []
-    running: dict[int, _Waiting] = {}
+    running: dict[RequestId, _Waiting] = {}
     # When each free place in the engine became free: who arrived before that had to wait for it.
     free_s = [0.0] * (max_concurrency or len(requests))
     iterations = 0
@@ -103,7 +105,7 @@ def drive(
         now_s = clock.now() - began
         while len(records) < len(requests) and arrivals_s[len(records)] <= now_s:
             request = requests[len(records)]
-            record = Record(request.index, len(request.token_ids), arrivals_s[len(records)])
+            record = Record(len(records), len(request.prompt_token_ids), arrivals_s[len(records)])
             records.append(record)
             waiting.append(_Waiting(request, record))
         for entry in _let_in(waiting, running, max_concurrency, one_adapter_at_a_time):
@@ -124,15 +126,20 @@ def drive(
             raise RunError(
                 f"the engine has nothing to do, but {len(running)} requests have not ended"
             )
+        left_s = None
+        if len(records) < len(requests):
+            left_s = max(0.0, arrivals_s[len(records)] - (clock.now() - began))
+        if not engine.wait(left_s):
+            continue  # A request arrives while adapters are being read.
         updates = engine.step()
         iterations += 1
         now_s = clock.now() - began
         for update in updates:
-            entry = running[update.ticket]
+            entry = running[update.request_id]
             if update.token_ids:
                 entry.record.arrived.append((now_s, len(update.token_ids)))
             if update.error is not None or update.completion is not None:
-                del running[update.ticket]
+                del running[update.request_id]
                 _end(entry, now_s, update.error)
                 heapq.heappush(free_s, now_s)
                 last_s = now_s
@@ -142,7 +149,7 @@ def drive(
 
 def _let_in(
     waiting: list[_Waiting],
-    running: Mapping[int, _Waiting],
+    running: Mapping[RequestId, _Waiting],
     max_concurrency: int | None,
     one_adapter_at_a_time: bool,
 ) -> list[_Waiting]:
@@ -163,11 +170,12 @@ def _end(entry: _Waiting, now_s: float, error: str | None) -> None:
     """Ends a record; with ``ignore_eos`` and no other stop anything but all tokens is a failure."""
     request, record = entry
     record.end_s = now_s
-    exact = request.ignore_eos and not request.stop and not request.stop_token_ids
+    params = request.sampling_params
+    exact = params.ignore_eos and not params.stop and not params.stop_token_ids
     if error is None and not record.output_tokens:
         error = "ended without a token"
-    if error is None and exact and record.output_tokens != request.max_tokens:
-        error = f"{record.output_tokens} tokens, expected {request.max_tokens}"
+    if error is None and exact and record.output_tokens != params.max_tokens:
+        error = f"{record.output_tokens} tokens, expected {params.max_tokens}"
     record.error = error
 
 

@@ -14,15 +14,16 @@ import jax
 from flora_jax import terminal
 from flora_jax.adapters.model_adapter import (
     ModelAdapter,
-    init_adapter,
+    abstract_adapter,
     match_targets,
     randomise,
 )
+from flora_jax.adapters.registry import TRAITS
 from flora_jax.bench.serving.drive import run_latency, run_throughput
 from flora_jax.bench.serving.workload import Workload, WorkloadOptions, longest, make_workload
 from flora_jax.checkpoints.checkpoint import describe, load_model
 from flora_jax.checkpoints.sources import resolve
-from flora_jax.errors import InputError, RunError
+from flora_jax.errors import InputError
 from flora_jax.models.starcoder.config import PRESETS, StarCoderConfig
 from flora_jax.models.starcoder.model import Model, init_model
 from flora_jax.models.transpose import for_decoding
@@ -30,7 +31,9 @@ from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Request
 
-KINDS = ("flora", "lora", "ia3", "hira", "none", "sequential", "unmerged")
+# What else a line can be about, and the kind of its adapters.
+_OTHERS = {"none": None, "sequential": "flora", "unmerged": "flora"}
+KINDS = (*TRAITS, *_OTHERS)
 Progress = Callable[[str, int, int], None]
 
 
@@ -56,15 +59,17 @@ class Contender:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise InputError(f"--kind is {self.kind!r}, expected one of {', '.join(KINDS)}")
-        fixed = {"none": 0, "ia3": 1}.get(self.kind)
-        if self.rank < 1 if fixed is None else self.rank != fixed:
-            expected = "at least 1" if fixed is None else f"{fixed} with --kind {self.kind}"
-            raise InputError(f"--rank is {self.rank}, expected {expected}")
+        if self.adapter_kind is None:
+            expected = None if self.rank == 0 else "0"
+        else:
+            expected = TRAITS[self.adapter_kind].rank_problem(self.rank)
+        if expected is not None:
+            raise InputError(f"--rank is {self.rank}, expected {expected} with --kind {self.kind}")
         match_targets(self.targets)
 
     @property
     def adapter_kind(self) -> str | None:
-        return {"none": None, "sequential": "flora", "unmerged": "flora"}.get(self.kind, self.kind)
+        return _OTHERS.get(self.kind, self.kind)
 
 
 class Base(NamedTuple):
@@ -133,12 +138,13 @@ def make_adapters(
     """
     if contender.adapter_kind is None:
         return {}
-    fresh = init_adapter(
-        jax.random.key(seed), contender.adapter_kind, config.projections(), config.n_layer,
+    shapes = abstract_adapter(
+        contender.adapter_kind, config.projections(), config.n_layer,
         rank=contender.rank, targets=match_targets(contender.targets),
     )  # fmt: skip
     made = [
-        randomise(fresh, seed + number) for number in range(min(len(names), contents or len(names)))
+        randomise(shapes, seed + number)
+        for number in range(min(len(names), contents or len(names)))
     ]
     return {name: made[number % len(made)] for number, name in enumerate(names)}
 
@@ -158,29 +164,21 @@ def start_engine(
     first = names[: options.resident_adapters]
     engine = Engine(model, {name: adapters[name] for name in first}, options=options)
     for name in names[len(first) :]:
-        engine.pool.register(name, adapters[name])
+        engine.register(name, adapters[name])
     engine.warm_up(on_compile)
     if options.resident_adapters is None:
-        for name in names:
-            preload(engine, name)
+        engine.preload(names)
     return engine
-
-
-def preload(engine: Engine, name: str) -> None:
-    """Writes an adapter into the device's bank, as its first request would."""
-    version = engine.pool.current(name)
-    while (found := engine.pool.acquire(version)) != "ready":
-        if found == "full":
-            raise RunError(f"no room on the device for adapter {name!r}, expected room for all")
-        engine.pool.wait([version])
-    engine.pool.release(version)
 
 
 def rehearse(engine: Engine, requests: Sequence[Request]) -> None:
     """Runs the first two requests for some tokens, untimed: a first run touches memory anew."""
     for request in requests[:2]:
-        engine.add(dataclasses.replace(request, max_tokens=min(4, request.max_tokens)))
+        params = request.sampling_params
+        params = dataclasses.replace(params, max_tokens=min(4, params.max_tokens))
+        engine.add(dataclasses.replace(request, sampling_params=params))
     while engine.has_work:
+        engine.wait()
         engine.step()
 
 
@@ -204,7 +202,7 @@ def running(
         options = dataclasses.replace(options, merge_prompts=False)
     began = time.perf_counter()
     engine = start_engine(model, adapters, options, on_compile)
-    try:
+    with engine:
         rehearse(engine, workload.requests)
         line = {
             "kind": contender.kind,
@@ -216,8 +214,6 @@ def running(
             "warm_up_s": time.perf_counter() - began,
         }
         yield engine, line
-    finally:
-        engine.close()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,8 +292,10 @@ def describe_run(
     """What a result file says beside its lines."""
     requests = workload.requests
     lengths = {
-        "mean_input_tokens": sum(len(request.token_ids) for request in requests) / len(requests),
-        "mean_output_tokens": sum(request.max_tokens for request in requests) / len(requests),
+        "mean_input_tokens": sum(len(request.prompt_token_ids) for request in requests)
+        / len(requests),
+        "mean_output_tokens": sum(request.sampling_params.max_tokens for request in requests)
+        / len(requests),
         "longest": longest(requests),
     }
     if workload.file_rows is not None:

@@ -25,7 +25,7 @@ from flora_jax.bench.serving.lengths import (
     sharegpt_like,
 )
 from flora_jax.errors import InputError
-from flora_jax.serve.request import Request
+from flora_jax.serve.request import Request, SamplingParams
 
 Distribution = Literal["distinct", "uniform", "zipf"]
 # Of tokenizers' first ids many are special (StarCoder's first 19).
@@ -205,13 +205,14 @@ def make_workload(
         rng = np.random.default_rng([options.seed, _TOKENS, index])
         ids = tuple(allowed_V[rng.integers(len(allowed_V), size=prompt)].tolist())
         name = names[own_N[index]] if adapted else None
-        requests.append(Request(index, ids, name, max_tokens=output, ignore_eos=True))
+        params = SamplingParams(max_tokens=output, ignore_eos=True)
+        requests.append(Request(ids, params, name, fold_in=index))
     return Workload(requests, arrivals_N.tolist(), names, lengths.file_rows)
 
 
 def longest(requests: Sequence[Request]) -> int:
     """Tokens of prompt and output of the longest request."""
-    return max(len(request.token_ids) + request.max_tokens for request in requests)
+    return max(request.reach for request in requests)
 
 
 def _stream(options: WorkloadOptions, stream: int) -> np.random.Generator:

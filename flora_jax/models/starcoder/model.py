@@ -19,7 +19,7 @@ from flora_jax.models.attention import Visible, attend_visible, split_qkv, visib
 from flora_jax.models.cache import Cache, LayerCache, Paging
 from flora_jax.models.cached_attention import attend_cached
 from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.weights.product import PROJECTED, apply, product
+from flora_jax.weights.product import PROJECTED, Weight, apply, product
 from flora_jax.weights.transposed import Transposed
 
 LayerAdapters = Mapping[str, Any]
@@ -247,6 +247,14 @@ class Model(NamedTuple):
     config: StarCoderConfig
     graph: nnx.GraphDef
     params: nnx.State
+
+    def weight(self, layer: int, target: str) -> Weight:
+        """The weight ``[I, O]`` of one projection, as it is held."""
+        node: Any = self.params["h"][layer]
+        for name in (*target.split("."), "kernel"):
+            node = node[name]
+        weight: Weight = node[...]
+        return weight
 
 
 class Definition:

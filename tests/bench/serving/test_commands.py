@@ -167,7 +167,7 @@ def test_a_preset_gets_the_positions_that_its_requests_need():
     workload, wide = plan_workload(base, WorkloadOptions(200), adapted=True)
     assert base.config.n_positions == 512 < wide.config.n_positions
     assert wide.config.n_positions == max(
-        len(r.token_ids) + r.max_tokens for r in workload.requests
+        len(r.prompt_token_ids) + r.sampling_params.max_tokens for r in workload.requests
     )
     _, same = plan_workload(base, WorkloadOptions(20, scale=0.1), adapted=True)
     assert same == base

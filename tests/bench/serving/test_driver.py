@@ -1,6 +1,5 @@
 """The driver of a load, against a fake engine that moves a fake clock."""
 
-import dataclasses
 import random
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ from flora_jax.bench.serving.drive import (
     run_throughput,
 )
 from flora_jax.errors import InputError, RunError
-from flora_jax.serve.request import Request
+from tests.helpers.requests import make_request, with_settings
 
 SEEDS = range(5)
 
@@ -35,7 +34,7 @@ class FakeEngine:
         self.live = {}
         self.slept = []
         self.batches = []
-        self.tickets = 100
+        self.count = 100
         self.stats = SimpleNamespace(preemptions=3, adapter_loads=5, adapter_evictions=7)
         self.compilations = SimpleNamespace(count=2)
 
@@ -52,30 +51,33 @@ class FakeEngine:
         return bool(self.live)
 
     def add(self, request):
-        if request.index in self.refuses:
-            raise InputError(f"request {request.index}: refused")
-        self.tickets += 1
-        self.live[self.tickets] = [request, 0]
-        return self.tickets
+        if request.fold_in in self.refuses:
+            raise InputError(f"request {request.fold_in}: refused")
+        self.count += 1
+        self.live[self.count] = [request, 0]
+        return self.count
+
+    def wait(self, timeout=None):
+        return True
 
     def step(self):
         self.now += self.seconds
         self.stats.preemptions += 1
-        self.batches.append([request.index for request, _ in self.live.values()])
+        self.batches.append([request.fold_in for request, _ in self.live.values()])
         updates = []
         for ticket, entry in list(self.live.items()):
             request, drawn = entry
-            new = min(self.per_step, request.max_tokens - drawn)
+            new = min(self.per_step, request.sampling_params.max_tokens - drawn)
             entry[1] = drawn + new
-            error = "broken" if self.fails.get(request.index, 10**9) <= entry[1] else None
-            ended = entry[1] == request.max_tokens or request.index in self.short
-            if error or ended or request.index in self.loses:
+            error = "broken" if self.fails.get(request.fold_in, 10**9) <= entry[1] else None
+            ended = entry[1] == request.sampling_params.max_tokens or request.fold_in in self.short
+            if error or ended or request.fold_in in self.loses:
                 del self.live[ticket]
-            if request.index in self.loses:
+            if request.fold_in in self.loses:
                 continue
             updates.append(
                 SimpleNamespace(
-                    ticket=ticket, token_ids=(1,) * new, error=error,
+                    request_id=ticket, token_ids=(1,) * new, error=error,
                     completion="done" if ended and not error else None,
                 )
             )  # fmt: skip
@@ -94,7 +96,7 @@ class FakeEngine:
 
 def requests(*outputs, adapters=None, prompt=3):
     return [
-        Request(n, (1,) * prompt, adapters[n] if adapters else f"a{n}", max_tokens=output,
+        make_request(n, (1,) * prompt, adapters[n] if adapters else f"a{n}", max_tokens=output,
                 ignore_eos=True)
         for n, output in enumerate(outputs)
     ]  # fmt: skip
@@ -132,7 +134,7 @@ def test_every_request_ends_once_and_none_before_it_arrived(seed):
     assert len(ended) == len(driven.records) == 40
     for record, request, arrival in zip(driven.records, work, arrivals):
         assert record.completed
-        assert record.output_tokens == request.max_tokens
+        assert record.output_tokens == request.sampling_params.max_tokens
         assert record.start_s == arrival
         assert record.ttft_s > 0
     assert driven.duration_s == max(record.end_s for record in driven.records)
@@ -214,7 +216,7 @@ def test_failures_are_counted_with_their_reasons_and_nothing_is_dropped():
 
 
 def test_a_request_with_other_stops_may_end_early():
-    stopping = [dataclasses.replace(requests(5)[0], stop_token_ids=(1,))]
+    stopping = [with_settings(requests(5)[0], stop_token_ids=(1,))]
     engine = FakeEngine(short={0})
     assert run_throughput(engine, stopping, clock=Clock(engine.clock))["completed"] == 1
 

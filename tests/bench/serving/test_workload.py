@@ -111,7 +111,9 @@ def test_a_seed_reproduces_the_workload_and_another_does_not(seed, distribution)
     once, again = (make_workload(options, 500) for _ in range(2))
     assert once == again
     other = make_workload(dataclasses.replace(options, seed=seed + 1), 500)
-    assert all(a.token_ids != b.token_ids for a, b in zip(once.requests, other.requests))
+    assert all(
+        a.prompt_token_ids != b.prompt_token_ids for a, b in zip(once.requests, other.requests)
+    )
     assert once.arrivals_s != other.arrivals_s
 
 
@@ -120,7 +122,7 @@ def test_rate_and_adapters_leave_the_requests_as_they_are(seed):
     def prompts(**changed):
         options = WorkloadOptions(30, scale=0.1, seed=seed)
         made = make_workload(dataclasses.replace(options, **changed), 500)
-        return [(r.token_ids, r.max_tokens) for r in made.requests]
+        return [(r.prompt_token_ids, r.sampling_params.max_tokens) for r in made.requests]
 
     plain = prompts()
     assert prompts(request_rate=2.0, burstiness=0.3) == plain
@@ -133,12 +135,17 @@ def test_requests_end_after_exactly_their_output_and_avoid_special_tokens(seed):
     options = WorkloadOptions(50, scale=0.2, seed=seed)
     made = make_workload(options, 100, avoid={40, 99})
     lengths = draw_lengths(options).pairs.tolist()
-    assert [[len(r.token_ids), r.max_tokens] for r in made.requests] == lengths
-    assert all(r.ignore_eos and not r.stop_token_ids and not r.stop for r in made.requests)
-    used = {token for r in made.requests for token in r.token_ids}
+    assert [
+        [len(r.prompt_token_ids), r.sampling_params.max_tokens] for r in made.requests
+    ] == lengths
+    assert all(
+        p.ignore_eos and not p.stop_token_ids and not p.stop
+        for p in (r.sampling_params for r in made.requests)
+    )
+    used = {token for r in made.requests for token in r.prompt_token_ids}
     assert used == set(range(32, 100)) - {40, 99}
     assert longest(made.requests) == max(map(sum, lengths))
-    assert [r.index for r in made.requests] == list(range(50))
+    assert [r.fold_in for r in made.requests] == list(range(50))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -183,7 +190,7 @@ def test_of_a_trace_nothing_is_filtered_away(table):
     assert found.file_rows == (5, 3)
     options = WorkloadOptions(3, lengths=path, request_rate="trace", min_total=0, max_total=4096)
     made = make_workload(options, 100)
-    assert [(len(r.token_ids), r.max_tokens) for r in made.requests] == [
+    assert [(len(r.prompt_token_ids), r.sampling_params.max_tokens) for r in made.requests] == [
         (3000, 9), (4, 1), (2100, 1500),
     ]  # fmt: skip
     assert made.file_rows == (5, 3)
@@ -201,7 +208,7 @@ def test_a_trace_keeps_its_order_and_times(seed, random_table):
     options = WorkloadOptions(count, lengths=path, request_rate="trace", min_total=0,
                               max_total=5000, seed=seed)  # fmt: skip
     made = make_workload(options, 100)
-    pairs = [[len(r.token_ids), r.max_tokens] for r in made.requests]
+    pairs = [[len(r.prompt_token_ids), r.sampling_params.max_tokens] for r in made.requests]
     assert pairs == table.pairs[:count].tolist()
     expected = table.arrivals_s[:count] - table.arrivals_s[0]
     np.testing.assert_allclose(made.arrivals_s, expected)

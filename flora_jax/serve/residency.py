@@ -1,22 +1,23 @@
-"""The adapter pool: which adapters are known, which are ready on the host, which lie on the device.
+"""Where adapters are: being read, ready on the host, or resident in the bank's slots on the device.
 
-The device's bank has a fixed size. Adapters are read in the background, written into free slots between
-dispatches, and leave by least recent use when room is needed; those of running sequences and pinned ones
-stay. New content under an old name is another version: who was admitted with the old one keeps it.
+The bank has a fixed size. Adapters are read by other threads, get free slots when a sequence claims them,
+and are written between dispatches. The least recently used are evicted for others; those of running
+sequences and pinned ones stay. New content under an old name is another version: a sequence that was
+added under the old one keeps it. For the engine's thread alone, except where a method says otherwise.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import threading
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 
+from flora_jax.adapters.model_adapter import TARGETS, WeightsOf, match_targets
 from flora_jax.errors import InputError
 from flora_jax.mixing.bank import (
     BASE,
@@ -25,21 +26,20 @@ from flora_jax.mixing.bank import (
     Prepared,
     Slots,
     empty_layers,
+    most_of,
     patch,
     room_for,
+    sum_of,
     write,
 )
 from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.serve.scheduler import Admission
-from flora_jax.serve.versions import Source, Version
-from flora_jax.serve.versions import version as version_of
+from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.readers import Readers, Reading
+from flora_jax.serve.registry import Version
+from flora_jax.serve.scheduler import Admission, LoadError
 
 # Numbers of slots by target and side (multiplicative, additive, bias), none of them 0.
 Held = collections.Counter[tuple[str, int]]
-
-
-class LoadError(InputError):
-    """An adapter could not be made ready; the message says which and why."""
 
 
 @dataclasses.dataclass
@@ -50,12 +50,12 @@ class _Resident:
     def held(self) -> Held:
         return collections.Counter(
             {(t, side): len(own) for t, s in self.slots.items()
-             for side, own in enumerate(_numbers(s)) if own}
+             for side, own in enumerate(s.numbers()) if own}
         )  # fmt: skip
 
 
-class AdapterPool:
-    """Adapters by name over one device bank.
+class Residency:
+    """Versions of adapters over one device bank.
 
     Args:
         config: of the base model.
@@ -63,6 +63,8 @@ class AdapterPool:
         most: by target the largest numbers that one adapter may have.
         host_bytes: bound of the host's cache of adapters that are ready to be written.
         additive: dtype of the bank's additive vectors.
+        readers: the threads that read adapters; two with a minute each where it is ``None``.
+        is_pinned: of which versions are never evicted.
         allocate: without it the bank has shapes in place of arrays.
     """
 
@@ -74,11 +76,15 @@ class AdapterPool:
         host_bytes: int = 4 << 30,
         additive: Any = "float32",
         *,
+        readers: Readers | None = None,
+        is_pinned: Callable[[Version], bool] = lambda version: False,
         allocate: bool = True,
     ):
         self.config = config
         self.room = room
         self.capacity = most
+        # Gives the base's weights to kinds of adapters that ask for them.
+        self.weights: WeightsOf | None = None
         self.targets = tuple(room)
         make = partial(empty_layers, room, config.projections(), config.n_layer, additive)
         self.layers: Any = make() if allocate else jax.eval_shape(make)
@@ -91,53 +97,20 @@ class AdapterPool:
         self._residents: collections.OrderedDict[Version, _Resident] = collections.OrderedDict()
         self._ready: collections.OrderedDict[Version, Prepared] = collections.OrderedDict()
         self._ready_bytes = 0
-        self._loading: dict[Version, Future[Prepared]] = {}
-        self._names: dict[str, Version] = {}
-        self._pinned: set[str] = set()
-        self._lock = threading.RLock()
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapters")
+        self._loading: dict[Version, Reading] = {}
+        # Reads that nobody waits for, whose threads are not back yet.
+        self._left: dict[Version, Reading] = {}
+        # What has slots and is not written there yet.
+        self._claimed: list[tuple[Prepared, dict[str, Slots]]] = []
+        self._is_pinned = is_pinned
+        self._readers = readers or Readers(2, 60.0)
 
     @classmethod
     def of_size(
         cls, config: StarCoderConfig, most: Mapping[str, Count], residents: int, **options: Any
-    ) -> AdapterPool:
-        """A pool with room for so many adapters of the largest size ``most`` by target."""
+    ) -> Residency:
+        """One with room for so many adapters of the largest size ``most`` by target."""
         return cls(config, room_for(most, residents), most, **options)
-
-    def register(self, name: str, source: Source, *, pinned: bool = False) -> Version:
-        """Makes an adapter known, or replaces what the name stood for; may be called by any thread.
-
-        Raises:
-            InputError: there is no adapter at that path.
-        """
-        found = version_of(name, source)
-        with self._lock:
-            self._names[name] = found
-            (self._pinned.add if pinned else self._pinned.discard)(name)
-        return found
-
-    def unregister(self, name: str) -> None:
-        """Forgets a name; running sequences keep their version.
-
-        Raises:
-            KeyError: nothing has this name.
-        """
-        with self._lock:
-            del self._names[name]
-            self._pinned.discard(name)
-
-    def names(self) -> list[str]:
-        with self._lock:
-            return list(self._names)
-
-    def current(self, name: str) -> Version:
-        """What a name stands for now.
-
-        Raises:
-            KeyError: nothing has this name.
-        """
-        with self._lock:
-            return self._names[name]
 
     def add_ready(self, version: Version, prepared: Prepared) -> None:
         """Takes an adapter that is prepared already into the host's cache."""
@@ -151,16 +124,21 @@ class AdapterPool:
         """Begins to read an adapter that somebody will want; it is held until claimed or forgotten."""
         known = (self._residents, self._ready, self._loading)
         if not any(version in place for place in known):
-            self._loading[version] = self._reader.submit(version.read, self.config)
+            begun = self._left.pop(version, None)
+            # While a thread hangs in this read, another one would hang there as well.
+            if begun is None or (begun.done and not begun.hung):
+                begun = self._readers.submit(partial(version.read, self.config, self.weights))
+            self._loading[version] = begun
 
     def forget(self, version: Version) -> None:
         """Nobody waits for an adapter any more: what was read of it, or why it could not be, is lost."""
-        future = self._loading.pop(version, None)
-        if future is not None:
-            future.cancel()
+        reading = self._loading.pop(version, None)
+        if reading is not None and not self._readers.cancel(reading):
+            self._left[version] = reading
 
-    def acquire(self, version: Version) -> Admission:
-        """Claims an adapter for a sequence, "ready" if it is on the device now.
+    def claim(self, version: Version) -> Admission:
+        """Claims an adapter for a sequence; "ready" if it has slots now: :meth:`write_claimed` has to be
+        called before they are used.
 
         Raises:
             LoadError: it cannot be read, or does not fit the model or the bank.
@@ -170,12 +148,12 @@ class AdapterPool:
             prepared = self._ready.get(version)
             if prepared is None:
                 self.prefetch(version)
-                if not self._loading[version].done():
+                if not self._loading[version].done:
                     return "loading"
                 prepared = self._read(version)
-            resident = self._place(version, prepared)
+            resident = self._give_slots(version, prepared)
             if resident is None:
-                return "full"  # What was read ahead is held on, whatever the host's cache has room for.
+                return "full"  # What was preloaded is kept, whatever the host's cache has room for.
             if self._loading.pop(version, None) is not None:
                 self.add_ready(version, prepared)
             else:
@@ -184,28 +162,43 @@ class AdapterPool:
         self._residents.move_to_end(version)
         return "ready"
 
+    def write_claimed(self) -> None:
+        """Writes the adapters that were given slots since the last call into the bank."""
+        claimed, self._claimed = self._claimed, []
+        for prepared, owned in claimed:
+            self._write(prepared, owned)
+
     def release(self, version: Version) -> None:
         """Gives a claim back."""
         self._residents[version].users -= 1
 
-    def wait(self, versions: Iterable[Version], timeout: float | None = None) -> None:
-        """Waits until at least one of the adapters that are being read is there."""
-        futures = [self._loading[v] for v in versions if v in self._loading]
-        done = threading.Event()
-        for future in futures:
-            future.add_done_callback(lambda _: done.set())
-        if futures:
-            done.wait(timeout)
+    @property
+    def is_reading(self) -> bool:
+        """Whether an adapter that somebody waits for is being read."""
+        return any(not reading.done for reading in self._loading.values())
+
+    def expire(self) -> None:
+        """Fails the reads whose deadline has passed."""
+        self._readers.expire()
+        back = [v for v, reading in self._left.items() if reading.done and not reading.hung]
+        for version in back:
+            del self._left[version]
+
+    def deadline_s(self) -> float | None:
+        """When :meth:`expire` should be called, by ``time.monotonic``; any thread may ask."""
+        return self._readers.deadline_s()
 
     def close(self) -> None:
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        """Reads no further adapters. Waits for none."""
+        self._readers.close()
 
     def is_resident(self, version: Version) -> bool:
+        """Whether it has slots; any thread may ask."""
         return version in self._residents
 
-    def is_read(self, version: Version | None) -> bool:
-        """Whether it lies on the device or is ready on the host; of none, yes."""
-        return version is None or version in self._residents or version in self._ready
+    def is_read(self, version: Version) -> bool:
+        """Whether it has slots or is ready on the host; any thread may ask."""
+        return version in self._residents or version in self._ready
 
     def of(self, version: Version | None, target: str) -> Slots:
         """Raises ``KeyError`` for an adapter that is not resident."""
@@ -224,6 +217,10 @@ class AdapterPool:
         reading = self._loading.pop(version)
         try:
             prepared = reading.result()
+        except TimeoutError as error:
+            self._left[version] = reading
+            where = version.source if isinstance(version.source, str | Path) else "memory"
+            raise LoadError(f"adapter {version.name!r}: {where}: {error}") from None
         except (InputError, OSError, ValueError) as error:
             raise LoadError(f"adapter {version.name!r}: {error}") from error
         except Exception as error:  # Whatever a file holds, it is the request's affair alone.
@@ -237,23 +234,23 @@ class AdapterPool:
                     f"adapter {version.name!r}: {target} has {tuple(count)} components "
                     f"(multiplicative, additive, bias), at most {allowed} are served"
                 )
-        self._loading[version] = reading  # Held until it is placed.
+        self._loading[version] = reading  # Kept until it has slots.
         return prepared
 
-    def _place(self, version: Version, prepared: Prepared) -> _Resident | None:
-        """Gives the adapter slots and writes it there; ``None`` where running ones leave no room.
+    def _give_slots(self, version: Version, prepared: Prepared) -> _Resident | None:
+        """Gives the adapter slots, to be written later; ``None`` where running ones leave none.
 
         Raises:
             LoadError: pinned ones leave no room.
         """
         missing = self._missing(prepared)
-        leaving: list[Version] = []
+        evicted: list[Version] = []
         for candidate, resident in self._residents.items():
             if not missing:
                 break
             gain = resident.held()
             if gain.keys() & missing.keys() and not (resident.users or self._is_pinned(candidate)):
-                leaving.append(candidate)
+                evicted.append(candidate)
                 missing -= gain
         if missing:
             for candidate, resident in self._residents.items():
@@ -262,7 +259,7 @@ class AdapterPool:
             if missing:
                 raise LoadError(f"adapter {version.name!r}: no room beside the pinned ones")
             return None
-        for candidate in leaving:
+        for candidate in evicted:
             self._evict(candidate)
         owned = {}
         for target, count in prepared.counts.items():
@@ -271,7 +268,7 @@ class AdapterPool:
                 for free, number in zip(self._free[target], count)
             )
             owned[target] = Slots(tuple(mul), tuple(add), bias[0] if bias else 0)
-        self._write(prepared, owned)
+        self._claimed.append((prepared, owned))
         self.loads += 1
         resident = self._residents[version] = _Resident(owned)
         return resident
@@ -290,14 +287,58 @@ class AdapterPool:
 
     def _evict(self, version: Version) -> None:
         for target, slots in self._residents.pop(version).slots.items():
-            for free, numbers in zip(self._free[target], _numbers(slots)):
+            for free, numbers in zip(self._free[target], slots.numbers()):
                 free.extend(numbers)
         self.evictions += 1
 
-    def _is_pinned(self, version: Version) -> bool:
-        with self._lock:
-            return version.name in self._pinned and self._names.get(version.name) == version
+
+def make_residency(
+    first: Mapping[Version, Prepared],
+    config: StarCoderConfig,
+    options: EngineOptions,
+    additive: Any = "float32",
+    **others: Any,
+) -> Residency:
+    """With slots for all of these adapters, or for as many of the largest as the options say.
+
+    ``additive`` is the dtype of the bank's additive vectors; ``others`` go to :class:`Residency`.
+
+    Raises:
+        InputError: targets without anything that says how many components they may have.
+    """
+    prepared = list(first.values())
+    most, room = most_of(prepared), sum_of(prepared)
+    more = options.max_components
+    if more is not None:
+        for target in {*most, *match_targets(options.targets)}:
+            known = most.get(target, Count(1, 0, 0))
+            most[target] = Count(max(more, known[0]), max(more, known[1]), 1)
+    elif options.targets:
+        if not most:
+            raise InputError(
+                f"targets are {', '.join(options.targets)} and max_components is None, expected a "
+                "number where no adapter is there at the start"
+            )
+        largest = Count(*map(max, zip(*most.values())))
+        most = dict.fromkeys(match_targets(options.targets), largest) | most
+    number = options.resident_adapters
+    if number is not None or more is not None or options.targets:
+        number = number or max(len(prepared), options.max_num_seqs)
+        room = room_for(most, number)
+    targets = [target for target in TARGETS if target in most]
+    residency = Residency(
+        config,
+        {target: room[target] for target in targets},
+        {target: most[target] for target in targets},
+        options.host_adapter_bytes,
+        additive,
+        **others,
+    )
+    for version, own in first.items():
+        residency.add_ready(version, own)
+    return residency
 
 
-def _numbers(slots: Slots) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    return slots.multiplicative, slots.additive, (slots.bias,) if slots.bias else ()
+def target_groups(first: Mapping[Version, Prepared]) -> list[tuple[str, ...]]:
+    """The sets of targets that the adapters have."""
+    return [tuple(t for t in TARGETS if t in own.counts) for own in first.values()]

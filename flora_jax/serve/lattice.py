@@ -1,15 +1,17 @@
-"""Which shapes the engine's steps are compiled for: a short lattice, all of it known at the start.
+"""Which shapes the engine's steps are compiled for, and how a batch is padded to one of them.
 
-Knows nothing of requests or scheduling.
+The lattice of shapes is short, and all of it is known at the start. Knows nothing of requests or
+scheduling.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
-from flora_jax.mixing.bank import Residents
+from flora_jax.mixing.bank import BASE, Residents, Slots
 from flora_jax.mixing.pairs import (
     BASE_FORM,
     Form,
@@ -17,10 +19,12 @@ from flora_jax.mixing.pairs import (
     bucket,
     group_bucket,
     group_lattice,
+    list_owned,
     padded_additive,
     padded_multiplicative,
     pair_lattice,
 )
+from flora_jax.mixing.ragged import Pairs
 from flora_jax.platforms import Platform
 from flora_jax.serve.options import EngineOptions
 
@@ -34,12 +38,20 @@ class DecodeShape(NamedTuple):
 
 
 class PrefillShape(NamedTuple):
-    """Pieces, tokens of each, the form of their adapters, positions of the table."""
+    """Chunks, tokens of each, the form of their adapters, positions of the table."""
 
     rows: int
     length: int
     form: Form
     span: int
+
+
+class _Listed(NamedTuple):
+    """A batch's slots by target, padded, its level, and the lists that follow from both."""
+
+    owned: dict[str, list[Slots]]
+    level: tuple[int, int]
+    pairs: dict[str, Pairs]
 
 
 class Lattice:
@@ -62,16 +74,16 @@ class Lattice:
         platform: Platform,
         groups: Sequence[tuple[str, ...]] = (),
     ):
-        self.bank = bank
+        self.bank, self.context = bank, context
         self.options = options
         self.dynamic = platform.values_as_trip_counts
         self.few = platform.few_shapes
         sizes = options.on(platform)
         self.rows = sizes.row_buckets
         self.budget = sizes.max_num_batched_tokens
-        self.pieces = tuple(sorted({1, sizes.pieces}))
+        self.chunks = tuple(sorted({1, sizes.pieces}))
         if options.batch_invariant:
-            self.pieces = (sizes.pieces,)
+            self.chunks = (sizes.pieces,)
         self.short = min(sizes.chunk, context)
         self.merged = options.merge_prompts and self.short >= platform.merged_from
         self.long = self.short
@@ -85,6 +97,8 @@ class Lattice:
             # What a short prompt's attention to positions that are not there costs is little.
             self.prompt_spans = _spans(context, 4 * self.short)
         most = [bank.most(target) for target in bank.targets]
+        # The lists of the last batch by number of rows: most batches have the slots of the one before.
+        self._listed: dict[int, _Listed] = {}
         self._most = tuple(max(counts) for counts in zip(*most)) if most else (1, 0)
         self.groups = tuple(dict.fromkeys((*groups, bank.targets))) if bank.targets else ()
         if self.few and self.groups:
@@ -101,7 +115,7 @@ class Lattice:
 
     def prefill_shapes(self) -> list[PrefillShape]:
         """Everything that prefilling can ask for."""
-        sizes = [(rows, self.short) for rows in self.pieces]
+        sizes = [(rows, self.short) for rows in self.chunks]
         if self.long > self.short:
             sizes.append((1, self.long))
         spans = self.prompt_spans
@@ -143,31 +157,64 @@ class Lattice:
         targets = min(fitting, key=len)
         return own._replace(targets=targets, merged=self.merged)
 
-    def piece_rows(self, pieces: int) -> int:
-        """Rows of a dispatch of short pieces."""
-        return bucket(pieces, self.pieces)
+    def chunk_rows(self, chunks: int) -> int:
+        """Rows of a dispatch of short chunks."""
+        return bucket(chunks, self.chunks)
 
     def prompt_span(self, length: int) -> int:
         """The table's positions for prompts of up to ``length``, padding behind the context aside."""
         return bucket(min(length, self.prompt_spans[-1]), self.prompt_spans)
 
-    def decode(self, names: Sequence[Any], longest: int) -> DecodeShape:
-        """The smallest shape for rows that use the named adapters, and sequences of up to ``longest``."""
+    def decode(self, names: Sequence[Any], longest: int) -> tuple[DecodeShape, dict[str, Pairs]]:
+        """The smallest shape for rows that use the named adapters and for sequences of up to ``longest``
+        positions, and the rows' components on each target, padded to it.
+
+        Raises:
+            KeyError: an adapter is not resident.
+        """
         rows = bucket(len(names), self.rows)
+        padding = [BASE] * (rows - len(names))
+        owned = {
+            target: [*(self.bank.of(name, target) for name in names), *padding]
+            for target in self.bank.targets
+        }
+        listed = self._listed.get(rows)
+        if listed is None or listed.owned != owned:
+            level = self._level(rows, owned)
+            listed = _Listed(owned, level, self._lists(rows, level, owned))
+            self._listed[rows] = listed
+        span = self.spans[-1]
+        if not self.options.batch_invariant:
+            span = bucket(min(longest, span), self.spans)
+        return DecodeShape(rows, listed.level, span), listed.pairs
+
+    def nothing(self, shape: DecodeShape) -> dict[str, Pairs]:
+        """The lists of a shape whose rows are all under the base model."""
+        owned = {target: [BASE] * shape.rows for target in self.bank.targets}
+        return self._lists(shape.rows, shape.level, owned)
+
+    def _level(self, rows: int, owned: dict[str, list[Slots]]) -> tuple[int, int]:
         if self.options.batch_invariant:
-            return DecodeShape(rows, max(self._levels(rows)), self.spans[-1])
+            return max(self._levels(rows))
         needed = [0, 0]
-        for target in self.bank.targets:
-            owned = [self.bank.of(name, target) for name in names]
+        for target, own in owned.items():
             pairs, groups = self._sizes(target, rows)
-            found = bucket(sum(len(slots.multiplicative) - 1 for slots in owned), pairs)
-            most = group_bucket([len(slots.additive) for slots in owned], groups)
+            found = bucket(sum(len(slots.multiplicative) - 1 for slots in own), pairs)
+            most = group_bucket([len(slots.additive) for slots in own], groups)
             needed = [max(needed[0], pairs.index(found)), max(needed[1], groups.index(most))]
         enough = (
             level for level in self._levels(rows) if level[0] >= needed[0] and level[1] >= needed[1]
         )
-        level = min(enough, key=lambda level: (sum(level), level))
-        return DecodeShape(rows, level, bucket(min(longest, self.spans[-1]), self.spans))
+        return min(enough, key=lambda level: (sum(level), level))
+
+    def _lists(
+        self, rows: int, level: tuple[int, int], owned: dict[str, list[Slots]]
+    ) -> dict[str, Pairs]:
+        sizes = self.pair_sizes(DecodeShape(rows, level, self.spans[-1]))
+        return {
+            target: list_owned(own, self.bank.most(target), *sizes[target])
+            for target, own in owned.items()
+        }
 
     def pair_sizes(self, shape: DecodeShape) -> dict[str, tuple[int, Groups]]:
         """By target the length of the list of pairs, and the numbers of additive components."""
@@ -180,7 +227,7 @@ class Lattice:
 
     def _sizes(self, target: str, rows: int) -> tuple[tuple[int, ...], tuple[Groups, ...]]:
         mul, add = self.bank.most(target)
-        return pair_lattice(rows, mul - 1), group_lattice(rows, add)
+        return _bucket_sizes(rows, mul, add)
 
     def _levels(self, rows: int) -> Iterator[tuple[int, int]]:
         """One kind of pairs alone at any level, or both at one: all combinations would be too many.
@@ -201,6 +248,11 @@ class Lattice:
         yield from ((0, level) for level in range(1, tops[1] + 1))
         if all(tops):
             yield from ((min(n, tops[0]), min(n, tops[1])) for n in range(1, max(tops) + 1))
+
+
+@cache
+def _bucket_sizes(rows: int, mul: int, add: int) -> tuple[tuple[int, ...], tuple[Groups, ...]]:
+    return pair_lattice(rows, mul - 1), group_lattice(rows, add)
 
 
 def _spans(context: int, first: int) -> tuple[int, ...]:

@@ -1,0 +1,5 @@
+"""``python -m flora_jax``."""
+
+from flora_jax.cli import main
+
+main()

@@ -1,0 +1,22 @@
+"""What comes with the package under a name: the model "mini" and adapters such as "flora/perl"."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ASSETS = Path(__file__).parent / "assets"
+_MODELS = ("mini",)
+
+
+def model_source(name: str) -> str:
+    """The path of a shipped model, or ``name`` itself; an existing path wins."""
+    return str(ASSETS / name) if name in _MODELS and not Path(name).exists() else name
+
+
+def adapter_source(name: str | Path) -> Path:
+    """The folder of a shipped adapter, or ``name`` itself as a path; an existing path wins."""
+    path = Path(name)
+    if path.exists() or path.is_absolute() or ".." in path.parts:
+        return path
+    shipped = ASSETS / "adapters" / path
+    return shipped if (shipped / "adapter_config.json").is_file() else path
