@@ -57,7 +57,7 @@ from flora_jax.train.results import write_curve, write_results
 
 def train(
     options: TrainOptions,
-    output: Path,
+    output: str | Path,
     *,
     resume: bool = False,
     source: str | None = None,
@@ -83,7 +83,7 @@ def train(
         NonFiniteLossError: training diverged.
         InterruptedRun: ``interrupt`` was set; ``resume`` goes on.
     """
-    options = options.effective(jax.default_backend())
+    options, output = options.effective(jax.default_backend()), Path(output)
     interrupt = interrupt or Interrupt()
     folders = {name: output / name for name in options.data}
     with directory_lock(output):

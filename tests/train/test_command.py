@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import flora_jax
 from flora_jax.checkpoints.checkpoint import load_model
 from flora_jax.train import results
 from flora_jax.train.adapt import GroupedBatch, make_scorer
 from flora_jax.train.data.tokens import tokenize
+from flora_jax.train.options import make_options, read_file
 from tests.helpers.byte_tokenizer import PIECES, byte_tokenizer
 from tests.helpers.torch_models import flax_logits, random_tokens, tiny_torch_model, torch_logits
 from tests.helpers.training_home import (
@@ -171,6 +173,12 @@ def test_a_finished_run_is_left_as_it_is(both, home, capsys):
     arguments = ["train", "--config", both / "config.json", "--output", both, "--resume"]
     assert program(home, *arguments) == 0
     assert "this run is finished, nothing to do" in capsys.readouterr().err
+    assert snapshot(both) == before
+    # The same from Python, with the directory as text.
+    said, options = [], make_options(read_file(both / "config.json"))
+    folders = flora_jax.train(options, str(both), resume=True, say=said.append)
+    assert folders == {name: both / name for name in NAMES}
+    assert said == [f"{both}: this run is finished, nothing to do"]
     assert snapshot(both) == before
 
 
