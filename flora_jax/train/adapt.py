@@ -206,9 +206,10 @@ def _divide(leaf: jax.Array, count_N: jax.Array) -> jax.Array:
     return leaf / count_N.reshape(-1, *(1,) * (leaf.ndim - 1))
 
 
-def _hold_frozen(updates: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """No update, not even weight decay's, for what a kind does not train."""
-    return [{t: kind_of(own).freeze(own) for t, own in layer.items()} for layer in updates]
+def _hold_frozen(updates: Any) -> Any:
+    """No update, not even weight decay's, for what a kind does not train; a pytree as it was."""
+    held = [{t: kind_of(own).freeze(own) for t, own in layer.items()} for layer in updates]
+    return jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(held))
 
 
 class Scores(NamedTuple):
