@@ -154,6 +154,11 @@ def kind_of(params: Any) -> Kind:
     return _KIND_OF[type(params)]
 
 
+def is_factors(node: Any) -> bool:
+    """Whether a node of a pytree is a kind's parameter dataclass, such as :func:`kind_of` takes."""
+    return type(node) in _KIND_OF
+
+
 def _apply_uniform(
     params: Any, x_BTI: jax.Array, W_IO: Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:

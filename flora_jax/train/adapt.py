@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from flora_jax.adapters.kind import kind_of
+from flora_jax.adapters.kind import is_factors, kind_of
 from flora_jax.mixing.grouped import grouped_hooks
 from flora_jax.models.starcoder.model import Remat, StarCoder
 from flora_jax.train.data.packing import Batch
@@ -207,9 +207,8 @@ def _divide(leaf: jax.Array, count_N: jax.Array) -> jax.Array:
 
 
 def _hold_frozen(updates: Any) -> Any:
-    """No update, not even weight decay's, for what a kind does not train; a pytree as it was."""
-    held = [{t: kind_of(own).freeze(own) for t, own in layer.items()} for layer in updates]
-    return jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(held))
+    """No update, not even weight decay's, for what a kind does not train."""
+    return jax.tree.map(lambda own: kind_of(own).freeze(own), updates, is_leaf=is_factors)
 
 
 class Scores(NamedTuple):
