@@ -1,10 +1,8 @@
-"""Converts an orbax directory of a StarCoder into Hugging Face files that transformers loads.
+"""Converts a model into Hugging Face's files, which transformers loads.
 
-    python convert/flax_to_hf.py SOURCE OUTPUT [--dtype bfloat16]
+    python convert/flax_to_hf.py MODEL OUTPUT [--dtype bfloat16]
 
-SOURCE is a directory of convert/hf_to_flax.py (or anything else that load_model takes). OUTPUT must be
-new or empty; it appears only when it is whole. Tokenizer files are copied along. A bad input ends with
-one line on stderr and exit code 2.
+The same as ``flora-jax convert MODEL OUTPUT --to hf``.
 """
 
 from __future__ import annotations
@@ -14,23 +12,19 @@ from typing import Annotated
 
 import typer
 
-from flora_jax.checkpoints.checkpoint import load_model, save_hf
-from flora_jax.checkpoints.sources import resolve
+from flora_jax.cli.convert import convert
 from flora_jax.cli.program import run_function
-from flora_jax.files import require_new
 
 
 def main(
-    source: Annotated[str, typer.Argument(help="A directory or a hub id.")],
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="A directory or a hub id.")],
     output: Annotated[Path, typer.Argument(help="A directory that is new or empty.")],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; SOURCE's own by default.")
+        str | None, typer.Option(help="float32, bfloat16 or float16; MODEL's own by default.")
     ] = None,
 ) -> None:
-    """Convert a StarCoder into Hugging Face files (config.json and safetensors)."""
-    require_new(output)
-    directory = resolve(source)
-    save_hf(load_model(directory, dtype), output, companions=directory)
+    """Converts a model into Hugging Face's files."""
+    convert(source, output, "hf", dtype)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""Converts a Hugging Face StarCoder (GPTBigCode) into an orbax directory that flora_jax restores.
+"""Converts Hugging Face's files of a model into an orbax directory that loads straight into its place.
 
-    python convert/hf_to_flax.py SOURCE OUTPUT [--dtype bfloat16]
+    python convert/hf_to_flax.py MODEL OUTPUT [--dtype bfloat16]
 
-SOURCE is a directory (config.json with safetensors or pytorch_model.bin) or a hub id. OUTPUT must be
-new or empty; it appears only when it is whole. Tokenizer files are copied along. A bad input ends with
-one line on stderr and exit code 2.
+The same as ``flora-jax convert MODEL OUTPUT --to flax``.
 """
 
 from __future__ import annotations
@@ -14,23 +12,19 @@ from typing import Annotated
 
 import typer
 
-from flora_jax.checkpoints.checkpoint import load_model, save_orbax
-from flora_jax.checkpoints.sources import resolve
+from flora_jax.cli.convert import convert
 from flora_jax.cli.program import run_function
-from flora_jax.files import require_new
 
 
 def main(
-    source: Annotated[str, typer.Argument(help="A directory or a hub id.")],
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="A directory or a hub id.")],
     output: Annotated[Path, typer.Argument(help="A directory that is new or empty.")],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; SOURCE's own by default.")
+        str | None, typer.Option(help="float32, bfloat16 or float16; MODEL's own by default.")
     ] = None,
 ) -> None:
-    """Convert a Hugging Face StarCoder into an orbax directory."""
-    require_new(output)
-    directory = resolve(source)
-    save_orbax(load_model(directory, dtype), output, companions=directory)
+    """Converts Hugging Face's files into an orbax directory."""
+    convert(source, output, "flax", dtype)
 
 
 if __name__ == "__main__":

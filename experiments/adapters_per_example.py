@@ -122,8 +122,8 @@ def pass_programs(
     from flora_jax.mixing.bank import build_bank
     from flora_jax.mixing.pairs import list_pairs
     from flora_jax.mixing.ragged import ragged_hooks
+    from flora_jax.models.model import init_model
     from flora_jax.models.starcoder.config import PRESETS
-    from flora_jax.models.starcoder.model import init_model
     from flora_jax.models.transpose import for_decoding
 
     config = PRESETS[preset]

@@ -45,8 +45,8 @@ def parts_of(model: Any, rows: int, tokens: int, seen: int) -> dict[str, Callabl
     import jax.numpy as jnp
     from flax import nnx
 
-    from flora_jax.models.attention import attend, split_qkv
-    from flora_jax.models.starcoder.model import layer_norm
+    from flora_jax.models.attention import attend
+    from flora_jax.models.starcoder.model import layer_norm, split_qkv
     from flora_jax.weights.product import apply
 
     config = model.config
@@ -138,8 +138,8 @@ def main(
 ) -> None:
     """Times all parts at all lengths, prints the table and draws the picture."""
     from flora_jax.bench.receipts.timing import interleaved
+    from flora_jax.models.model import init_model
     from flora_jax.models.starcoder.config import PRESETS
-    from flora_jax.models.starcoder.model import init_model
     from flora_jax.models.transpose import for_decoding
 
     started = time.perf_counter()

@@ -32,7 +32,7 @@ from flora_jax.bench.serving.workload import WorkloadOptions
 from flora_jax.cli.common import prepare_jax, say
 from flora_jax.cli.program import run_function
 from flora_jax.files import require_file
-from flora_jax.models.starcoder.model import Model
+from flora_jax.models.model import Model
 
 RESULTS = Path(__file__).parent / "results" / "fig2_latency.jsonl"
 PARTS = (0.5, 0.9)

@@ -46,7 +46,7 @@ from flora_jax.checkpoints.tokenizer import load_tokenizer
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 from flora_jax.mixing.grouped import grouped_hooks
-from flora_jax.models.starcoder.model import Model
+from flora_jax.models.model import Model
 from flora_jax.peft.read import read_adapter
 from flora_jax.train.data.packing import PackedTokens
 from flora_jax.train.data.tokens import piece_bytes, tokenize
@@ -263,7 +263,7 @@ def main(
                 "language": language,
                 "kind": options.kind,
                 "rank": options.rank,
-                "targets": list(options.targets),
+                "targets": list(options.targets or ("c_attn",)),
                 "learning_rate": options.rate,
                 "init": options.init,
                 "seed": options.seed,

@@ -27,8 +27,8 @@ import jax.numpy as jnp
 import optax
 
 from flora_jax.adapters.model_adapter import init_adapter
+from flora_jax.models.model import abstract_model
 from flora_jax.models.starcoder.config import PRESETS
-from flora_jax.models.starcoder.model import abstract_model
 from flora_jax.plan.ahead import Compiled, compile_lowered, placed
 from flora_jax.plan.cards import CARDS
 from flora_jax.plan.launches import Instruction, Program

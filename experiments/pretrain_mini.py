@@ -31,8 +31,8 @@ from flora_jax.checkpoints.checkpoint import load_model, save_hf
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 from flora_jax.files import whole_path
+from flora_jax.models.model import Model, init_model
 from flora_jax.models.starcoder.config import PRESETS
-from flora_jax.models.starcoder.model import Model, init_model
 from flora_jax.train.data.documents import Document, read_documents
 from flora_jax.train.data.packing import windows_at
 from flora_jax.train.data.tokens import pack, piece_bytes
@@ -280,7 +280,7 @@ def main(
     }
     print(f"{len(training.tokens):,} tokens of {training.text_bytes:,} bytes")
     fresh = init_model(config, seed) if start_from is None else load_model(start_from, "float32")
-    config, graph, params = fresh
+    graph, params = fresh.graph, fresh.params
 
     def loss_function(params: Any, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graph, params)
@@ -309,7 +309,7 @@ def main(
     )
     loop = LoopOptions(steps=steps, save_seconds=save_seconds)
     state = run_loop(pretraining.init_state(params, optimizer), work, output, loop)
-    model = Model(config, graph, state.params)
+    model = Model(fresh.config, graph, state.params)
     export(model, output, training, evaluate(state.params), recipe, about)
 
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.adapters.model_adapter import init_adapter
+from flora_jax.models.model import init_model
 from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.model import init_model
 from flora_jax.platforms import Platform
 from flora_jax.serve import steps
 from flora_jax.serve.engine import Engine

@@ -14,6 +14,7 @@ from flora_jax.bench.serving import setup
 from flora_jax.bench.serving.drive import run_throughput
 from flora_jax.bench.serving.workload import WorkloadOptions
 from flora_jax.errors import RunError
+from flora_jax.models.family import changed
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Request, SamplingParams
@@ -93,7 +94,7 @@ def build(preset: str, seed: int) -> tuple[Engine, Engine, dict[str, list[str]]]
     ``REQUESTS``, and their names.
     """
     base = setup.find_base(None, preset)
-    wide = dataclasses.replace(base.config, n_positions=max(base.config.n_positions, CONTEXT))
+    wide = changed(base.config, n_positions=max(base.config.n_positions, CONTEXT))
     model = setup.load_base(base._replace(config=wide), "float32", seed)
     adapters: dict[str, Any] = {}
     names: dict[str, list[str]] = {}

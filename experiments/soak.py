@@ -40,14 +40,14 @@ import numpy as np
 import typer
 from flax import nnx
 
-from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, match_targets, randomise
+from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, randomise
 from flora_jax.bench.receipts import report
 from flora_jax.checkpoints.checkpoint import load_model
 from flora_jax.cli.common import ASSETS, prepare_jax, say
 from flora_jax.cli.program import run_function
 from flora_jax.files import require_file
-from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.model import Model
+from flora_jax.models.family import ModelConfig
+from flora_jax.models.model import Model
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Request, RequestId, SamplingParams
@@ -59,11 +59,11 @@ PROMPT, OUTPUT, ROWS, IN_ENGINE = 64, 32, 16, 64
 OPTIONS = EngineOptions(
     max_num_seqs=ROWS, max_model_len=PROMPT + OUTPUT, cache_tokens=640, resident_adapters=RESIDENT
 )
-TARGETS = match_targets(("c_attn", "c_fc"))
+TARGETS = ("attn.c_attn", "mlp.c_fc")
 MARGIN = 1e-4
 
 
-def random_adapters(config: StarCoderConfig, seed: int) -> dict[str, ModelAdapter]:
+def random_adapters(config: ModelConfig, seed: int) -> dict[str, ModelAdapter]:
     """Adapters of all kinds and ranks."""
     draw = random.Random(seed)
     found = {}
@@ -78,9 +78,7 @@ def random_adapters(config: StarCoderConfig, seed: int) -> dict[str, ModelAdapte
     return found
 
 
-def requests(
-    count: int, names: Sequence[str], config: StarCoderConfig, seed: int
-) -> Iterator[Request]:
+def requests(count: int, names: Sequence[str], config: ModelConfig, seed: int) -> Iterator[Request]:
     """Requests one by one, so that none of them is held for longer than it is needed."""
     rng = np.random.default_rng(seed)
     weight_N = 1 / np.arange(1, len(names) + 1)

@@ -123,8 +123,8 @@ def worker(name: str, model_directory: str, dropout: bool) -> None:
 def make_model(directory: Path) -> None:
     """Random weights of the 164M shape, as Hugging Face stores them."""
     from flora_jax.checkpoints.checkpoint import save_hf
+    from flora_jax.models.model import init_model
     from flora_jax.models.starcoder.config import PRESETS
-    from flora_jax.models.starcoder.model import init_model
 
     save_hf(init_model(PRESETS["164m"]), directory)
 

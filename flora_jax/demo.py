@@ -11,10 +11,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from flora_jax.adapters.model_adapter import ModelAdapter
-from flora_jax.checkpoints.checkpoint import load_model
-from flora_jax.checkpoints.tokenizer import load_tokenizer
+from flora_jax.checkpoints import open_checkpoint
 from flora_jax.errors import RunError
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.family import ModelConfig
 from flora_jax.peft.read import read_adapter
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
@@ -34,7 +33,7 @@ PROMPTS = {
 KINDS = ("flora", "lora", "ia3")
 
 
-def shipped_adapters(assets: Path, config: StarCoderConfig) -> dict[str, ModelAdapter]:
+def shipped_adapters(assets: Path, config: ModelConfig) -> dict[str, ModelAdapter]:
     """The embedded adapters by ``kind/language``."""
     return {
         f"{kind}/{language}": read_adapter(
@@ -57,9 +56,9 @@ def run_demo(assets: Path, *, language: str, max_tokens: int, seed: int) -> None
     params = SamplingParams(max_tokens=max_tokens, temperature=0.7, seed=seed)
     console = Console()
     source = assets / "mini"
-    model = load_model(source, "float32")
-    config = model.config
-    tokenizer = load_tokenizer(source, config.vocab_size)
+    opened = open_checkpoint(source)
+    config, tokenizer = opened.config, opened.tokenizer
+    model = opened.load("float32")
     assert tokenizer is not None
     adapters = shipped_adapters(assets, config)
     wanted = [

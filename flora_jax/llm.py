@@ -15,13 +15,13 @@ from typing import Any, Literal, overload
 import jax
 
 from flora_jax.adapters import model_adapter
-from flora_jax.adapters.model_adapter import ModelAdapter, match_targets
+from flora_jax.adapters.model_adapter import ModelAdapter
+from flora_jax.adapters.projections import match_targets
 from flora_jax.checkpoints import checkpoint
-from flora_jax.checkpoints.sources import resolve
-from flora_jax.checkpoints.tokenizer import load_tokenizer
+from flora_jax.checkpoints.checkpoint import open_checkpoint
 from flora_jax.errors import InputError, RunError
-from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.model import Model
+from flora_jax.models.family import ModelConfig
+from flora_jax.models.model import Model
 from flora_jax.models.transpose import for_decoding
 from flora_jax.peft import read
 from flora_jax.serve.engine import Engine
@@ -60,18 +60,17 @@ class LLM:
         dtype: str | None = None,
         quantize: Literal["int8", "int4"] | None = None,
     ):
-        directory = resolve(model_source(str(model)))
+        opened = open_checkpoint(model_source(str(model)))
         sources = {
             name: source if isinstance(source, ModelAdapter) else adapter_source(source)
             for name, source in (adapters or {}).items()
         }
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"  # A CPU computes 16 bits slower than 32.
-        loaded = checkpoint.load_model(directory, dtype, quantize=quantize)
-        tokenizer = load_tokenizer(directory, loaded.config.vocab_size)
+        loaded = opened.load(dtype, quantize=quantize)
         # The engine under it: for requests that come one by one.
         self.engine = Engine(
-            for_decoding(loaded, consume=True), sources, tokenizer=tokenizer, options=options
+            for_decoding(loaded, consume=True), sources, tokenizer=opened.tokenizer, options=options
         )
         self._streams = 0
         self._closed = False
@@ -239,7 +238,7 @@ def load_model(source: str | Path, dtype: Any = None, **options: Any) -> Model:
     return checkpoint.load_model(model_source(str(source)), dtype, **options)
 
 
-def read_adapter(folder: str | Path, model: Model | StarCoderConfig) -> ModelAdapter:
+def read_adapter(folder: str | Path, model: Model | ModelConfig) -> ModelAdapter:
     """The adapter of a PEFT folder, or a shipped one such as "flora/perl", for a model.
 
     Raises:
@@ -250,11 +249,11 @@ def read_adapter(folder: str | Path, model: Model | StarCoderConfig) -> ModelAda
 
 
 def init_adapter(
-    model: Model | StarCoderConfig,
+    model: Model | ModelConfig,
     kind: str,
     *,
     rank: int = 1,
-    targets: Sequence[str] = ("attn.c_attn",),
+    targets: Sequence[str] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> ModelAdapter:
@@ -264,7 +263,7 @@ def init_adapter(
         model: the model, or its config.
         kind: "flora", "lora", "hira" or "ia3".
         rank: components of every target; IA3 has one.
-        targets: ends of the projections' paths, as in PEFT: "c_proj" is attention's and the MLP's.
+        targets: ends of the projections' paths, as in PEFT, whose targets for LoRA are the default.
         seed: of the factors that start at random.
         options: what the kind's ``init`` takes, such as ``reduction`` of FLoRA or ``alpha`` of LoRA.
 
@@ -272,11 +271,12 @@ def init_adapter(
         InputError: a target that no projection ends in.
     """
     config = _config(model)
+    projections = config.projections()
     return model_adapter.init_adapter(
-        jax.random.key(seed), kind, config.projections(), config.n_layer, rank=rank,
-        targets=match_targets(targets), **options,
+        jax.random.key(seed), kind, projections, config.n_layer, rank=rank,
+        targets=None if targets is None else match_targets(targets, projections), **options,
     )  # fmt: skip
 
 
-def _config(model: Model | StarCoderConfig) -> StarCoderConfig:
+def _config(model: Model | ModelConfig) -> ModelConfig:
     return model.config if isinstance(model, Model) else model

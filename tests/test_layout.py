@@ -116,6 +116,73 @@ def test_host_code_starts_without_jax(module):
     assert (done.stdout.strip(), done.stderr) == ("", "")
 
 
+# What is one family's own: names of its modules, fields and classes.
+FAMILY_WORDS = (
+    "c_attn",
+    "c_proj",
+    "c_fc",
+    "transformer.h",
+    "wte",
+    "n_embd",
+    "gpt_bigcode",
+    "starcoder",
+)
+REGISTRY = "flora_jax.models.family"
+
+
+def family_words(root):
+    """Where code outside a family's own folder names what is the family's; docstrings may."""
+    found = []
+    for path, name in modules(root):
+        if starts_with(name, "flora_jax.models.starcoder") or name == REGISTRY:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        silent = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            and ast.get_docstring(node, clean=False) is not None
+        }
+        for node in ast.walk(tree):
+            texts = [
+                value
+                for field in ("id", "attr", "name", "module", "arg", "value")
+                if isinstance(value := getattr(node, field, None), str) and id(node) not in silent
+            ]
+            found += [
+                f"{name}:{getattr(node, 'lineno', '?')} {text}"
+                for text in texts
+                if any(word in text.lower() for word in FAMILY_WORDS)
+            ]
+    return found
+
+
+def test_only_a_familys_folder_names_what_is_its_own():
+    assert family_words(ROOT) == []
+    registry = (ROOT / "flora_jax/models/family.py").read_text(encoding="utf-8")
+    assert sum("starcoder" in line for line in registry.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from flora_jax.models.starcoder.config import PRESETS",
+        "import flora_jax.models.starcoder",
+        "def f(config):\n    return config.n_embd",
+        'TARGET = "attn.c_attn"',
+        "def f(model: StarCoder): ...",
+        "def f(wte): ...",
+        'def f():\n    """Says nothing."""\n    return f"{1}transformer.h"',
+    ],
+)
+def test_a_planted_family_word_is_found(line, tmp_path):
+    (tmp_path / "flora_jax/serve").mkdir(parents=True)
+    (tmp_path / "flora_jax/serve/a.py").write_text('"""As StarCoder\'s c_attn."""\n')
+    assert family_words(tmp_path) == []
+    (tmp_path / "flora_jax/serve/a.py").write_text(line)
+    assert family_words(tmp_path) != []
+
+
 def test_every_module_says_what_it_is():
     silent = [
         name

@@ -18,8 +18,9 @@ from experiments.gpu.items import Skip
 from flora_jax.bench.receipts.random_arrays import fill, random_model
 from flora_jax.mixing.bank import RESERVED, Count, Slots
 from flora_jax.mixing.ragged import IDENTITY, NOTHING, TargetBank
-from flora_jax.models.starcoder.config import PRESETS, StarCoderConfig
-from flora_jax.models.starcoder.model import Model
+from flora_jax.models.family import ModelConfig
+from flora_jax.models.model import Model
+from flora_jax.models.starcoder.config import PRESETS
 from flora_jax.models.transpose import for_decoding
 from flora_jax.platforms import Platform, platform
 from flora_jax.serve.device import Device
@@ -86,7 +87,7 @@ class RandomResidency(Residency):
     """``count`` adapters of one kind and rank on c_attn, named 0, 1, …, all resident, none read."""
 
     def __init__(
-        self, config: StarCoderConfig, kind: str, rank: int, count: int, additive: Any = "float32"
+        self, config: ModelConfig, kind: str, rank: int, count: int, additive: Any = "float32"
     ):
         sizes = {"none": Count(0, 0, 0), "flora": Count(rank, 0, 0), "lora": Count(1, rank, 0)}
         self.own = sizes[kind]

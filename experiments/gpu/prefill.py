@@ -62,7 +62,7 @@ def stage(own: Stage, words: list[str]) -> None:
             if isinstance(made, Exception):
                 raise made
             seconds = timed(made[0], made[1], 1 if own.rehearse else 3)
-            operations = 2 * weights * length + 2 * config.n_layer * config.n_embd * length**2
+            operations = 2 * weights * length + 2 * config.n_layer * config.hidden_size * length**2
             rates = {"tok_s": length / seconds, "TFLOP_s": operations / seconds / 1e12}
             return {"ms": 1e3 * seconds, **rates}
 

@@ -15,12 +15,13 @@ import jax
 import numpy as np
 import typer
 
-from flora_jax.adapters.model_adapter import init_adapter, match_targets, randomise
+from flora_jax.adapters.model_adapter import init_adapter, randomise
+from flora_jax.adapters.projections import match_targets
 from flora_jax.checkpoints.checkpoint import save_hf
 from flora_jax.cli.program import run_function
 from flora_jax.files import whole_directory
+from flora_jax.models.model import Model, init_model
 from flora_jax.models.starcoder.config import PRESETS
-from flora_jax.models.starcoder.model import Model, init_model
 from flora_jax.peft.read import write_adapter
 
 TARGETS = ("c_fc", "c_attn")
@@ -60,7 +61,7 @@ def make(directory: Path, preset: str, adapters: int, rank: int) -> None:
             continue
         start = init_adapter(
             jax.random.key(0), "lora", config.projections(), config.n_layer,
-            rank=rank, targets=match_targets([target]),
+            rank=rank, targets=match_targets([target], config.projections()),
         )  # fmt: skip
         start = dataclasses.replace(start, settings={"task_type": "CAUSAL_LM"})
         with whole_directory(directory / target) as part:

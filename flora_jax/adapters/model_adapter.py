@@ -1,6 +1,6 @@
 """One adapter over the layers of a model: which projections it has, with which factors.
 
-Knows nothing of files or of the model; a model's projections are given as ``{target: (I, O)}``.
+Knows nothing of files; of a model it knows its projections (:mod:`flora_jax.adapters.projections`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters.kind import KINDS, kind_of
+from flora_jax.adapters.projections import Projections, ends_in, match_targets
 from flora_jax.errors import InputError
 from flora_jax.weights.product import Weight
 
 # Gives the base weight of a layer and target, as it is held.
 WeightsOf = Callable[[int, str], Weight]
-TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,26 +29,31 @@ class ModelAdapter:
     batch axis); a projection that the adapter leaves alone is absent.
 
     ``settings`` are the fields of adapter_config.json that do not change the forward pass but belong
-    to the adapter (dropout, the base model's name, how it started).
+    to the adapter (dropout, the base model's name, how it started). ``projections`` are those of the
+    base model, whose names and order are the adapter's.
+
+    Raises:
+        ValueError: factors of another kind, or on a projection that the base does not have.
     """
 
     kind: str
     layers: tuple[dict[str, Any], ...]
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    projections: Projections = dataclasses.field(kw_only=True)
 
     def __post_init__(self) -> None:
         expected = KINDS[self.kind].type
         for number, layer in enumerate(self.layers):
             for target, params in layer.items():
-                if target not in TARGETS or type(params) is not expected:
+                if target not in self.projections or type(params) is not expected:
                     raise ValueError(
                         f"layer {number}: {type(params).__name__} on {target!r}, expected "
-                        f"{expected.__name__} on one of {', '.join(TARGETS)}"
+                        f"{expected.__name__} on one of {', '.join(self.projections)}"
                     )
 
     def targets(self) -> tuple[str, ...]:
         """The projections adapted in at least one layer, in the order of the block."""
-        return tuple(t for t in TARGETS if any(t in layer for layer in self.layers))
+        return tuple(t for t in self.projections if any(t in layer for layer in self.layers))
 
     def rank(self, target: str) -> int:
         """The largest rank on a target over the layers (1 for IA3, 0 where there is none)."""
@@ -61,18 +66,6 @@ class ModelAdapter:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.layers))
 
 
-def match_targets(names: Sequence[str]) -> tuple[str, ...]:
-    """The projections that ``names`` mean, by the end of their path as in PEFT: "c_proj" is two.
-
-    Raises:
-        InputError: a name that no projection ends in.
-    """
-    for name in names:
-        if not any(f".{target}".endswith(f".{name}") for target in TARGETS):
-            raise InputError(f"target {name!r}: expected the end of one of {', '.join(TARGETS)}")
-    return tuple(t for t in TARGETS if any(f".{t}".endswith(f".{name}") for name in names))
-
-
 def rank_of(params: Any) -> int:
     """The number of learned components of one projection's factors."""
     return kind_of(params).rank(params)
@@ -81,12 +74,12 @@ def rank_of(params: Any) -> int:
 def init_adapter(
     key: jax.Array,
     kind: str,
-    projections: Mapping[str, tuple[int, int]],
+    projections: Projections,
     layers: int,
     *,
     rank: int = 1,
-    targets: Sequence[str] = ("attn.c_attn",),
-    feedforward: Sequence[str] = ("mlp.c_proj",),
+    targets: Sequence[str] | None = None,
+    feedforward: Sequence[str] | None = None,
     weights: WeightsOf | None = None,
     **options: Any,
 ) -> ModelAdapter:
@@ -95,17 +88,24 @@ def init_adapter(
     Args:
         key: of all random numbers.
         kind: a name of :data:`~flora_jax.adapters.kind.KINDS`.
-        projections: ``{target: (inputs, outputs)}`` of the base.
+        projections: of the base.
         layers: of the base.
         rank: the number of learned components.
-        targets: full names of the projections.
-        feedforward: those whose input is scaled, not the output, by a kind that scales one of them.
+        targets: full names of the projections; PEFT's for LoRA by default.
+        feedforward: those whose input is scaled, not the output, by a kind that scales one of them;
+            PEFT's by default.
         weights: gives the base's weights, for a kind whose start depends on them.
         options: of the kind's ``init``.
 
     Raises:
         ValueError: the kind cannot have this rank or these options, or needs ``weights``.
     """
+    names = projections.names
+    if targets is None:
+        targets = match_targets(names.default_targets("lora"), projections)
+    if feedforward is None:
+        ends = names.feedforward
+        feedforward = [t for t in projections if any(ends_in(t, end) for end in ends)]
     made, own_kind = [], KINDS[kind]
     for number, layer_key in enumerate(jax.random.split(key, layers)):
         layer = {}
@@ -118,11 +118,11 @@ def init_adapter(
                 **own_kind.placed(target in feedforward), **options,
             )  # fmt: skip
         made.append(layer)
-    return ModelAdapter(kind, tuple(made))
+    return ModelAdapter(kind, tuple(made), projections=projections)
 
 
 def abstract_adapter(
-    kind: str, projections: Mapping[str, tuple[int, int]], layers: int, **options: Any
+    kind: str, projections: Projections, layers: int, **options: Any
 ) -> ModelAdapter:
     """:func:`init_adapter` with shapes in place of arrays: nothing is computed, no weight is needed."""
 
@@ -133,7 +133,7 @@ def abstract_adapter(
         key = jax.random.key(0)
         return init_adapter(key, kind, projections, layers, weights=weights, **options).layers
 
-    return ModelAdapter(kind, jax.eval_shape(made))
+    return ModelAdapter(kind, jax.eval_shape(made), projections=projections)
 
 
 def randomise(adapter: ModelAdapter, seed: int, spread: float = 0.3) -> ModelAdapter:

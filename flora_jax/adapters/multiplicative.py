@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax.weights.held import Held
 from flora_jax.weights.product import Weight, explicit, product
-from flora_jax.weights.transposed import Transposed
 
 # Components up to which a sum of outer products is less work for a GPU than a float32 product.
 _MOST_SUMMED = 16
@@ -48,14 +48,12 @@ def merge(pre_RI: jax.Array, post_RO: jax.Array, W_IO: Weight) -> jax.Array:
     return explicit(merge_as_held(pre_RI, post_RO, W_IO))
 
 
-def merge_as_held(pre_RI: jax.Array, post_RO: jax.Array, W_IO: Weight) -> jax.Array | Transposed:
+def merge_as_held(pre_RI: jax.Array, post_RO: jax.Array, W_IO: Weight) -> Weight:
     """The same, by outputs where ``W`` is held so."""
     pre_RI, post_RO = pre_RI.astype(jnp.float32), post_RO.astype(jnp.float32)
-    if isinstance(W_IO, Transposed):
-        factor_OI = _factor(post_RO, pre_RI, W_IO.dtype)
-        return Transposed((W_IO.W_OI.astype(jnp.float32) * factor_OI).astype(W_IO.dtype))
-    factor_IO = _factor(pre_RI, post_RO, W_IO.dtype)
-    return (explicit(W_IO, jnp.float32) * factor_IO).astype(W_IO.dtype)
+    if isinstance(W_IO, Held):
+        return W_IO.scaled(pre_RI, post_RO, _factor)
+    return (W_IO.astype(jnp.float32) * _factor(pre_RI, post_RO, W_IO.dtype)).astype(W_IO.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

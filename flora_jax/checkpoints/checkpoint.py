@@ -1,14 +1,16 @@
-"""Checkpoints of a StarCoder: read from and written to Hugging Face's files or our orbax directories.
+"""Checkpoints of a model: read from and written to Hugging Face's files or our orbax directories.
 
 A directory of ours has config.json as Hugging Face's, the marker flora_jax.json, and the parameters in
-``params/`` (orbax). Knows nothing of the forward pass or of tokenizers, whose files it only copies.
+``params/`` (orbax). Knows nothing of the forward pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -19,12 +21,12 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from flora_jax.checkpoints import orbax_io
 from flora_jax.checkpoints.describe import (
-    DTYPES,
     MARKER,
     VERSION,
     Description,
     Source,
-    describe,
+    describe_directory,
+    format_of,
     is_ours,
     parameter_dtype,
     read_config,
@@ -34,23 +36,118 @@ from flora_jax.checkpoints.sources import copy_companions, resolve
 from flora_jax.checkpoints.tensor_files import (
     FLOATS,
     CheckpointError,
+    StoredTensor,
     read_array,
     stored_dtype,
     stored_tensors,
+    unreadable,
     write_safetensors,
 )
+from flora_jax.checkpoints.tokenizer import load_tokenizer
 from flora_jax.files import whole_directory
+from flora_jax.models.family import DTYPES, ModelConfig, Tensor, family_of
+from flora_jax.models.model import Model, abstract_model
 from flora_jax.models.quantize import quantize_abstract, quantizer
 from flora_jax.models.sharding import named_leaves
 from flora_jax.models.sharding import shardings as mesh_shardings
-from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.model import Model, abstract_model
-from flora_jax.models.starcoder.names import HFTensor, hf_tensors
 from flora_jax.weights.product import explicit
 from flora_jax.weights.quantized import Method, Quantized
 from flora_jax.weights.transposed import Transposed
 
-__all__ = ["CheckpointError", "Description", "describe", "load_model", "save_hf", "save_orbax"]
+__all__ = [
+    "CheckpointError",
+    "Description",
+    "Opened",
+    "describe",
+    "load_model",
+    "open_checkpoint",
+    "save_hf",
+    "save_orbax",
+]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose configuration was read; its tokenizer and weights are read when asked for.
+
+    ``source`` is as it was given, ``directory`` where its files are.
+    """
+
+    source: str
+    directory: Path
+    config: ModelConfig
+
+    @functools.cached_property
+    def tokenizer(self) -> Any | None:
+        """The ``tokenizers.Tokenizer`` beside the weights, ``None`` where there is none.
+
+        Raises:
+            InputError: its file is damaged, or has ids that the model has no embedding for.
+        """
+        return load_tokenizer(self.directory, self.config.vocab_size)
+
+    @property
+    def format(self) -> str:
+        """How the weights are held: "safetensors", "pytorch", "orbax", or "hub" for a hub id.
+
+        Raises:
+            CheckpointError: no weights, a broken index, or an unknown version of our layout.
+        """
+        return format_of(self.source, self.directory)[0]
+
+    def describe(self) -> Description:
+        """Format and sizes, the files' headers checked against the configuration.
+
+        Raises:
+            CheckpointError: safetensors that do not fit config.json, or an unknown version of our layout.
+        """
+        return describe_directory(self.source, self.directory, self.config)
+
+    def load(
+        self,
+        dtype: Any = None,
+        *,
+        quantize: Method | None = None,
+        mesh: Mesh | None = None,
+        shardings: Any = None,
+    ) -> Model:
+        """The model; a hub id's weights are fetched now.
+
+        Tensors are read, cast and placed one at a time, the largest first, so that the process holds
+        little more than the model itself.
+
+        Args:
+            dtype: of all parameters: float32, bfloat16 or float16; None for the checkpoint's own.
+            quantize: "int8" or "int4" quantises the projections' kernels as they are read, from the
+                precision in which they are stored (:mod:`flora_jax.models.quantize`).
+            mesh: places every parameter by :func:`flora_jax.models.sharding.shardings`.
+            shardings: instead of ``mesh``, a tree like ``Model.params`` with a sharding at every leaf.
+
+        Raises:
+            CheckpointError: a damaged file; tensors missing, unexpected, mis-shaped or not floating
+                point; values too large for ``dtype``.
+            InputError: ``quantize`` is another word, or int4 cannot take a kernel's number of inputs.
+        """
+        try:
+            return _load(self, dtype, quantize, mesh, shardings)
+        except OSError as error:
+            raise unreadable(self.directory, error) from None
+
+
+def open_checkpoint(source: Source) -> Opened:
+    """Opens a Hugging Face directory, a directory of :func:`save_orbax`, or a hub id.
+
+    Reads its configuration; of a hub id only that and the tokenizer are fetched.
+
+    Raises:
+        CheckpointError: not a checkpoint; another architecture; a configuration that is damaged, has
+            sizes that no model has, or that cannot be honoured.
+    """
+    directory = resolve(source, weights=False)
+    try:
+        return Opened(os.fspath(source), directory, read_config(directory))
+    except OSError as error:
+        raise unreadable(directory, error) from None
 
 
 def load_model(
@@ -61,34 +158,32 @@ def load_model(
     mesh: Mesh | None = None,
     shardings: Any = None,
 ) -> Model:
-    """The model of a Hugging Face directory, a directory of :func:`save_orbax`, or a hub id.
+    """The model of a checkpoint: :func:`open_checkpoint`, then :meth:`Opened.load`."""
+    return open_checkpoint(source).load(dtype, quantize=quantize, mesh=mesh, shardings=shardings)
 
-    Tensors are read, cast and placed one at a time, the largest first, so that the process holds
-    little more than the model itself.
 
-    Args:
-        source: where the checkpoint is.
-        dtype: of all parameters: float32, bfloat16 or float16; None for config.json's.
-        quantize: "int8" or "int4" quantises the projections' kernels as they are read, from the
-            precision in which they are stored (:mod:`flora_jax.models.quantize`).
-        mesh: places every parameter by :func:`flora_jax.models.sharding.shardings`.
-        shardings: instead of ``mesh``, a tree like ``Model.params`` with a sharding at every leaf.
+def describe(source: Source) -> Description:
+    """What a checkpoint is: :func:`open_checkpoint`, then :meth:`Opened.describe`."""
+    return open_checkpoint(source).describe()
 
-    Raises:
-        CheckpointError: not a checkpoint; another architecture; a damaged file; tensors missing,
-            unexpected, mis-shaped or not floating point; values too large for ``dtype``.
-        InputError: ``quantize`` is another word, or int4 cannot take a kernel's number of inputs.
-    """
+
+def _load(
+    opened: Opened, dtype: Any, quantize: Method | None, mesh: Mesh | None, shardings: Any
+) -> Model:
     if quantize not in (None, *get_args(Method)):
         raise CheckpointError(f"quantize is {quantize!r}, expected 'int8', 'int4' or None")
-    directory = resolve(source)
-    config = read_config(directory)
+    # A hub id's weights come with the files that are there.
+    directory = resolve(opened.source)
+    config = opened.config
     wanted = parameter_dtype(dtype, config)
+    # Before anything of the configuration's size is built.
+    ours = is_ours(directory)
+    stored = {} if ours else match_tensors(directory, stored_tensors(directory), config)
     dense = abstract_model(config, wanted)
     abstract = dense if quantize is None else quantize_abstract(dense, quantize)
     if mesh is not None:
         if shardings is not None:
-            raise CheckpointError("load_model: mesh and shardings are both given, expected one")
+            raise CheckpointError("mesh and shardings are both given, expected one")
         shardings = mesh_shardings(abstract, mesh)
     leaves, structure = named_leaves(abstract.params)
     placed = dict(zip(leaves, _places(shardings), strict=True)) if shardings else {}
@@ -99,7 +194,7 @@ def load_model(
     }
     # A weight lies where its values will, until it is quantised.
     first = {path: at.values if path in convert else at for path, at in placed.items()}
-    if is_ours(directory):
+    if ours:
         device = SingleDeviceSharding(jax.local_devices()[0])
         arrays = orbax_io.restore_params(
             directory / "params",
@@ -109,7 +204,7 @@ def load_model(
             convert,
         )
     else:
-        arrays = _load_hf(directory, config, wanted, first, convert)
+        arrays = _load_hf(stored, config, wanted, first, convert)
     params = jax.tree.unflatten(structure, [arrays[path] for path in leaves])
     return Model(config, abstract.graph, params)
 
@@ -119,14 +214,13 @@ def _places(shardings: Any) -> list[Any]:
 
 
 def _load_hf(
-    directory: Path,
-    config: StarCoderConfig,
+    stored: Mapping[str, StoredTensor],
+    config: ModelConfig,
     dtype: np.dtype,
     placed: Mapping[str, Any],
     convert: Mapping[str, Callable[[jax.Array], Any]],
 ) -> dict[str, Any]:
-    table = hf_tensors(config)
-    stored = match_tensors(directory, stored_tensors(directory), config)
+    table = family_of(config).tensors(config)
 
     def load(path: str) -> Any:
         own = stored_dtype(stored[path].dtype) if path in convert else dtype
@@ -158,7 +252,7 @@ def save_hf(
         CheckpointError: ``directory`` is not empty, or the parameters are not those of the config.
     """
     leaves = _checked_leaves(model)
-    table = hf_tensors(model.config)
+    table = family_of(model.config).tensors(model.config)
     shards: list[list[str]] = [[]]
     size = 0
     for path in table:
@@ -186,7 +280,7 @@ def save_hf(
 
 
 def _entry(
-    wanted: HFTensor, leaf: jax.Array
+    wanted: Tensor, leaf: jax.Array
 ) -> tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]:
     def get() -> np.ndarray:
         host = np.asarray(leaf)
@@ -217,7 +311,7 @@ def _checked_leaves(model: Model) -> dict[str, jax.Array]:
     leaves = {p: explicit(v) if isinstance(v, Transposed) else v for p, v in leaves.items()}
     expected = {
         path: tensor.shape[::-1] if tensor.transposed else tensor.shape
-        for path, tensor in hf_tensors(model.config).items()
+        for path, tensor in family_of(model.config).tensors(model.config).items()
     }
     for path in expected.keys() | leaves.keys():
         leaf = leaves.get(path)
@@ -236,9 +330,8 @@ def _checked_leaves(model: Model) -> dict[str, jax.Array]:
 
 
 def _write_config(model: Model, directory: Path) -> None:
-    leaves, _ = named_leaves(model.params)
-    config = dataclasses.replace(model.config, dtype=np.dtype(leaves["wte.embedding"].dtype).name)
-    _write_json(directory / "config.json", config.to_dict())
+    raw = model.config.to_dict() | {"dtype": np.dtype(model.embedding.dtype).name}
+    _write_json(directory / "config.json", raw)
 
 
 def _write_json(file: Path, value: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,19 @@ from typing import Any
 import numpy as np
 
 from flora_jax.checkpoints.match import match_tensors
-from flora_jax.checkpoints.sources import resolve
 from flora_jax.checkpoints.tensor_files import CheckpointError, open_directory, stored_tensors
 from flora_jax.errors import InputError
-from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.names import hf_tensors
+from flora_jax.models.family import (
+    DTYPES,
+    ModelConfig,
+    changed,
+    family_of,
+    parameters,
+    read_family_config,
+)
 
 MARKER = "flora_jax.json"
 VERSION = 1
-DTYPES = ("float32", "bfloat16", "float16")
 Source = str | os.PathLike[str]
 
 
@@ -34,34 +37,23 @@ class Description:
 
     source: str
     format: str
-    config: StarCoderConfig
+    config: ModelConfig
     parameters: int
     bytes: int
     disk_bytes: int
 
 
-def describe(source: Source) -> Description:
-    """Reads config.json and checks the files' headers against it; of an orbax directory and of a
-    ``pytorch_model.bin`` only the sizes are looked at.
-
-    Of a hub id only the configuration and the tokenizer are fetched.
+def describe_directory(source: Source, directory: Path, config: ModelConfig) -> Description:
+    """Checks the files' headers of a checkpoint against its configuration; of an orbax directory and of a
+    ``pytorch_model.bin`` only the sizes are looked at, of a hub id nothing.
 
     Raises:
-        CheckpointError: no checkpoint, one of another architecture or version, or one whose
-            safetensors do not fit its config.json.
+        CheckpointError: safetensors that do not fit config.json, or an unknown version of our layout.
     """
-    directory = resolve(source, weights=False)
-    config = read_config(directory)
-    if not Path(source).exists():
-        kind, files = "hub", []
-    elif is_ours(directory):
-        kind = "orbax"
-        files = [file for file in (directory / "params").rglob("*") if file.is_file()]
-    else:
-        kind, files, _ = open_directory(directory)
-        if kind == "safetensors":
-            match_tensors(directory, stored_tensors(directory), config)
-    count = sum(math.prod(tensor.shape) for tensor in hf_tensors(config).values())
+    kind, files = format_of(source, directory)
+    if kind == "safetensors":
+        match_tensors(directory, stored_tensors(directory), config)
+    count = parameters(config)
     return Description(
         source=os.fspath(source),
         format=kind,
@@ -70,6 +62,20 @@ def describe(source: Source) -> Description:
         bytes=count * parameter_dtype(None, config).itemsize,
         disk_bytes=sum(file.stat().st_size for file in files),
     )
+
+
+def format_of(source: Source, directory: Path) -> tuple[str, list[Path]]:
+    """How a checkpoint holds its weights, as :class:`Description` has it, and the files of them.
+
+    Raises:
+        CheckpointError: no weights, a broken index, or an unknown version of our layout.
+    """
+    if not Path(source).exists():
+        return "hub", []
+    if is_ours(directory):
+        return "orbax", [file for file in (directory / "params").rglob("*") if file.is_file()]
+    kind, files, _ = open_directory(directory)
+    return kind, files
 
 
 def is_ours(directory: Path) -> bool:
@@ -90,26 +96,63 @@ def is_ours(directory: Path) -> bool:
     return True
 
 
-def read_config(directory: Path) -> StarCoderConfig:
-    """config.json; its errors, of another architecture for one, are ``CheckpointError``.
+def read_config(directory: Path) -> ModelConfig:
+    """What config.json and generation_config.json say; of the tensors nothing is looked at.
 
-    Where it does not name a dtype, the embedding's in a safetensors file counts.
+    The tokens that end a generation are generation_config.json's where it names any, as in
+    transformers. Where config.json names no dtype, the embedding's in a safetensors file counts.
+
+    Raises:
+        CheckpointError: a file is missing or damaged; another architecture, an unknown field, or a value
+            that cannot be honoured.
     """
     path = directory / "config.json"
+    raw = _read_object(path)
     try:
-        config = StarCoderConfig.from_file(path)
+        config = read_family_config(raw, str(path))
+        config = _with_end_tokens(config, directory / "generation_config.json")
+    except CheckpointError:
+        raise
     except InputError as error:
         raise CheckpointError(str(error)) from None
-    raw = json.loads(path.read_text())
     if raw.get("dtype") or raw.get("torch_dtype") or not any(directory.glob("*.safetensors")):
         return config
+    family = family_of(config)
+    wanted = family.tensors(config)[family.embedding].name.removeprefix(family.optional_prefix)
     for name, tensor in stored_tensors(directory).items():
-        if name.endswith("wte.weight") and tensor.dtype is not None and tensor.dtype.name in DTYPES:
-            return dataclasses.replace(config, dtype=tensor.dtype.name)
+        same = name.removeprefix(family.optional_prefix) == wanted
+        if same and tensor.dtype is not None and tensor.dtype.name in DTYPES:
+            return changed(config, dtype=tensor.dtype.name)
     return config
 
 
-def parameter_dtype(dtype: Any, config: StarCoderConfig) -> np.dtype:
+def _with_end_tokens(config: ModelConfig, path: Path) -> ModelConfig:
+    if not path.is_file():
+        return config
+    found = _read_object(path).get("eos_token_id")
+    if found is None:
+        return config
+    tokens = found if isinstance(found, list) else [found]
+    if not tokens or not all(type(token) is int and 0 <= token < 2**31 for token in tokens):
+        raise CheckpointError(f"{path}: eos_token_id is {found!r}, expected token ids")
+    # config.json's first, where it is among them: it ends the documents of a training run.
+    own = [token for token in config.eos_token_ids if token in tokens]
+    return changed(config, eos_token_ids=tuple(dict.fromkeys([*own, *tokens])))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # Huge integers, deep nesting, not UTF-8.
+        raise CheckpointError(f"{path}: not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(raw).__name__}")
+    return raw
+
+
+def parameter_dtype(dtype: Any, config: ModelConfig) -> np.dtype:
     """The wanted dtype, or for None the checkpoint's own; ``CheckpointError`` for any other kind."""
     try:
         wanted = np.dtype(config.dtype if dtype is None else dtype)

@@ -5,7 +5,6 @@ Knows nothing of file formats or of JAX arrays.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,44 +12,42 @@ import numpy as np
 
 from flora_jax.checkpoints.tensor_files import FLOATS, CheckpointError, StoredTensor
 from flora_jax.errors import listing
-from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.names import hf_tensors
-
-_BUFFER = re.compile(r"(?:transformer\.)?(?:h\.(\d+)\.attn\.)?(bias|masked_bias)")
+from flora_jax.models.family import ModelConfig, family_of
 
 
 def match_tensors(
-    directory: Path, stored: Mapping[str, StoredTensor], config: StarCoderConfig
+    directory: Path, stored: Mapping[str, StoredTensor], config: ModelConfig
 ) -> dict[str, StoredTensor]:
     """The stored tensor of every parameter, by our dotted path; every tensor is used or accounted for.
 
-    Names may lack the prefix ``transformer.`` (exports of the model without its head). Accepted
-    beside the parameters are a ``lm_head.weight`` equal to the tied embedding to the bit (or in the
-    embedding's place), and causal masks as buffers.
+    Names may lack the family's prefix (exports of the model without its head). Accepted beside the
+    parameters are a head equal to the tied embedding to the bit (or in the embedding's place), and what
+    the family says is redundant (causal masks as buffers).
 
     Raises:
         CheckpointError: tensors are missing, unexpected, mis-shaped or not floating point, or a
             redundant one contradicts the rest: all of them in one message.
     """
-    table = hf_tensors(config)
+    family = family_of(config)
+    table, prefix = family.tensors(config), family.optional_prefix
     paths = {tensor.name: path for path, tensor in table.items()}
-    paths |= {tensor.name.removeprefix("transformer."): path for path, tensor in table.items()}
+    paths |= {tensor.name.removeprefix(prefix): path for path, tensor in table.items()}
     found: dict[str, StoredTensor] = {}
     problems: list[str] = []
     head: StoredTensor | None = None
     for name, tensor in stored.items():
         path = paths.get(name)
-        if path is None and name == "lm_head.weight":
+        if path is None and name == family.tied_head:
             head = tensor
         elif path is None:
-            problems += _buffer_problems(tensor, config)
+            problems += family.redundant(tensor, config)
         elif path in found:
             problems.append(f"{name} and {found[path].name} are the same parameter")
         else:
             found[path] = tensor
-    embedding = found.get("wte.embedding")
+    embedding = found.get(family.embedding)
     if head is not None and embedding is None:
-        found["wte.embedding"] = head
+        found[family.embedding] = head
     for path, wanted in table.items():
         if path not in found:
             problems.append(f"{wanted.name} is missing, expected shape {wanted.shape}")
@@ -81,38 +78,4 @@ def _same_bits(one: StoredTensor, other: StoredTensor) -> bool:
     return all(
         np.array_equal(a.view(np.uint8), b.view(np.uint8))
         for (_, a), (_, b) in zip(one.blocks(), other.blocks(), strict=True)
-    )
-
-
-def _buffer_problems(tensor: StoredTensor, config: StarCoderConfig) -> Iterator[str]:
-    where = f"{tensor.name} in {tensor.file.name}"
-    match = _BUFFER.fullmatch(tensor.name)
-    if match is None or int(match[1] or 0) >= config.n_layer:
-        yield f"{where} is unexpected, of shape {tensor.shape}"
-    elif tensor.dtype is None:
-        yield f"{where} is {tensor.dtype_name}, expected a mask"
-    elif match[2] == "masked_bias":
-        value = tensor.read(0, 1).astype(np.float64) if tensor.shape in ((), (1,)) else None
-        # -1e4 is -9984 in bfloat16.
-        if value is None or not value[0] <= -9e3:
-            seen = f"shape {tensor.shape}" if value is None else f"value {value[0]:g}"
-            yield f"{where} has {seen}, expected one number of about -1e4 or less"
-    elif not _is_causal(tensor, config.n_positions):
-        yield (
-            f"{where}, of shape {tensor.shape}, is not the causal mask of {config.n_positions} "
-            "positions (ones on and below the diagonal)"
-        )
-
-
-def _is_causal(tensor: StoredTensor, positions: int) -> bool:
-    *ones, rows, columns = tensor.shape if len(tensor.shape) >= 2 else (0, 0)
-    if (rows, columns) != (positions, positions) or any(size != 1 for size in ones):
-        return False
-    step = max(1, (1 << 20) // columns)
-    return all(
-        np.array_equal(
-            tensor.read(start * columns, min(rows, start + step) * columns).astype(np.float32),
-            np.tri(min(step, rows - start), columns, start, dtype=np.float32).reshape(-1),
-        )
-        for start in range(0, rows, step)
     )

@@ -10,7 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
-from flora_jax.checkpoints.tensor_files import CheckpointError
+from flora_jax.checkpoints.tensor_files import CheckpointError, unreadable
 
 # What a user expects to find beside the weights, copied along unread.
 COMPANIONS = (
@@ -25,6 +25,8 @@ COMPANIONS = (
 )
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 _TORCH_WEIGHTS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+# How long the hub may take to say whether it has a model.
+_HUB_SECONDS = 10
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -38,6 +40,17 @@ def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
         CheckpointError: neither a directory nor a hub id that can be fetched, or no checkpoint there.
     """
     text, directory = os.fspath(source), Path(source)
+    if not text.strip():
+        raise CheckpointError(
+            f"the model is {text!r}, expected a directory or a Hugging Face id (owner/name)"
+        )
+    try:
+        return _resolve(text, directory, weights)
+    except OSError as error:  # A name that is too long, a directory that may not be entered.
+        raise unreadable(directory, error) from None
+
+
+def _resolve(text: str, directory: Path, weights: bool) -> Path:
     if not directory.exists():
         if not _HUB_ID.fullmatch(text):
             raise CheckpointError(
@@ -52,20 +65,35 @@ def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
 
 
 def _fetch(hub_id: str, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, constants, snapshot_download
 
+    local = constants.HF_HUB_OFFLINE
+    unreachable = "HF_HUB_OFFLINE is set" if local else ""
+    try:
+        # Asked once and for a bounded time: snapshot_download tries for half a minute.
+        if not local:
+            HfApi().model_info(hub_id, timeout=_HUB_SECONDS)
+    except Exception as error:  # The hub's client raises errors of many libraries.
+        if hasattr(error, "response"):  # The hub's own answer.
+            raise CheckpointError(
+                f"{hub_id}: no such file or directory, and the Hugging Face hub gives no model of "
+                f"that id: {type(error).__name__}: {_first_line(error)}"
+            ) from None
+        local, unreachable = True, f"{type(error).__name__}: {_first_line(error)}"
     patterns = ["config.json", *COMPANIONS, *(_WEIGHTS if weights else ())]
     try:
-        directory = Path(snapshot_download(hub_id, allow_patterns=patterns))
+        directory = Path(snapshot_download(hub_id, allow_patterns=patterns, local_files_only=local))
         if weights and not any(directory.glob(_WEIGHTS[0])):
-            snapshot_download(hub_id, allow_patterns=list(_TORCH_WEIGHTS))
-    except Exception as error:  # The hub's client raises errors of many libraries.
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise CheckpointError(
-            f"{hub_id}: no such file or directory, and the Hugging Face hub gives no model of that "
-            f"id: {type(error).__name__}: {reason.strip()}"
-        ) from None
+            snapshot_download(hub_id, allow_patterns=list(_TORCH_WEIGHTS), local_files_only=local)
+    except Exception as error:
+        reason = unreachable or f"{type(error).__name__}: {_first_line(error)}"
+        problem = "and the Hugging Face hub cannot be reached" if local else "the download failed"
+        raise CheckpointError(f"{hub_id}: no such file or directory, {problem}: {reason}") from None
     return directory
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason")
 
 
 def copy_companions(source: str | os.PathLike[str] | None, target: Path) -> None:

@@ -38,6 +38,11 @@ class CheckpointError(InputError):
     """A checkpoint that cannot be read or written; the message has the file and the values."""
 
 
+def unreadable(place: Path, error: OSError) -> CheckpointError:
+    """The error of the operating system in one line with the file's name."""
+    return CheckpointError(f"{error.filename or place}: cannot be read: {error.strerror or error}")
+
+
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """A tensor in a file. ``dtype`` is None for a kind that NumPy cannot hold (8-bit floats).
@@ -130,21 +135,22 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a directory by name, none of them read yet.
 
     Raises:
-        CheckpointError: see :func:`open_directory`; or a file is damaged, of another kind, or holds
-            other tensors than the index says.
+        CheckpointError: see :func:`open_directory`; or a file is damaged, of another kind, or holds a
+            tensor that the index does not have. What the index has and no file holds is no error here:
+            whether it is needed is the model's to say.
     """
     kind, files, weight_map = open_directory(directory)
     opener = safetensors_file if kind == "safetensors" else torch_file
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         found = opener(file)
-        if weight_map is not None:
-            expected = {name for name, at in weight_map.items() if at == file.name}
-            if expected != set(found):
-                raise CheckpointError(
-                    f"{file}: holds other tensors than the index says: "
-                    f"{', '.join(sorted(expected ^ set(found))[:8])}"
-                )
+        if weight_map is not None and (more := set(found) - set(weight_map)):
+            raise CheckpointError(
+                f"{file}: holds tensors that the index does not have: {', '.join(sorted(more)[:8])}"
+            )
+        if twice := set(found) & set(tensors):
+            name = min(twice)
+            raise CheckpointError(f"{file}: holds {name}, as does {tensors[name].file.name}")
         tensors |= found
     return tensors
 

@@ -9,6 +9,7 @@ import typer
 from flora_jax import __version__
 from flora_jax.cli import bench, bench_serving, evaluate, program
 from flora_jax.cli.common import cache_directory
+from flora_jax.cli.convert import convert
 from flora_jax.cli.generate import generate
 from flora_jax.cli.inspect import demo, info
 from flora_jax.cli.plan import plan
@@ -37,7 +38,7 @@ def _root(
     """One base model, a different low-rank adapter for every request of a batch."""
 
 
-for _verb in (generate, train, info, demo, plan):
+for _verb in (generate, train, convert, info, demo, plan):
     app.command()(_verb)
 bench.app.command()(bench_serving.throughput)
 bench.app.command()(bench_serving.latency)

@@ -24,7 +24,7 @@ def layer(
         str | None, typer.Option(help="Shape of a model: mini, 164m (default), 1b, 3b, 15b.")
     ] = None,
     target: Annotated[
-        str | None, typer.Option(help="Its projection, by name. Default attn.c_attn.")
+        str | None, typer.Option(help="Its projection, by name. Default: the first of a block.")
     ] = None,
     inputs: Annotated[int | None, typer.Option(help="Features in place of a preset's.")] = None,
     outputs: Annotated[int | None, typer.Option(help="Features in place of a preset's.")] = None,
@@ -66,7 +66,7 @@ def layer(
     if inputs is not None and outputs is not None and preset is None and target is None:
         size = inputs, outputs
     elif inputs is None and outputs is None:
-        size = projection_of(preset or "164m", target or "attn.c_attn")
+        size = projection_of(preset or "164m", target)
     else:
         given = {"inputs": inputs, "outputs": outputs, "preset": preset, "target": target}
         found = " ".join(f"--{name} {value}" for name, value in given.items() if value is not None)

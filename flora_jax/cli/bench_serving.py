@@ -31,7 +31,10 @@ Kind = Annotated[
 ]
 Rank = Annotated[int | None, typer.Option(help="Of the random adapters. Default 1.")]
 Ranks = Annotated[str | None, typer.Option(help="Several, as 1,2,4: a line of the result each.")]
-Targets = Annotated[str, typer.Option(help="Projections, comma-separated, by name.")]
+Targets = Annotated[
+    str | None,
+    typer.Option(help="Projections, comma-separated, by name. Default: PEFT's for LoRA."),
+]
 NumPrompts = Annotated[int, typer.Option(help="Requests.")]
 Scale = Annotated[float, typer.Option(help="Multiplies prompt and output lengths.")]
 Lengths = Annotated[
@@ -82,7 +85,7 @@ def throughput(
     kind: Kind = "flora",
     rank: Rank = None,
     ranks: Ranks = None,
-    targets: Targets = "c_attn",
+    targets: Targets = None,
     num_prompts: NumPrompts = 1000,
     scale: Scale = 1.0,
     lengths: Lengths = None,
@@ -126,7 +129,7 @@ def latency(
     kind: Kind = "flora",
     rank: Rank = None,
     ranks: Ranks = None,
-    targets: Targets = "c_attn",
+    targets: Targets = None,
     request_rate: Annotated[
         str, typer.Option(help="Requests a second, inf, or trace: the times of --lengths.")
     ] = "inf",
@@ -202,7 +205,7 @@ class Run:
     kind: str
     rank: int | None
     ranks: str | None
-    targets: str
+    targets: str | None
     dtype: str | None
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -235,11 +238,14 @@ class Run:
         from flora_jax.bench.serving import setup
 
         options = self.workload
+        targets = None if self.targets is None else tuple(self.targets.split(","))
         contenders = [
-            setup.Contender(self.kind, number, tuple(self.targets.split(",")))
+            setup.Contender(self.kind, number, targets)
             for number in _ranks(self.kind, self.rank, self.ranks)
         ]
         base = setup.find_base(None if self.model is None else source(self.model), self.preset)
+        for contender in contenders:
+            contender.targets_of(base.config)
         drawn, base = setup.plan_workload(base, options, self.kind != "none")
         read, kept = drawn.file_rows or (0, 0)
         if kept < read:
@@ -271,7 +277,7 @@ class Run:
     def _refuse_adapter_options(self) -> None:
         """What would say nothing without adapters is a mistake."""
         for name, value, default in (
-            ("targets", self.targets, "c_attn"),
+            ("targets", self.targets, None),
             ("resident-adapters", self.resident_adapters, None),
             ("num-adapters", self.workload.num_adapters, None),
             ("adapter-distribution", self.workload.adapter_distribution, "distinct"),

@@ -28,6 +28,7 @@ from flora_jax.shipped import model_source
 from flora_jax.terminal import progress, say
 
 if TYPE_CHECKING:
+    from flora_jax.checkpoints import Opened
     from flora_jax.serve.engine import Engine
     from flora_jax.serve.request import Request
 
@@ -135,14 +136,11 @@ def _stamp(folder: Path) -> str:
 
 
 def _run(job: Job, sink: Output, name: str) -> None:
-    from flora_jax.checkpoints.checkpoint import describe
-    from flora_jax.checkpoints.sources import resolve
-    from flora_jax.checkpoints.tokenizer import load_tokenizer
+    from flora_jax.checkpoints import open_checkpoint
     from flora_jax.serve.request import Limits, Reader, Request
 
-    directory = resolve(model_source(job.model))
-    config = describe(directory).config
-    tokenizer = load_tokenizer(directory, config.vocab_size)
+    opened = open_checkpoint(model_source(job.model))
+    config, tokenizer = opened.config, opened.tokenizer
     adapters = read_adapters(job.adapters, config)
     limits = Limits(config.n_positions, config.vocab_size, tokenizer)
     reader = Reader(limits, adapters, job.defaults, job.keep_last)
@@ -158,14 +156,14 @@ def _run(job: Job, sink: Output, name: str) -> None:
     total = len(requests) + len(errors)
     if not total:
         raise InputError(f"{job.input}: no requests")
-    done = sink.begin(job.facts(directory))
+    done = sink.begin(job.facts(opened.directory))
     for index, error in errors.items():
         if index not in done:
             sink.add(_error_line(index, None, error))
     left = [request for request in requests if request.request_id not in done]
     started, tokens = time.perf_counter(), 0
     if left:
-        engine = _open(job, directory, adapters, tokenizer, requests)
+        engine = _open(job, opened, adapters, requests)
         with contextlib.closing(engine):
             tokens = _complete(engine, left, sink, job.skip, total)
     sink.finish()
@@ -178,19 +176,16 @@ def _run(job: Job, sink: Output, name: str) -> None:
     )
 
 
-def _open(
-    job: Job, directory: Path, adapters: Mapping[str, Any], tokenizer: Any, requests: list[Request]
-) -> Engine:
+def _open(job: Job, opened: Opened, adapters: Mapping[str, Any], requests: list[Request]) -> Engine:
     """The engine for all requests of the job, whichever of them are left."""
     prepare_jax()
-    from flora_jax.checkpoints.checkpoint import load_model
     from flora_jax.models.transpose import for_decoding
     from flora_jax.platforms import platform
     from flora_jax.serve.engine import Engine
     from flora_jax.serve.options import EngineOptions
 
     quantize = None if job.quantize == "none" else job.quantize
-    model = load_model(directory, dtype_of(job.dtype), quantize=quantize)
+    model = opened.load(dtype_of(job.dtype), quantize=quantize)
     rows, longest = job.batch_size, model.config.n_positions
     if not job.batch_invariant:  # Else the shapes, and so the bits, would be those of this file.
         rows = min(rows, len(requests))
@@ -204,7 +199,7 @@ def _open(
         choices = choices.for_one_batch(max(len(r.prompt_token_ids) for r in requests))
         options = dataclasses.replace(options, row_buckets=(rows,))
     model = for_decoding(model, consume=True)
-    engine = Engine(model, adapters, tokenizer=tokenizer, options=options, platform=choices)
+    engine = Engine(model, adapters, tokenizer=opened.tokenizer, options=options, platform=choices)
     if engine.attention_note is not None:
         say(f"prompts: attention by {engine.attention_note}")
     if choices.few_shapes:

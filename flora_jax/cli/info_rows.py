@@ -23,23 +23,21 @@ def describe_rows(path: str) -> Iterator[Row]:
 
 
 def _model_rows(path: str) -> Iterator[Row]:
-    from flora_jax.checkpoints.checkpoint import describe
-    from flora_jax.checkpoints.tokenizer import load_tokenizer
+    from flora_jax.checkpoints import open_checkpoint
     from flora_jax.models.cache import cache_bytes_per_token
+    from flora_jax.models.family import family_of
 
-    found = describe(path)
-    config = found.config
-    heads = "multi-query" if config.multi_query else "multi-head"
-    yield "model", f"GPTBigCode (StarCoder), {found.format}"
+    opened = open_checkpoint(path)
+    found, config = opened.describe(), opened.config
+    yield "model", f"{family_of(config).title}, {found.format}"
     yield "parameters", f"{found.parameters:,}"
     yield "bytes", f"{found.bytes:,} as {config.dtype}"
-    yield "layers", f"{config.n_layer} x {config.n_embd} wide, {config.n_head} heads, {heads}"
+    yield "layers", config.summary()
     yield "context", f"{config.n_positions:,} positions"
     yield "vocabulary", f"{config.vocab_size:,}"
     yield "cache", f"{cache_bytes_per_token(config, config.dtype):,} bytes a token"
-    if found.format != "hub":
-        tokenizer = load_tokenizer(Path(path), config.vocab_size)
-        yield "tokenizer", "none" if tokenizer is None else f"{tokenizer.get_vocab_size():,} pieces"
+    tokenizer = opened.tokenizer
+    yield "tokenizer", "none" if tokenizer is None else f"{tokenizer.get_vocab_size():,} pieces"
     for target, (inputs, outputs) in config.projections().items():
         yield f"target {target}", f"{inputs:,} -> {outputs:,}"
 

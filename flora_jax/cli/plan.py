@@ -35,7 +35,10 @@ def plan(
     resident_adapters: Annotated[
         int | None, typer.Option(help="Adapters on the device. Default one a sequence.")
     ] = None,
-    targets: Annotated[str, typer.Option(help="Projections, comma-separated, by name.")] = "c_attn",
+    targets: Annotated[
+        str | None,
+        typer.Option(help="Projections, comma-separated, by name. Default: PEFT's for LoRA."),
+    ] = None,
     quantize: Annotated[
         str, typer.Option(help="int8, int4 or none: the base in 8 or 4 bits, the rest as it is.")
     ] = "none",
@@ -50,32 +53,33 @@ def plan(
 ) -> None:
     """Shows what fits on a GPU and how long a step takes there, modelled; with --compile the program."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Nothing runs, and no GPU is looked for.
-    from flora_jax.adapters.model_adapter import match_targets
-    from flora_jax.checkpoints.describe import read_config
-    from flora_jax.checkpoints.sources import resolve
-    from flora_jax.models.starcoder.config import PRESETS
+    from flora_jax.adapters.projections import match_targets
+    from flora_jax.checkpoints import open_checkpoint
+    from flora_jax.models.family import presets
     from flora_jax.plan import summary
     from flora_jax.plan.cards import card
     from flora_jax.plan.setting import Setting
 
-    wanted = card(gpu)
+    wanted, known = card(gpu), presets()
     if rank is None:
         rank = 0 if kind == "none" else TRAITS[kind].fixed_rank if kind in TRAITS else None
         if rank is None:
             raise InputError(f"--kind is {kind} and --rank is missing, expected at least 1")
-    if model in PRESETS:
-        name, config = model, PRESETS[model]
+    if model in known:
+        name, config = model, known[model]
     else:
         if "/" not in model and not Path(model).exists():
             raise InputError(
-                f"MODEL|PRESET is {model!r}, expected one of {', '.join(PRESETS)}, a checkpoint's "
+                f"MODEL|PRESET is {model!r}, expected one of {', '.join(known)}, a checkpoint's "
                 "directory or a hub id (owner/name)"
             )
-        directory = resolve(source(model), weights=False)
-        name, config = directory.name, read_config(directory)
+        opened = open_checkpoint(source(model))
+        name, config = opened.directory.name, opened.config
+    projections = config.projections()
+    names = projections.names.default_targets("lora") if targets is None else targets.split(",")
     setting = Setting(
         name, config, wanted, devices=devices, dtype=dtype, quantize=quantize, kind=kind, rank=rank,
-        targets=match_targets(targets.split(",")), max_num_seqs=max_num_seqs,
+        targets=match_targets(names, projections), max_num_seqs=max_num_seqs,
         max_model_len=max_model_len, resident_adapters=resident_adapters,
     )  # fmt: skip
     if compile:

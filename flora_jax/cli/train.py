@@ -46,7 +46,8 @@ class TrainCommand:
     ] = None
     rank: Annotated[int | None, typer.Option(help="Default 1.")] = None
     targets: Annotated[
-        str | None, typer.Option(help="Projections, comma-separated, by name. Default c_attn.")
+        str | None,
+        typer.Option(help="Projections, comma-separated, by name. Default: PEFT's for LoRA."),
     ] = None
     init: Annotated[str | None, typer.Option(help=_own("init", "zero_sum"))] = None
     reduction: Annotated[str | None, typer.Option(help=_own("reduction", "mean"))] = None

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from flora_jax.checkpoints.checkpoint import describe, load_model
-from flora_jax.checkpoints.tokenizer import load_tokenizer
+from flora_jax.checkpoints import Opened, open_checkpoint
 from flora_jax.errors import InputError, RunError
 from flora_jax.evaluate.completions import Generation, Sampling
 from flora_jax.evaluate.problems import Problem
@@ -74,32 +73,30 @@ class Local:
 
     def beyond(self) -> list[Problem]:
         """Those of ``problems`` whose prompt leaves no room for a token in the model's context."""
-        config = describe(self.directory).config
-        tokenizer = self._tokenizer(config.vocab_size)
-        return [p for p in self.problems if _length(tokenizer, p) >= config.n_positions]
+        opened, tokenizer = self._opened()
+        return [p for p in self.problems if _length(tokenizer, p) >= opened.config.n_positions]
 
     def context(self, sampling: Sampling) -> int:
         """Positions of the longest sequence that the engine is made for."""
-        config = describe(self.directory).config
-        tokenizer = self._tokenizer(config.vocab_size)
+        opened, tokenizer = self._opened()
         longest = max(_length(tokenizer, problem) for problem in self.problems)
-        return min(-(-(longest + sampling.max_tokens) // _STEP) * _STEP, config.n_positions)
+        return min(-(-(longest + sampling.max_tokens) // _STEP) * _STEP, opened.config.n_positions)
 
-    def _tokenizer(self, vocab_size: int) -> Any:
-        tokenizer = load_tokenizer(self.directory, vocab_size)
-        if tokenizer is None:
+    def _opened(self) -> tuple[Opened, Any]:
+        """The checkpoint and its tokenizer."""
+        opened = open_checkpoint(self.directory)
+        if opened.tokenizer is None:
             raise InputError(f"{self.directory}: no tokenizer.json, which problems are read with")
-        return tokenizer
+        return opened, opened.tokenizer
 
     def _engine(self, sampling: Sampling) -> Engine:
-        config = describe(self.directory).config
-        tokenizer = self._tokenizer(config.vocab_size)
+        opened, tokenizer = self._opened()
         options = EngineOptions(
             max_num_seqs=self.rows,
             max_model_len=self.context(sampling),
             batch_invariant=True,
         )
-        loaded = load_model(self.directory, self.dtype, quantize=self.quantize)
+        loaded = opened.load(self.dtype, quantize=self.quantize)
         model = for_decoding(loaded, consume=True)
         return Engine(model, self.adapters, tokenizer=tokenizer, options=options)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters.kind import Components, kind_of, ones, zeros
-from flora_jax.adapters.model_adapter import TARGETS, ModelAdapter, WeightsOf, check_fits
+from flora_jax.adapters.model_adapter import ModelAdapter, WeightsOf, check_fits
 from flora_jax.mixing.ragged import IDENTITY, BankLayers, TargetBank
 
 
@@ -182,7 +182,7 @@ def empty_layers(
             jnp.array(zeros(count.bias, outputs)) if count.bias > RESERVED.bias else None,
         )
 
-    targets = [target for target in TARGETS if target in room]
+    targets = [target for target in projections if target in room]
     return tuple({target: target_bank(target) for target in targets} for _ in range(layers))
 
 
@@ -274,8 +274,7 @@ def most_of(prepared: Sequence[Prepared]) -> dict[str, Count]:
         target: Count(
             *(max(n) for n in zip(*(p.counts.get(target, Count(1, 0, 0)) for p in prepared)))
         )
-        for target in TARGETS
-        if any(target in p.counts for p in prepared)
+        for target in dict.fromkeys(target for p in prepared for target in p.counts)
     }
 
 

@@ -1,4 +1,4 @@
-"""Multi-query and multi-head attention on arrays: splitting the fused projection, masks, softmax.
+"""Attention on arrays, with fewer key and value heads than query heads or as many: masks, softmax.
 
 Attention without a cache has one implementation for every way that a platform wants it. Knows nothing of
 parameters, adapters or platforms.
@@ -14,31 +14,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.family import AttentionConfig
 
 # Numbers of a head that cuDNN takes on every card since Ampere.
 _LARGEST_HEAD = 128
-
-
-def split_qkv(
-    qkv_BTO: jax.Array, config: StarCoderConfig
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Splits ``c_attn``'s output into ``q [B,T,H,K]`` and ``k``, ``v`` ``[B,T,G,K]``.
-
-    With ``multi_query`` the output is all queries, then one key, then one value; without it, each
-    head's query, key and value stand together.
-    """
-    batch, length, _ = qkv_BTO.shape
-    width, heads, head_dim = config.n_embd, config.n_head, config.head_dim
-    if config.multi_query:
-        q, k, v = jnp.split(qkv_BTO, [width, width + head_dim], axis=-1)
-        return (
-            q.reshape(batch, length, heads, head_dim),
-            k.reshape(batch, length, 1, head_dim),
-            v.reshape(batch, length, 1, head_dim),
-        )
-    q, k, v = jnp.split(qkv_BTO.reshape(batch, length, heads, 3 * head_dim), 3, axis=-1)
-    return q, k, v
 
 
 @jax.tree_util.register_dataclass
@@ -81,7 +60,7 @@ def attend_visible(
     k_BTGK: jax.Array,
     v_BTGK: jax.Array,
     seen: Visible,
-    config: StarCoderConfig,
+    config: AttentionConfig,
 ) -> jax.Array:
     """Softmax attention among the tokens of a batch, ``[B, T, D]`` in the queries' dtype."""
     return IMPLEMENTATIONS[seen.attention](q_BTHK, k_BTGK, v_BTGK, seen.mask_BTS, config)
@@ -92,13 +71,12 @@ def attend(
     k_BSGK: jax.Array,
     v_BSGK: jax.Array,
     mask_BTS: jax.Array | None,
-    config: StarCoderConfig,
+    config: AttentionConfig,
 ) -> jax.Array:
     """Two products with the scores between them in memory; takes every dtype and every length.
 
-    Scores are scaled by ``1/sqrt(K)`` (``scale_attn_weights``). The softmax runs in float32, or in
-    the activations' dtype where ``attention_softmax_in_fp32`` is false; scaling happens in the same
-    dtype as the softmax only if ``scale_attention_softmax_in_fp32`` asks for it.
+    Scores are scaled by ``score_scale``. The softmax runs in float32, or in the activations' dtype where
+    ``softmax_in_float32`` is false; scaling happens in float32 only if ``scale_in_float32`` asks for it.
     """
     assert mask_BTS is not None
     batch, length, heads, _ = q_BTHK.shape
@@ -120,12 +98,10 @@ def attend(
     return rows_as_tokens(out.astype(dtype), length)
 
 
-def softmax_options(dtype: jnp.dtype, config: StarCoderConfig) -> tuple[Any, float, bool]:
+def softmax_options(dtype: jnp.dtype, config: AttentionConfig) -> tuple[Any, float, bool]:
     """The scores' dtype, their scale, and whether they are scaled in that dtype."""
-    wide = jnp.float32 if config.attention_softmax_in_fp32 else dtype
-    scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
-    late = config.attention_softmax_in_fp32 and config.scale_attention_softmax_in_fp32
-    return wide, scale, late
+    wide = jnp.float32 if config.softmax_in_float32 else dtype
+    return wide, config.score_scale, config.scale_in_float32
 
 
 def queries_as_rows(q_BTHK: jax.Array, groups: int, scale: float) -> jax.Array:
@@ -164,7 +140,7 @@ def fused_attention(
     k_BTGK: jax.Array,
     v_BTGK: jax.Array,
     mask_BTT: jax.Array | None,
-    config: StarCoderConfig,
+    config: AttentionConfig,
     *,
     implementation: Literal["cudnn", "xla"],
 ) -> jax.Array:
@@ -173,16 +149,15 @@ def fused_attention(
     Tokens behind a token are masked by their place, whose tiles a kernel leaves out, and the segments by
     the mask. Softmax and scale are float32's, whatever the model's options say.
     """
-    scale = config.head_dim**-0.5 if config.scale_attn_weights else 1.0
     out_BTHK = jax.nn.dot_product_attention(
         q_BTHK, k_BTGK, v_BTGK,
         mask=None if mask_BTT is None else mask_BTT[:, None],
-        scale=scale, is_causal=True, implementation=implementation,
+        scale=config.score_scale, is_causal=True, implementation=implementation,
     )  # fmt: skip
     return out_BTHK.reshape(*out_BTHK.shape[:2], -1)
 
 
-def cudnn_refuses(config: StarCoderConfig, dtype: Any, length: int) -> str | None:
+def cudnn_refuses(config: AttentionConfig, dtype: Any, length: int) -> str | None:
     """Why "cudnn" does not take rows of ``length`` tokens in ``dtype``; ``None`` where it does."""
     if jnp.dtype(dtype).itemsize != 2:
         return f"it takes 16-bit activations, found {jnp.dtype(dtype).name}"
@@ -196,7 +171,7 @@ def cudnn_refuses(config: StarCoderConfig, dtype: Any, length: int) -> str | Non
 
 
 Implementation = Callable[
-    [jax.Array, jax.Array, jax.Array, jax.Array | None, StarCoderConfig], jax.Array
+    [jax.Array, jax.Array, jax.Array, jax.Array | None, AttentionConfig], jax.Array
 ]
 # By the names that the table of platforms has.
 IMPLEMENTATIONS: dict[str, Implementation] = {

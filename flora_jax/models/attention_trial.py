@@ -16,14 +16,14 @@ import numpy as np
 from flora_jax.models.attention import attend_visible, visible
 from flora_jax.models.cache import LayerCache, Paging
 from flora_jax.models.cached_attention import attend_cached
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.family import AttentionConfig
 
 _ROWS = 2
 # Of the largest number, as much as two ways to add up in 16 bits may differ.
 _TOLERANCE = 0.03
 
 
-def fails(attention: str, config: StarCoderConfig, dtype: Any, length: int) -> str | None:
+def fails(attention: str, config: AttentionConfig, dtype: Any, length: int) -> str | None:
     """Why ``attention`` is not usable here on rows of ``length`` tokens; ``None`` where it is.
 
     Results and gradients of two rows of random numbers, each with two segments and padding, are
@@ -58,7 +58,7 @@ def fails(attention: str, config: StarCoderConfig, dtype: Any, length: int) -> s
 
 
 def fails_on_cache(
-    attention: str, config: StarCoderConfig, dtype: Any, length: int, span: int, page: int
+    attention: str, config: AttentionConfig, dtype: Any, length: int, span: int, page: int
 ) -> str | None:
     """The same over a cache, for pieces of ``length`` tokens and tables of ``span`` positions.
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.family import ModelConfig
 
 # Where a token without a place stands: nothing is stored, and nothing sees it.
 NOWHERE = -1
@@ -79,7 +79,7 @@ class LayerCache:
 Cache = list[LayerCache]
 
 
-def init_cache(config: StarCoderConfig, pages: int, page: int, dtype: Any) -> Cache:
+def init_cache(config: ModelConfig, pages: int, page: int, dtype: Any) -> Cache:
     """Empty pools of ``pages`` pages of ``page`` positions for every layer."""
     shape = (pages, page, config.kv_heads, config.head_dim)
     return [
@@ -93,6 +93,6 @@ def contiguous(rows: int, length: int, page: int) -> Paging:
     return Paging(jnp.asarray(np.arange(rows * width, dtype=np.int32).reshape(rows, width)))
 
 
-def cache_bytes_per_token(config: StarCoderConfig, dtype: Any) -> int:
+def cache_bytes_per_token(config: ModelConfig, dtype: Any) -> int:
     """Bytes that one token of one sequence takes in all layers."""
     return 2 * config.n_layer * config.kv_heads * config.head_dim * jnp.dtype(dtype).itemsize

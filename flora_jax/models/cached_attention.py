@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from flora_jax.models.attention import queries_as_rows, rows_as_tokens, softmax_options
 from flora_jax.models.cache import LayerCache, Paging
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.family import AttentionConfig
 
 # Positions of one step over a cached row's keys. Fixed, and longer rows take more steps, so that what a
 # row sees is added up in the same order whatever the longest row of its batch is.
@@ -27,7 +27,7 @@ def attend_cached(
     cache: LayerCache,
     paging: Paging,
     positions_BT: jax.Array,
-    config: StarCoderConfig,
+    config: AttentionConfig,
 ) -> jax.Array:
     """Attention over cached positions up to each token's own, ``[B, T, D]`` in the queries' dtype.
 
@@ -42,7 +42,7 @@ def _loop(
     cache: LayerCache,
     paging: Paging,
     positions_BT: jax.Array,
-    config: StarCoderConfig,
+    config: AttentionConfig,
 ) -> jax.Array:
     """Keys in blocks of :data:`KEY_BLOCK` positions with a running maximum and sum.
 
@@ -109,7 +109,7 @@ def _gather(
     cache: LayerCache,
     paging: Paging,
     positions_BT: jax.Array,
-    config: StarCoderConfig,
+    config: AttentionConfig,
 ) -> jax.Array:
     """The whole table's positions in one gather, two batched products and a float32 softmax.
 
@@ -140,7 +140,7 @@ def _cudnn(
     cache: LayerCache,
     paging: Paging,
     positions_BT: jax.Array,
-    config: StarCoderConfig,
+    config: AttentionConfig,
     *,
     bounded: bool,
 ) -> jax.Array:

@@ -14,14 +14,10 @@ import jax
 import numpy as np
 
 from flora_jax.errors import InputError
+from flora_jax.models.family import family_of
+from flora_jax.models.model import Model
 from flora_jax.models.sharding import named_leaves
-from flora_jax.models.starcoder.model import Model
 from flora_jax.weights.quantized import Method, Quantized, quantize
-
-
-def is_quantised(path: str) -> bool:
-    """Whether the parameter of this dotted path is one that gets quantised."""
-    return path.startswith("h.") and path.endswith(".kernel")
 
 
 def quantize_model(model: Model, method: Method) -> Model:
@@ -36,7 +32,7 @@ def quantize_model(model: Model, method: Method) -> Model:
 
 
 def quantize_abstract(model: Model, method: Method) -> Model:
-    """The same of shapes and dtypes (:func:`~flora_jax.models.starcoder.model.abstract_model`).
+    """The same of shapes and dtypes (:func:`~flora_jax.models.model.abstract_model`).
 
     Raises:
         InputError: see :func:`quantize_model`.
@@ -46,10 +42,11 @@ def quantize_abstract(model: Model, method: Method) -> Model:
 
 def _map_kernels(model: Model, change: Callable[[Any], Quantized]) -> Model:
     leaves, structure = named_leaves(model.params)
+    is_kernel = family_of(model.config).is_kernel
     values = []
     for path, leaf in leaves.items():
         try:
-            values.append(change(leaf) if is_quantised(path) else leaf)
+            values.append(change(leaf) if is_kernel(path) else leaf)
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
     return model._replace(params=jax.tree.unflatten(structure, values))

@@ -1,55 +1,21 @@
 """Which axis of which parameter is split over which axis of a device mesh.
 
-One table gives every parameter logical axes ("embed", "mlp" …), another gives a logical axis its mesh
-axis. Knows nothing of files or of the arithmetic: XLA inserts the collectives.
+A table of the family gives every parameter logical axes ("embed", "mlp" …), another gives a logical axis
+its mesh axis. Knows nothing of files or of the arithmetic: XLA inserts the collectives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from flora_jax.models.starcoder.model import Model
-from flora_jax.weights.quantized import Quantized
-from flora_jax.weights.transposed import Transposed
-
-# A parameter's path, "*" for any one part, and one logical axis for each of its dimensions. As in
-# Megatron: the first product of a pair is split on its outputs and the second on its inputs, so
-# that a block needs one all-reduce after attention and one after the MLP.
-#
-# c_attn is split on its outputs too. Without multi_query each head's query, key and value stand
-# together, so the cuts fall between heads. With it the output is [all queries | key | value] and
-# the cuts fall anywhere: XLA moves the few columns of a token's activations that lie on the wrong
-# side and hands every device the one key and value. That is small beside the alternative, reading
-# the whole kernel (1/12 of a block) on every device at every step.
-RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("wte.embedding", ("vocab", "embed")),
-    ("wpe.embedding", ("position", "embed")),
-    ("h.*.ln_1.*", ("embed",)),
-    ("h.*.attn.c_attn.kernel", ("embed", "qkv")),
-    ("h.*.attn.c_attn.bias", ("qkv",)),
-    ("h.*.attn.c_proj.kernel", ("heads", "embed")),
-    ("h.*.attn.c_proj.bias", ("embed",)),
-    ("h.*.ln_2.*", ("embed",)),
-    ("h.*.mlp.c_fc.kernel", ("embed", "mlp")),
-    ("h.*.mlp.c_fc.bias", ("mlp",)),
-    ("h.*.mlp.c_proj.kernel", ("mlp", "embed")),
-    ("h.*.mlp.c_proj.bias", ("embed",)),
-    ("ln_f.*", ("embed",)),
-    ("lm_head", ("embed", "vocab")),
-)
-MESH_AXES: Mapping[str, str | None] = {
-    "vocab": "tensor",
-    "qkv": "tensor",
-    "heads": "tensor",
-    "mlp": "tensor",
-    "embed": None,
-    "position": None,
-}
-Rules = Sequence[tuple[str, tuple[str, ...]]]
+from flora_jax.models.axes import MESH_AXES, Rules, logical_axes
+from flora_jax.models.family import family_of
+from flora_jax.models.model import Model
+from flora_jax.weights.held import Held
 
 
 def make_mesh(data: int, tensor: int) -> Mesh:
@@ -62,13 +28,13 @@ def make_mesh(data: int, tensor: int) -> Mesh:
 
 
 def named_leaves(params: Any) -> tuple[dict[str, Any], Any]:
-    """Leaves by dotted path (``h.0.attn.c_attn.kernel``), in order, and the tree's structure.
+    """Leaves by dotted path (``h.0.mlp.up.kernel``, say), in order, and the tree's structure.
 
-    A quantised or transposed weight is one leaf. ``jax.tree.unflatten(structure, values)`` takes values
-    in the same order.
+    A weight is one leaf however it is held. ``jax.tree.unflatten(structure, values)`` takes values in the
+    same order.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=lambda leaf: isinstance(leaf, Quantized | Transposed)
+        params, is_leaf=lambda leaf: isinstance(leaf, Held)
     )
     return {_dotted(path): leaf for path, leaf in flat}, structure
 
@@ -77,31 +43,8 @@ def _dotted(path: tuple[Any, ...]) -> str:
     return ".".join(str(part.key) for part in path if isinstance(part, jax.tree_util.DictKey))
 
 
-def _matches(pattern: str, name: str) -> bool:
-    parts, wanted = name.split("."), pattern.split(".")
-    return len(parts) == len(wanted) and all(w in ("*", p) for p, w in zip(parts, wanted))
-
-
-def logical_axes(name: str, dimensions: int, rules: Rules = RULES) -> tuple[str, ...]:
-    """The logical axes of one parameter.
-
-    Raises:
-        ValueError: not exactly one rule matches ``name``, or it is for another number of dimensions.
-    """
-    found = [(pattern, axes) for pattern, axes in rules if _matches(pattern, name)]
-    if len(found) != 1:
-        patterns = ", ".join(pattern for pattern, _ in found) or "none"
-        raise ValueError(f"sharding: {name} matches {len(found)} rules ({patterns}), expected one")
-    pattern, axes = found[0]
-    if len(axes) != dimensions:
-        raise ValueError(
-            f"sharding: {name} has {dimensions} dimensions, rule {pattern} is for {len(axes)}"
-        )
-    return axes
-
-
 def partition_specs(
-    params: Any, rules: Rules = RULES, mesh_axes: Mapping[str, str | None] = MESH_AXES
+    params: Any, rules: Rules, mesh_axes: Mapping[str, str | None] = MESH_AXES
 ) -> Any:
     """A tree like ``params`` (arrays or shapes) with a ``PartitionSpec`` at every leaf.
 
@@ -117,19 +60,19 @@ def partition_specs(
         if unknown:
             raise ValueError(f"sharding: {name} has the logical axis {unknown[0]!r}, unknown here")
         spec = PartitionSpec(*(mesh_axes[axis] for axis in axes))
-        # The values and scales of a quantised weight have its axes, on the inputs shorter ones.
-        is_quantised = isinstance(leaf, Quantized)
-        specs.append(jax.tree.map(lambda _, spec=spec: spec, leaf) if is_quantised else spec)
+        specs.append(leaf.specs(spec) if isinstance(leaf, Held) else spec)
     return jax.tree.unflatten(structure, specs)
 
 
 def shardings(
     model: Model,
     mesh: Mesh,
-    rules: Rules = RULES,
+    rules: Rules | None = None,
     mesh_axes: Mapping[str, str | None] = MESH_AXES,
 ) -> Any:
     """A tree like ``model.params`` (abstract or not) with a ``NamedSharding`` at every leaf.
+
+    ``rules`` are the model's family's unless others are given.
 
     A dimension whose mesh axis is absent from ``mesh``, or does not divide it evenly, is replicated:
     results stay right, and only that parameter's memory is not saved.
@@ -148,4 +91,5 @@ def shardings(
         ]
         return NamedSharding(mesh, PartitionSpec(*fitted))
 
+    rules = family_of(model.config).axes if rules is None else rules
     return jax.tree.map(fit, model.params, partition_specs(model.params, rules, mesh_axes))

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.models.quantize import is_quantised
+from flora_jax.models.family import family_of
+from flora_jax.models.model import Model
 from flora_jax.models.sharding import named_leaves
-from flora_jax.models.starcoder.model import Model
 from flora_jax.platforms import Platform
 from flora_jax.platforms import platform as platform_of
 from flora_jax.weights.transposed import Transposed
@@ -36,8 +36,9 @@ def outputs_first(model: Model, *, consume: bool = False) -> Model:
         return turned
 
     leaves, structure = named_leaves(model.params)
+    is_kernel = family_of(model.config).is_kernel
     values = [
-        turn(leaf) if is_quantised(path) and isinstance(leaf, jax.Array) else leaf
+        turn(leaf) if is_kernel(path) and isinstance(leaf, jax.Array) else leaf
         for path, leaf in leaves.items()
     ]
     return model._replace(params=jax.tree.unflatten(structure, values))

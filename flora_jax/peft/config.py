@@ -12,16 +12,12 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flora_jax.errors import InputError
 from flora_jax.peft.format import Format, format_of, peft_types
 
 CONFIG_FILE = "adapter_config.json"
-
-# PEFT's defaults for gpt_bigcode, taken where target_modules is null.
-_DEFAULT_TARGETS = {"ia3": ("c_attn", "mlp.c_proj")}
-_DEFAULT_FEEDFORWARD = ("mlp.c_proj",)
 
 # Of every kind. fan_in_fan_out speaks of the base layer's storage; PEFT resets it on nn.Linear,
 # which all are here.
@@ -34,6 +30,9 @@ _REFUSED = {
 }
 
 
+Default = TypeVar("Default", None, tuple[str, ...])
+
+
 class AdapterError(InputError):
     """An adapter folder that cannot be read, does not fit its base, or cannot be written."""
 
@@ -43,15 +42,16 @@ class AdapterConfig:
     """What adapter_config.json says, checked field by field.
 
     ``targets``, ``excluded`` and ``feedforward`` are suffixes of module paths (a tuple) or one
-    regular expression over the whole path (a string). Patterns keep the file's order. ``own`` are the
-    values that only this kind has, see its :class:`~flora_jax.peft.format.Format`.
+    regular expression over the whole path (a string); where the file has none, ``None`` for targets and
+    feedforward are PEFT's own for the base model's family. Patterns keep the file's order. ``own`` are
+    the values that only this kind has, see its :class:`~flora_jax.peft.format.Format`.
     """
 
     path: Path
     kind: str
-    targets: str | tuple[str, ...]
+    targets: str | tuple[str, ...] | None
     excluded: str | tuple[str, ...] = ()
-    feedforward: str | tuple[str, ...] = _DEFAULT_FEEDFORWARD
+    feedforward: str | tuple[str, ...] | None = None
     layers: tuple[int, ...] = ()
     layers_pattern: tuple[str, ...] = ()
     rank: int = 1
@@ -86,12 +86,12 @@ def read_config(directory: Path) -> AdapterConfig:
     problems = _unsupported(raw, found)
     fields = Fields(raw, problems)
     values: dict[str, Any] = dict(
-        targets=fields.names("target_modules", _DEFAULT_TARGETS.get(kind, ("c_attn",))),
+        targets=fields.names("target_modules", None),
         excluded=fields.names("exclude_modules", ()),
         settings={k: raw[k] for k in found.kept if raw.get(k) is not None},
     )
     if found.placed_by is not None:
-        values["feedforward"] = fields.names(found.placed_by, _DEFAULT_FEEDFORWARD)
+        values["feedforward"] = fields.names(found.placed_by, None)
     if found.has_rank:
         values["rank"] = fields.number("r", int)
         values["rank_pattern"] = fields.pattern("rank_pattern", int)
@@ -143,7 +143,7 @@ class Fields:
         if not isinstance(self.raw.get(name) or False, bool):
             self._wrong(name, "true or false")
 
-    def names(self, name: str, default: tuple[str, ...]) -> str | tuple[str, ...]:
+    def names(self, name: str, default: Default) -> str | tuple[str, ...] | Default:
         value = self.raw.get(name)
         if value is None:
             return default

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from flora_jax.adapters.model_adapter import TARGETS, ModelAdapter
+from flora_jax.adapters.model_adapter import ModelAdapter
+from flora_jax.adapters.projections import Projections, ends_in
+from flora_jax.errors import listing
 from flora_jax.peft.config import AdapterConfig, AdapterError, read_config
 from flora_jax.peft.format import FORMATS, Module
 from flora_jax.peft.targets import (
@@ -22,9 +24,6 @@ from flora_jax.peft.targets import (
     adapted_modules,
     is_embedding,
     is_feedforward,
-    is_suffix,
-    listing,
-    module_path,
     pattern_value,
 )
 from flora_jax.peft.tensors import (
@@ -38,12 +37,10 @@ from flora_jax.peft.write import write_adapter
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
-def read_adapter(
-    directory: str | Path, projections: Mapping[str, tuple[int, int]], n_layer: int
-) -> ModelAdapter:
+def read_adapter(directory: str | Path, projections: Projections, n_layer: int) -> ModelAdapter:
     """Reads a folder of any kind for a base of these widths; factors are float32 NumPy arrays.
 
-    ``projections`` is ``{target: (inputs, outputs)}`` of the base model's blocks.
+    ``projections`` are the base model's (``config.projections()``), ``n_layer`` the number of its blocks.
 
     Raises:
         AdapterError: a missing or damaged file, a configuration that is refused (``read_config``),
@@ -53,19 +50,21 @@ def read_adapter(
     directory = Path(directory)
     config = read_config(directory)
     own_format = FORMATS[config.kind]
-    modules = adapted_modules(config, n_layer)
+    modules = adapted_modules(config, projections, n_layer)
     path, tensors = read_tensors(directory)
     layers: list[dict[str, Any]] = [{} for _ in range(n_layer)]
     problems = []
     taken: set[str] = set()
     for layer, target in modules:
-        path_of = module_path(layer, target)
-        names = tensor_names(own_format, layer, target)
+        path_of = projections.names.path(layer, target)
+        names = tensor_names(own_format, path_of)
         taken.update(names)
         found = [tensors.get(name) for name in names]
         patterns = pattern_value(config.rank_pattern, path_of, config.rank)
         rank = own_format.rank(patterns, config.rank, found[0])
-        on_inputs = own_format.placed_by is not None and is_feedforward(config, path_of)
+        on_inputs = own_format.placed_by is not None and is_feedforward(
+            config, path_of, projections.names
+        )
         sizes = *projections[target], rank, on_inputs
         wrong = [
             line
@@ -79,7 +78,7 @@ def read_adapter(
             layers[layer][target] = own_format.from_tensors(config, module, arrays)
     problems += [
         f"{name}: {EMBEDDINGS_REFUSED}"
-        if is_embedding(name)
+        if is_embedding(name, projections.names)
         else f"{name}: found shape {tensors[name].shape}, expected no such tensor"
         for name in tensors
         if name not in taken
@@ -88,7 +87,7 @@ def read_adapter(
         raise AdapterError(
             listing(f"{path}: {len(problems)} tensors do not fit the config and the base", problems)
         )
-    return ModelAdapter(config.kind, tuple(layers), config.settings)
+    return ModelAdapter(config.kind, tuple(layers), config.settings, projections=projections)
 
 
 def _problem(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> str | None:
@@ -138,28 +137,28 @@ def describe_adapter(directory: str | Path) -> AdapterSummary:
     own_format = FORMATS[config.kind]
     leaves = {leaf.name: leaf for leaf in own_format.leaves}
     path, headers = read_headers(directory)
-    name_of = re.compile(
-        rf"{re.escape(PREFIX)}transformer\.h\.(\d+)\.({'|'.join(map(re.escape, TARGETS))})\."
-        rf"({'|'.join(map(re.escape, leaves))})"
-    )
+    # The blocks of any family of models: the first number in the path is the block's.
+    ends = "|".join(map(re.escape, leaves))
+    name_of = re.compile(rf"{re.escape(PREFIX)}(\D+)\.(\d+)\.(.+)\.({ends})")
     layers: set[int] = set()
     ranks: dict[str, set[int]] = {}
     widths: dict[str, tuple[int | None, int | None]] = {}
     problems = []
     for name, header in headers.items():
         match = name_of.fullmatch(name)
-        sizes = match and leaves[match[3]].sizes(header.shape)
+        sizes = match and leaves[match[4]].sizes(header.shape)
         if match is None or sizes is None:
-            reason = EMBEDDINGS_REFUSED if is_embedding(name) else f"not of a {config.kind} adapter"
-            problems.append(f"{name}: shape {header.shape}: {reason}")
+            problems.append(
+                f"{name}: shape {header.shape}: not of a {config.kind} adapter's blocks"
+            )
             continue
-        layer, target, _ = match.groups()
+        blocks, layer, target, _ = match.groups()
         layers.add(int(layer))
         if "R" in sizes or not own_format.has_rank:
             ranks.setdefault(target, set()).add(sizes.get("R", 1))
         inputs, outputs = widths.get(target, (None, None))
         widths[target] = sizes.get("I", inputs), sizes.get("O", outputs)
-        others = tensor_names(own_format, int(layer), target)
+        others = tensor_names(own_format, f"{blocks}.{layer}.{target}")
         problems += [f"{other}: missing beside {name}" for other in others if other not in headers]
     if problems:
         raise AdapterError(
@@ -170,10 +169,10 @@ def describe_adapter(directory: str | Path) -> AdapterSummary:
         kind=config.kind,
         r=config.rank,
         reduction=config.own.get("reduction"),
-        targets=tuple(target for target in TARGETS if target in ranks),
+        targets=tuple(sorted(ranks)),
         layers=tuple(sorted(layers)),
-        ranks={target: tuple(sorted(ranks[target])) for target in TARGETS if target in ranks},
-        widths={target: widths[target] for target in TARGETS if target in widths},
+        ranks={target: tuple(sorted(ranks[target])) for target in sorted(ranks)},
+        widths={target: widths[target] for target in sorted(widths)},
         unused=_unused(config, headers),
         parameters=sum(sizes.values()),
         bytes=sum(size * _ITEM_BYTES[headers[name].dtype] for name, size in sizes.items()),
@@ -183,11 +182,11 @@ def describe_adapter(directory: str | Path) -> AdapterSummary:
 
 
 def _unused(config: AdapterConfig, headers: Mapping[str, Any]) -> tuple[str, ...]:
-    if isinstance(config.targets, str):
+    if config.targets is None or isinstance(config.targets, str):
         return ()
     leaves = [f".{leaf.name}" for leaf in FORMATS[config.kind].leaves]
     paths = [name.removeprefix(PREFIX).removesuffix(leaf) for name in headers for leaf in leaves]
-    return tuple(n for n in config.targets if not any(is_suffix(path, n) for path in paths))
+    return tuple(n for n in config.targets if not any(ends_in(path, n) for path in paths))
 
 
 __all__ = [

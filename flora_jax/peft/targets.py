@@ -1,41 +1,27 @@
-"""Which modules of a GPTBigCode model an adapter_config.json means, by PEFT's rules.
+"""Which modules of a base model an adapter_config.json means, by PEFT's rules.
 
-Knows module paths, not arrays or files: ``transformer.h.N.attn.c_attn`` and its like.
+Knows module paths (:mod:`flora_jax.adapters.projections`), not arrays or files.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import TypeVar
 
-from flora_jax.adapters.model_adapter import TARGETS
+from flora_jax.adapters.projections import ModuleNames, Projections, ends_in
 from flora_jax.errors import listing
 from flora_jax.peft.config import AdapterConfig, AdapterError
 
-EMBEDDINGS = ("lm_head", "transformer.wte", "transformer.wpe")
 EMBEDDINGS_REFUSED = "embedding/lm_head adapters are not supported"
-_OTHER = ("transformer", "transformer.drop", "transformer.h", "transformer.ln_f")
-_OTHER_IN_BLOCK = (
-    "",
-    ".ln_1",
-    ".attn",
-    ".attn.resid_dropout",
-    ".ln_2",
-    ".mlp",
-    ".mlp.act",
-    ".mlp.dropout",
-)
 
 Value = TypeVar("Value")
 
 
-def module_path(layer: int, target: str) -> str:
-    """``transformer.h.<layer>.<target>``, as ``named_modules`` of the torch model has it."""
-    return f"transformer.h.{layer}.{target}"
-
-
-def adapted_modules(config: AdapterConfig, n_layer: int) -> list[tuple[int, str]]:
+def adapted_modules(
+    config: AdapterConfig, projections: Projections, n_layer: int
+) -> list[tuple[int, str]]:
     """The ``(layer, target)`` pairs that the configuration adapts, in the order of the model.
 
     A name in ``target_modules`` that is in no layer adapts nothing, as in PEFT, where another one does.
@@ -44,26 +30,27 @@ def adapted_modules(config: AdapterConfig, n_layer: int) -> list[tuple[int, str]
         AdapterError: no target that the base model has, a layer that it does not have, a target that
             is no linear projection of a block, or nothing left to adapt.
     """
-    projections = {
-        module_path(layer, target): (layer, target)
+    names = projections.names
+    if config.targets is None:
+        config = dataclasses.replace(config, targets=names.default_targets(config.kind))
+    paths = {
+        names.path(layer, target): (layer, target)
         for layer in range(n_layer)
-        for target in TARGETS
+        for target in projections
     }
-    others = [*_OTHER, *EMBEDDINGS] + [
-        f"transformer.h.{layer}{name}" for layer in range(n_layer) for name in _OTHER_IN_BLOCK
-    ]
+    others = names.other_paths(n_layer)
     if isinstance(config.targets, str) and config.targets.lower() == "all-linear":
         # PEFT's shorthand for every linear layer but the output layer.
-        chosen = [path for path in projections if not _excluded(config, path)]
+        chosen = [path for path in paths if not _excluded(config, path)]
         problems = []
     else:
-        chosen = [path for path in projections if _targeted(config, path)]
-        problems = [_no_projection(path) for path in others if _targeted(config, path)]
+        chosen = [path for path in paths if _targeted(config, path)]
+        problems = [_no_projection(path, names) for path in others if _targeted(config, path)]
     if not chosen and not isinstance(config.targets, str):
         problems += [
             f"target_modules names {name!r}, which is in no layer of the base model"
-            for name in config.targets
-            if not any(is_suffix(path, name) for path in (*projections, *others))
+            for name in config.targets or ()
+            if not any(ends_in(path, name) for path in (*paths, *others))
         ]
     problems += [
         f"layers_to_transform names layer {layer}, the base model has {n_layer} layers"
@@ -74,7 +61,7 @@ def adapted_modules(config: AdapterConfig, n_layer: int) -> list[tuple[int, str]
         problems.append(f"target_modules {config.targets!r} leave no module to adapt")
     if problems:
         raise AdapterError(listing(f"{config.path}: target_modules do not fit", problems))
-    return [projections[path] for path in chosen]
+    return [paths[path] for path in chosen]
 
 
 def pattern_value(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
@@ -85,38 +72,36 @@ def pattern_value(pattern: Mapping[str, Value], module: str, default: Value) -> 
     return default
 
 
-def is_feedforward(config: AdapterConfig, module: str) -> bool:
+def is_feedforward(config: AdapterConfig, module: str, names: ModuleNames) -> bool:
     """Whether IA3 scales this module's input; suffixes need no dot before them here, as in PEFT."""
-    if isinstance(config.feedforward, str):
-        return re.fullmatch(config.feedforward, module) is not None
-    return module.endswith(config.feedforward)
+    feedforward = names.feedforward if config.feedforward is None else config.feedforward
+    if isinstance(feedforward, str):
+        return re.fullmatch(feedforward, module) is not None
+    return module.endswith(feedforward)
 
 
-def is_embedding(tensor: str) -> bool:
+def is_embedding(tensor: str, names: ModuleNames) -> bool:
     """Whether a tensor's name belongs to the embeddings or the output head."""
-    return not {"lm_head", "wte", "wpe"}.isdisjoint(tensor.split("."))
-
-
-def is_suffix(path: str, name: str) -> bool:
-    """Whether a name in ``target_modules`` means a module: its path, or the end of it."""
-    return path == name or path.endswith(f".{name}")
+    ends = {path.rpartition(".")[2] for path in names.embeddings}
+    return not ends.isdisjoint(tensor.split("."))
 
 
 def _excluded(config: AdapterConfig, path: str) -> bool:
     if isinstance(config.excluded, str):
         return bool(config.excluded) and re.fullmatch(config.excluded, path) is not None
-    return any(is_suffix(path, name) for name in config.excluded)
+    return any(ends_in(path, name) for name in config.excluded)
 
 
 def _targeted(config: AdapterConfig, path: str) -> bool:
     if _excluded(config, path):
         return False
+    assert config.targets is not None
     if isinstance(config.targets, str):
         return re.fullmatch(config.targets, path) is not None
     # PEFT does not look at the layer of a module that is named by its whole path.
     if path in config.targets:
         return True
-    if not any(is_suffix(path, name) for name in config.targets):
+    if not any(ends_in(path, name) for name in config.targets):
         return False
     return not config.layers or _layer_of(config, path) in config.layers
 
@@ -130,7 +115,7 @@ def _layer_of(config: AdapterConfig, path: str) -> int | None:
     return None
 
 
-def _no_projection(path: str) -> str:
-    if path in EMBEDDINGS:
+def _no_projection(path: str, names: ModuleNames) -> str:
+    if path in names.embeddings:
         return f"target_modules match {path!r}: {EMBEDDINGS_REFUSED}"
     return f"target_modules match {path!r}, which is not a linear projection of a block"

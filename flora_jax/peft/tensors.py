@@ -13,9 +13,9 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
+from flora_jax.errors import listing
 from flora_jax.peft.config import AdapterError
 from flora_jax.peft.format import Format
-from flora_jax.peft.targets import listing, module_path
 
 TENSORS_FILE = "adapter_model.safetensors"
 TORCH_FILE = "adapter_model.bin"
@@ -35,9 +35,9 @@ class Header(NamedTuple):
     dtype: str
 
 
-def tensor_names(found: Format, layer: int, target: str) -> tuple[str, ...]:
-    """Names in the file of a module's tensors, in the order of the format's leaves."""
-    return tuple(f"{PREFIX}{module_path(layer, target)}.{leaf.name}" for leaf in found.leaves)
+def tensor_names(found: Format, module: str) -> tuple[str, ...]:
+    """Names in the file of the tensors of a module (its path), in the order of the format's leaves."""
+    return tuple(f"{PREFIX}{module}.{leaf.name}" for leaf in found.leaves)
 
 
 def read_headers(directory: Path) -> tuple[Path, dict[str, Header]]:

@@ -1,13 +1,14 @@
 """Writing an adapter folder that PEFT loads, where it has the kind, and that reads back bit for bit.
 
-Knows nothing of the base model. The folder appears whole or not at all.
+Of the base model it knows the names of its projections. The folder appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,17 +19,9 @@ from safetensors.numpy import save_file
 from flora_jax.adapters.model_adapter import ModelAdapter, rank_of
 from flora_jax.files import require_new, whole_directory
 from flora_jax.peft.config import CONFIG_FILE, AdapterError
-from flora_jax.peft.format import FORMATS, Format, Modules
-from flora_jax.peft.targets import module_path
+from flora_jax.peft.format import FORMATS, Modules
 from flora_jax.peft.tensors import TENSORS_FILE, tensor_names
 
-# The shortest names that mean one projection.
-_SUFFIX = {
-    "attn.c_attn": "c_attn",
-    "attn.c_proj": "attn.c_proj",
-    "mlp.c_fc": "c_fc",
-    "mlp.c_proj": "mlp.c_proj",
-}
 Value = TypeVar("Value", int, float)
 
 
@@ -63,7 +56,7 @@ def write_adapter(
     config = _config(adapter, modules, directory)
     if base_model_name_or_path is not None:
         config["base_model_name_or_path"] = base_model_name_or_path
-    tensors = _tensors(FORMATS[adapter.kind], modules, directory)
+    tensors = _tensors(adapter, modules, directory)
 
     try:
         with whole_directory(directory) as part:
@@ -77,10 +70,10 @@ def write_adapter(
     return directory
 
 
-def _tensors(own_format: Format, modules: Modules, where: Path) -> dict[str, np.ndarray]:
-    tensors = {}
+def _tensors(adapter: ModelAdapter, modules: Modules, where: Path) -> dict[str, np.ndarray]:
+    own_format, tensors = FORMATS[adapter.kind], {}
     for (layer, target), params in modules.items():
-        names = tensor_names(own_format, layer, target)
+        names = tensor_names(own_format, adapter.projections.names.path(layer, target))
         arrays = own_format.to_tensors(params)
         for name, array, leaf in zip(names, arrays, own_format.leaves, strict=True):
             if array.ndim != len(leaf.axes):
@@ -111,11 +104,12 @@ def _config(adapter: ModelAdapter, modules: Modules, where: Path) -> dict[str, A
         **own_format.marks,
         **_places(adapter, modules),
     }
+    pattern = partial(_pattern, path=adapter.projections.names.path)
     if own_format.has_rank:
         ranks = {module: rank_of(params) for module, params in modules.items()}
-        config["r"], config["rank_pattern"] = _pattern(ranks)
+        config["r"], config["rank_pattern"] = pattern(ranks)
     try:
-        return config | own_format.write(modules, adapter.settings, _pattern)
+        return config | own_format.write(modules, adapter.settings, pattern)
     except ValueError as error:
         raise AdapterError(f"{where}: {error}") from None
 
@@ -123,6 +117,7 @@ def _config(adapter: ModelAdapter, modules: Modules, where: Path) -> dict[str, A
 def _places(adapter: ModelAdapter, modules: Modules) -> dict[str, Any]:
     """Targets by suffix where that says it all; whole paths where layers differ among themselves."""
     targets = list(dict.fromkeys(target for _, target in modules))
+    path, suffix = adapter.projections.names.path, adapter.projections.suffix
     layers = {target: [n for n, t in modules if t == target] for target in targets}
     own_format = FORMATS[adapter.kind]
     inputs = {module for module, params in modules.items() if own_format.on_inputs(params)}
@@ -133,26 +128,28 @@ def _places(adapter: ModelAdapter, modules: Modules) -> dict[str, Any]:
     )
     # A config without ranks has no layers_to_transform either.
     if alike and (everywhere or own_format.has_rank):
-        places: dict[str, Any] = {"target_modules": [_SUFFIX[target] for target in targets]}
-        feedforward = [_SUFFIX[target] for target in targets if (numbers[0], target) in inputs]
+        places: dict[str, Any] = {"target_modules": [suffix(target) for target in targets]}
+        feedforward = [suffix(target) for target in targets if (numbers[0], target) in inputs]
         if not everywhere:
             places["layers_to_transform"] = numbers
     else:
-        places = {"target_modules": [module_path(*module) for module in modules]}
-        feedforward = [module_path(*module) for module in modules if module in inputs]
+        places = {"target_modules": [path(*module) for module in modules]}
+        feedforward = [path(*module) for module in modules if module in inputs]
     if own_format.placed_by is not None:
         places[own_format.placed_by] = feedforward
     return places
 
 
-def _pattern(values: Mapping[tuple[int, str], Value]) -> tuple[Value, dict[str, Value]]:
+def _pattern(
+    values: Mapping[tuple[int, str], Value], path: Callable[[int, str], str]
+) -> tuple[Value, dict[str, Value]]:
     """The commonest value and what differs from it: by target, or by path where layers differ."""
     common = Counter(values.values()).most_common(1)[0][0]
     pattern: dict[str, Value] = {}
     for target in dict.fromkeys(target for _, target in values):
         own = {module: value for module, value in values.items() if module[1] == target}
         if len(set(own.values())) > 1:
-            pattern |= {module_path(*m): value for m, value in own.items() if value != common}
+            pattern |= {path(*m): value for m, value in own.items() if value != common}
         elif (value := next(iter(own.values()))) != common:
             pattern[target] = value
     return common, pattern

@@ -10,8 +10,12 @@ where there are several, and the rest is whole on each. Knows nothing of time.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import functools
+import math
+from typing import Any, NamedTuple, cast
 
+from flora_jax.models.axes import MESH_AXES, logical_axes
+from flora_jax.models.family import ModelConfig, family_of
 from flora_jax.plan.setting import RESERVED, Setting, int4_group
 from flora_jax.platforms import GPU
 
@@ -48,36 +52,38 @@ class Largest(NamedTuple):
 
 def weights_bytes(setting: Setting) -> int:
     """Bytes of one device's parameters."""
-    config, size, devices = setting.config, setting.itemsize, setting.devices
-    width = config.n_embd
+    return _weights_bytes(
+        cast(Any, setting.config), setting.itemsize, setting.quantize, setting.devices
+    )
 
-    def split(count: int, of: int) -> int:
-        return count // devices if of % devices == 0 else count
 
-    layer = 4 * width * size
-    for target, (inputs, outputs) in config.projections().items():
-        by_outputs = target in ("attn.c_attn", "mlp.c_fc")
-        cut = outputs if by_outputs else inputs
-        if setting.quantize == "none":
-            layer += split(inputs * outputs * size, cut)
-        elif setting.quantize == "int8":
-            layer += split(inputs * outputs, cut)
-            layer += split(4 * outputs, outputs) if by_outputs else 4 * outputs
-        else:
-            groups = inputs // int4_group(inputs)
-            layer += split(inputs * outputs // 2, outputs if by_outputs else inputs // 2)
-            layer += split(4 * groups * outputs, outputs if by_outputs else groups)
-        layer += split(outputs * size, outputs) if by_outputs else outputs * size
-    head = split(config.vocab_size * width * size, config.vocab_size)
-    heads = head if config.tie_word_embeddings else 2 * head
-    return config.n_layer * layer + heads + config.n_positions * width * size + 2 * width * size
+@functools.lru_cache
+def _weights_bytes(config: ModelConfig, itemsize: int, quantize: str, devices: int) -> int:
+    family, total = family_of(config), 0
+    for path, tensor in family.tensors(config).items():
+        shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
+        axes = [MESH_AXES[axis] for axis in logical_axes(path, len(shape), family.axes)]
+        method = quantize if family.is_kernel(path) else "none"
+        for held, size in _held(shape, itemsize, method):
+            cut = any(axis and n % devices == 0 for n, axis in zip(held, axes))
+            total += size * math.prod(held) // (devices if cut else 1)
+    return total
+
+
+def _held(shape: tuple[int, ...], itemsize: int, method: str) -> list[tuple[tuple[int, ...], int]]:
+    """Shape and bytes of a number of each array that holds a parameter: values, and scales."""
+    if method == "none":
+        return [(shape, itemsize)]
+    inputs, outputs = shape
+    if method == "int8":
+        return [(shape, 1), ((1, outputs), 4)]
+    return [((inputs // 2, outputs), 1), ((inputs // int4_group(inputs), outputs), 4)]
 
 
 def cache_bytes_per_position(setting: Setting) -> int:
     """Bytes that one position of the cache takes in all layers, on one device."""
     config = setting.config
-    heads = config.kv_heads if config.multi_query else config.kv_heads // setting.devices
-    return 2 * config.n_layer * heads * config.head_dim * setting.itemsize
+    return 2 * config.n_layer * setting.split_kv_heads * config.head_dim * setting.itemsize
 
 
 def pages(setting: Setting) -> int:
@@ -116,14 +122,14 @@ def _decode_temporaries(setting: Setting) -> int:
     for target, (inputs, outputs) in config.projections().items():
         multiplied = rows * setting.count(target)[0] if target in setting.adapted else rows
         phases.append(multiplied * (inputs * size + outputs * 4) + rows * outputs * size)
-    return max(phases) + 2 * rows * config.n_embd * size
+    return max(phases) + 2 * rows * config.hidden_size * size
 
 
 def _prefill_temporaries(setting: Setting) -> int:
     config, size = setting.config, setting.itemsize
     tokens, rows = prefill_tokens(setting), prefill_rows(setting)
     heads, positions = config.n_head // setting.devices, _padded_context(setting)
-    width = config.n_embd
+    width = config.hidden_size
     attention = 2 * rows * positions * config.kv_heads * config.head_dim * size
     attention += 2 * tokens * width * size
     if setting.prompt_attention == "cudnn":

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.mixing.bank import Count, Slots
+from flora_jax.models.model import Model, abstract_model
 from flora_jax.models.quantize import quantize_abstract
-from flora_jax.models.starcoder.model import Model, abstract_model
 from flora_jax.plan.setting import Setting
 from flora_jax.platforms import GPU
 from flora_jax.serve.ahead import abstract_device, lower_for
@@ -75,7 +75,7 @@ def decode(setting: Setting, sharding: Any) -> Callable[[], Any]:
 def weight_shapes(setting: Setting) -> set[tuple[str, tuple[int, ...]]]:
     """HLO's dtype and the dimensions of every projection's kernel as it is held, and of the embedding."""
     config, own = setting.config, _HLO_DTYPES[setting.dtype]
-    found: set[tuple[str, tuple[int, ...]]] = {(own, (config.vocab_size, config.n_embd))}
+    found: set[tuple[str, tuple[int, ...]]] = {(own, (config.vocab_size, config.hidden_size))}
     for leaf in jax.tree.leaves(model_of(setting).params):
         if len(leaf.shape) == 2 and min(leaf.shape) > setting.max_num_seqs:
             found.add((_HLO_DTYPES[np.dtype(leaf.dtype).name], tuple(leaf.shape)))

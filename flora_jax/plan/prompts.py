@@ -22,7 +22,6 @@ from flora_jax.plan.roofline import (
     DEFAULT,
     KERNELS_A_TRIP,
     KEY_BLOCK,
-    WEIGHT_PRODUCTS,
     Terms,
     Ways,
     Work,
@@ -54,7 +53,7 @@ def prefill(setting: Setting, rows: int, length: int, span: int, ways: Ways = DE
     devices, rate, size = setting.devices, product_rate(setting), setting.itemsize
     tokens = rows * length
     products = adapters = 0.0
-    passes = 6.0 * config.n_embd * size  # Two norms with the additions before them.
+    passes = 6.0 * config.hidden_size * size  # Two norms with the additions before them.
     for target, (_, outputs) in config.projections().items():
         seconds = _product_seconds(setting, target, tokens, 1)
         products += seconds
@@ -62,12 +61,14 @@ def prefill(setting: Setting, rows: int, length: int, span: int, ways: Ways = DE
             adapters += _prompt_adapter_seconds(setting, target, rows, tokens, ways) - seconds
         if not rounded(setting, target, ways):
             passes += outputs * (4 + size)
-    passes += 2.0 * config.projections()["attn.c_attn"][1] * size  # Slices and the cache.
-    passes += 4.0 * config.n_embd * size  # Queries and results, turned round.
-    kernels = kernels_a_layer(setting, Work({}, {}), ways) - WEIGHT_PRODUCTS
+    passes += (
+        2.0 * (config.n_head + 2 * config.kv_heads) * config.head_dim * size
+    )  # Slices and the cache.
+    passes += 4.0 * config.hidden_size * size  # Queries and results, turned round.
+    kernels = kernels_a_layer(setting, Work({}, {}), ways) - len(config.projections())
     activations = max(tokens * passes / card.bandwidth, 1e-6 * kernels * card.launch_us)
-    head = 2.0 * rows * config.vocab_size * config.n_embd / devices / rate
-    head_read = config.vocab_size * config.n_embd * size / devices / card.bandwidth
+    head = 2.0 * rows * config.vocab_size * config.hidden_size / devices / rate
+    head_read = config.vocab_size * config.hidden_size * size / devices / card.bandwidth
     name = ways.prompt_attention or setting.prompt_attention
     return {
         "products": 1e3 * (config.n_layer * products + max(head, head_read)),

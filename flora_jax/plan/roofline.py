@@ -31,6 +31,7 @@ nothing of queues.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -39,12 +40,8 @@ from flora_jax.plan.setting import Setting
 from flora_jax.platforms import GPU
 
 Lora = Literal["fused", "bmm"]
-KERNELS_A_LAYER = {"loop": 20.0, "gather": 20.0, "cudnn": 18.0, "fused": 18.0}
 KERNELS_A_TRIP = 9
 KEY_BLOCK = 128
-OTHER_KERNELS = 6
-ROUNDED_SAVES = {"attn.c_attn": 1, "attn.c_proj": 1, "mlp.c_fc": 2, "mlp.c_proj": 2}
-WEIGHT_PRODUCTS = 4
 # Further components that a row's sum adds in one pass; beyond two passes, a loop of two kernels.
 _GROUP = 8
 _SUM_KERNELS = 2
@@ -111,13 +108,14 @@ def decode(
         products += max(0.0, operations / rate - read / card.bandwidth)
         if target in setting.adapted:
             extra += _component_bytes(setting, target, rows, work, ways.lora)
-    small = sum(outputs for _, outputs in config.projections().values()) + 4 * config.n_embd
-    weights = config.n_layer * (weights + small * setting.itemsize)
-    head = config.vocab_size * config.n_embd * setting.itemsize / devices
-    head_operations = 2.0 * rows * config.vocab_size * config.n_embd / devices
+    tensors = setting.family.tensors(config).values()
+    small = sum(math.prod(tensor.shape) for tensor in tensors if len(tensor.shape) == 1)
+    weights = config.n_layer * weights + small * setting.itemsize
+    head = config.vocab_size * config.hidden_size * setting.itemsize / devices
+    head_operations = 2.0 * rows * config.vocab_size * config.hidden_size / devices
     head_product = max(0.0, head_operations / rate - head / card.bandwidth)
     kernels, graphs = launches(setting, span, work, ways)
-    beside = kernels - WEIGHT_PRODUCTS * config.n_layer
+    beside = kernels - len(config.projections()) * config.n_layer
     attention = config.n_layer * _attention_bytes(setting, rows, span, ways.attention)
     return {
         "weights": 1e3 * (weights + head) / card.bandwidth,
@@ -146,14 +144,15 @@ def launches(setting: Setting, span: int, work: Work, ways: Ways = DEFAULT) -> t
         _loops(setting, target) for target in setting.adapted if any(work.further.values())
     )
     graphs += groups
-    return layers * kernels + OTHER_KERNELS, layers * graphs or 1.0
+    return layers * kernels + setting.family.launches.other, layers * graphs or 1.0
 
 
 def kernels_a_layer(setting: Setting, work: Work, ways: Ways) -> float:
     """Of a decode step, the loop over keys aside."""
-    kernels = KERNELS_A_LAYER[ways.attention]
+    counted = setting.family.launches
+    kernels = counted.layer[ways.attention]
     for target, (inputs, outputs) in setting.config.projections().items():
-        kernels -= ROUNDED_SAVES[target] * rounded(setting, target, ways)
+        kernels -= counted.rounded_saves[target] * rounded(setting, target, ways)
         if work.further.get(target):
             kernels += 0.5
             if trips := _loops(setting, target):
@@ -206,9 +205,7 @@ def _component_bytes(setting: Setting, target: str, rows: int, work: Work, lora:
 
 def _attention_bytes(setting: Setting, rows: int, span: int, name: str) -> float:
     config, size = setting.config, setting.itemsize
-    cached = 2.0 * rows * span * config.kv_heads * config.head_dim * size
-    if not config.multi_query:
-        cached /= setting.devices
+    cached = 2.0 * rows * span * setting.split_kv_heads * config.head_dim * size
     if name == "loop":
         return 0.0
     if name == "fused":
@@ -222,6 +219,6 @@ def links(setting: Setting, tokens: int) -> float:
     if setting.devices == 1:
         return 0.0
     moved = 2.0 * (setting.devices - 1) / setting.devices
-    moved *= tokens * setting.config.n_embd * setting.itemsize
+    moved *= tokens * setting.config.hidden_size * setting.itemsize
     each = 1e-6 * ALL_REDUCE_US + moved / setting.card.peak_link
     return 1e3 * 2 * setting.config.n_layer * each

@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from flora_jax.adapters.projections import match_targets
 from flora_jax.adapters.registry import TRAITS
 from flora_jax.errors import InputError
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.family import Family, ModelConfig, family_of
 from flora_jax.plan.cards import Card
 from flora_jax.platforms import GPU
 
-TARGETS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 KINDS = ("none", *TRAITS)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 METHODS = ("none", "int8", "int4")
@@ -36,7 +36,7 @@ class Setting:
         quantize: "none", "int8" or "int4".
         kind: of all adapters; "none" is the base alone.
         rank: of all adapters; 0 for "none".
-        targets: full names of the projections that they are on.
+        targets: full names of the projections that they are on; PEFT's for LoRA where it is ``None``.
         max_num_seqs: sequences that run at once.
         max_model_len: prompt and output together; the model's positions where it is ``None``.
         resident_adapters: on the device; ``max_num_seqs`` where it is ``None``.
@@ -47,14 +47,14 @@ class Setting:
     """
 
     name: str
-    config: StarCoderConfig
+    config: ModelConfig
     card: Card
     devices: int = 1
     dtype: str = "float16"
     quantize: str = "none"
     kind: str = "none"
     rank: int = 0
-    targets: tuple[str, ...] = ("attn.c_attn",)
+    targets: tuple[str, ...] | None = None
     max_num_seqs: int = 16
     max_model_len: int | None = None
     resident_adapters: int | None = None
@@ -119,7 +119,23 @@ class Setting:
     @property
     def adapted(self) -> tuple[str, ...]:
         """The projections that have room for adapters."""
-        return () if self.kind == "none" else self.targets
+        if self.kind == "none":
+            return ()
+        if self.targets is not None:
+            return self.targets
+        projections = self.config.projections()
+        return match_targets(projections.names.default_targets("lora"), projections)
+
+    @property
+    def family(self) -> Family:
+        """The model's."""
+        return family_of(self.config)
+
+    @property
+    def split_kv_heads(self) -> int:
+        """Heads of keys and values on one device; all of them where the devices cannot share them."""
+        heads = self.config.kv_heads
+        return heads // self.devices if heads % self.devices == 0 else heads
 
     @property
     def residents(self) -> int:
@@ -142,7 +158,15 @@ class Setting:
             return (1, 0, 0)
         traits = TRAITS[self.kind]
         # Where a kind scales either, it is the inputs of that one.
-        return *traits.pairs(self.rank), int(traits.scales_bias and target != "mlp.c_proj")
+        return *traits.pairs(self.rank), int(
+            traits.scales_bias and target not in self._scaled_inputs
+        )
+
+    @property
+    def _scaled_inputs(self) -> tuple[str, ...]:
+        """The projections of which IA3 scales the inputs."""
+        projections = self.config.projections()
+        return match_targets(projections.names.feedforward, projections)
 
     def room(self) -> Mapping[str, Count]:
         """By projection the bank's numbers of components, those that it begins with included."""
@@ -154,7 +178,9 @@ class Setting:
             )
             return multiplicative, additive, bias
 
-        return {target: whole(target) for target in TARGETS if target in self.adapted}
+        return {
+            target: whole(target) for target in self.config.projections() if target in self.adapted
+        }
 
 
 def int4_group(inputs: int) -> int:

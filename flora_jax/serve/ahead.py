@@ -17,7 +17,7 @@ import numpy as np
 
 from flora_jax.adapters.kind import KINDS
 from flora_jax.mixing.bank import Count
-from flora_jax.models.starcoder.model import Model
+from flora_jax.models.model import Model
 from flora_jax.platforms import Platform
 from flora_jax.serve.device import Call, Device
 from flora_jax.serve.lattice import DecodeShape, Lattice, PrefillShape
@@ -130,7 +130,7 @@ def abstract_device(
     """A device with shapes in place of arrays: nothing is allocated, and its programs can be lowered.
 
     Args:
-        model: as of :func:`flora_jax.models.starcoder.model.abstract_model`.
+        model: as of :func:`flora_jax.models.model.abstract_model`.
         options: the engine's.
         platform: whose choices the programs follow.
         most: by target the most components of one adapter.
@@ -138,7 +138,7 @@ def abstract_device(
     """
     config = model.config
     context = options.max_model_len or config.n_positions
-    dtype = jax.tree.leaves(model.params["wte"])[0].dtype
+    dtype = model.embedding.dtype
     residency = Residency.of_size(
         config, most, residents, additive=platform.additive(dtype), allocate=False
     )
@@ -206,7 +206,7 @@ def _drawing(device: Device, rows: int, how: Draw) -> Program:
 
 
 def _beginning(device: Device, count: int) -> Program:
-    shape = count, device.config.n_embd
+    shape = count, device.config.hidden_size
     abstract_BD = jax.ShapeDtypeStruct(shape, device.dtype)
 
     def call(hidden_BD: Any = abstract_BD) -> Call:

@@ -21,7 +21,7 @@ from flora_jax.models.attention import cudnn_refuses
 from flora_jax.models.attention_trial import fails_on_cache
 from flora_jax.models.cache import Paging
 from flora_jax.models.cached_attention import OTHERWISE, key_blocks
-from flora_jax.models.starcoder.model import Model, definition_of, leaves_of
+from flora_jax.models.model import Model, definition_of, leaves_of
 from flora_jax.platforms import Platform
 from flora_jax.serve import steps
 from flora_jax.serve.lattice import DecodeShape, Lattice, PrefillShape
@@ -111,7 +111,7 @@ class Device:
         self.blocks = options.cache_blocks(lattice.context)
         self.rows = options.max_num_seqs
         # The embedding is never quantised.
-        leaf = jax.tree.leaves(model.params["wte"])[0]
+        leaf = model.embedding
         self.dtype, self._place = leaf.dtype, _replicated(leaf) if allocate else None
         self.definition, self.leaves = definition_of(model), leaves_of(model)
         make = partial(init_state, model.config, self.rows, self.blocks, options.page, self.dtype)

@@ -17,12 +17,10 @@ from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import jax
-
 from flora_jax.errors import InputError, RunError
 from flora_jax.mixing.bank import Prepared
-from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.model import Model
+from flora_jax.models.family import ModelConfig
+from flora_jax.models.model import Model
 from flora_jax.models.transpose import for_decoding
 from flora_jax.platforms import Platform
 from flora_jax.platforms import platform as platform_of
@@ -89,7 +87,7 @@ class Engine:
         self._news = False
         self.residency = make_residency(
             first, config, options,
-            platform.additive(jax.tree.leaves(model.params["wte"])[0].dtype),
+            platform.additive(model.embedding.dtype),
             readers=Readers(options.adapter_readers, options.adapter_timeout_s, self._notify),
             is_pinned=self.registry.is_pinned,
         )  # fmt: skip
@@ -129,7 +127,7 @@ class Engine:
         self.compilations.reset()
 
     @property
-    def config(self) -> StarCoderConfig:
+    def config(self) -> ModelConfig:
         """The base model's."""
         return self.model.config
 
@@ -485,7 +483,7 @@ def bounds_of(lattice: Lattice, options: EngineOptions, platform: Platform, bloc
     )
 
 
-def _longest_sequence(config: StarCoderConfig, options: EngineOptions) -> int:
+def _longest_sequence(config: ModelConfig, options: EngineOptions) -> int:
     most = MAX_STOPS - MAX_STOP_TOKENS
     if len(config.eos_token_ids) > most:
         raise InputError(f"the model has {len(config.eos_token_ids)} end tokens, at most {most}")

@@ -16,7 +16,7 @@ import numpy as np
 from flora_jax.adapters.model_adapter import ModelAdapter, WeightsOf
 from flora_jax.errors import InputError
 from flora_jax.mixing.bank import Prepared, prepare
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.family import ModelConfig
 from flora_jax.peft.read import read_adapter
 
 Source = ModelAdapter | Path | str
@@ -35,7 +35,7 @@ class Version:
         """Whether its source is an adapter in memory, not a folder."""
         return isinstance(self.source, ModelAdapter)
 
-    def read(self, config: StarCoderConfig, weights: WeightsOf | None = None) -> Prepared:
+    def read(self, config: ModelConfig, weights: WeightsOf | None = None) -> Prepared:
         """The adapter's components; ``weights`` gives the base's to a kind that asks for them.
 
         Raises:

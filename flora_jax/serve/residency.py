@@ -17,7 +17,8 @@ from typing import Any
 
 import jax
 
-from flora_jax.adapters.model_adapter import TARGETS, WeightsOf, match_targets
+from flora_jax.adapters.model_adapter import WeightsOf
+from flora_jax.adapters.projections import match_targets
 from flora_jax.errors import InputError
 from flora_jax.mixing.bank import (
     BASE,
@@ -32,7 +33,7 @@ from flora_jax.mixing.bank import (
     sum_of,
     write,
 )
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.family import ModelConfig
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.readers import Readers, Reading
 from flora_jax.serve.registry import Version
@@ -70,7 +71,7 @@ class Residency:
 
     def __init__(
         self,
-        config: StarCoderConfig,
+        config: ModelConfig,
         room: Mapping[str, Count],
         most: Mapping[str, Count],
         host_bytes: int = 4 << 30,
@@ -107,7 +108,7 @@ class Residency:
 
     @classmethod
     def of_size(
-        cls, config: StarCoderConfig, most: Mapping[str, Count], residents: int, **options: Any
+        cls, config: ModelConfig, most: Mapping[str, Count], residents: int, **options: Any
     ) -> Residency:
         """One with room for so many adapters of the largest size ``most`` by target."""
         return cls(config, room_for(most, residents), most, **options)
@@ -294,7 +295,7 @@ class Residency:
 
 def make_residency(
     first: Mapping[Version, Prepared],
-    config: StarCoderConfig,
+    config: ModelConfig,
     options: EngineOptions,
     additive: Any = "float32",
     **others: Any,
@@ -310,7 +311,7 @@ def make_residency(
     most, room = most_of(prepared), sum_of(prepared)
     more = options.max_components
     if more is not None:
-        for target in {*most, *match_targets(options.targets)}:
+        for target in {*most, *match_targets(options.targets, config.projections())}:
             known = most.get(target, Count(1, 0, 0))
             most[target] = Count(max(more, known[0]), max(more, known[1]), 1)
     elif options.targets:
@@ -320,12 +321,12 @@ def make_residency(
                 "number where no adapter is there at the start"
             )
         largest = Count(*map(max, zip(*most.values())))
-        most = dict.fromkeys(match_targets(options.targets), largest) | most
+        most = dict.fromkeys(match_targets(options.targets, config.projections()), largest) | most
     number = options.resident_adapters
     if number is not None or more is not None or options.targets:
         number = number or max(len(prepared), options.max_num_seqs)
         room = room_for(most, number)
-    targets = [target for target in TARGETS if target in most]
+    targets = [target for target in config.projections() if target in most]
     residency = Residency(
         config,
         {target: room[target] for target in targets},
@@ -341,4 +342,4 @@ def make_residency(
 
 def target_groups(first: Mapping[Version, Prepared]) -> list[tuple[str, ...]]:
     """The sets of targets that the adapters have."""
-    return [tuple(t for t in TARGETS if t in own.counts) for own in first.values()]
+    return [tuple(own.counts) for own in first.values()]

@@ -18,7 +18,7 @@ import numpy as np
 
 from flora_jax.mixing.ragged import Pairs, RowComponents
 from flora_jax.models.cache import Cache, Paging, init_cache
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.family import ModelConfig
 from flora_jax.serve.sampling import Sampling
 
 MAX_STOPS = 16
@@ -134,7 +134,7 @@ class Steps:
     eager: Any
 
 
-def init_state(config: StarCoderConfig, rows: int, blocks: int, block: int, dtype: Any) -> State:
+def init_state(config: ModelConfig, rows: int, blocks: int, block: int, dtype: Any) -> State:
     """``rows`` rows at rest over a cache of ``blocks`` blocks of ``block`` positions."""
     return State(
         cache=init_cache(config, blocks, block, dtype),

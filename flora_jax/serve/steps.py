@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from flora_jax.mixing.ragged import BankLayers, ragged_hooks, row_wise_hooks
 from flora_jax.models.cache import NOWHERE, Cache, LayerCache, Paging
-from flora_jax.models.starcoder.model import Definition, StarCoder
+from flora_jax.models.model import Definition, LanguageModel
 from flora_jax.platforms import Platform
 from flora_jax.serve.sampling import Draw, sample
 from flora_jax.serve.state import (
@@ -65,7 +65,7 @@ def under(verb: Any, options: tuple[tuple[str, Any], ...]) -> Any:
     return jax.jit(function, **_JITTED[function.__name__], compiler_options=dict(options))
 
 
-def _with_others(hooks: Hooks, model: StarCoder, platform: Platform) -> Hooks:
+def _with_others(hooks: Hooks, model: LanguageModel, platform: Platform) -> Hooks:
     """The hooks, and those of the projections that the bank has no room for."""
     if not platform.rounded_results:
         return hooks
@@ -182,7 +182,7 @@ def _any_draw(platform: Platform) -> Draw:
 
 
 def _forward(
-    model: StarCoder, hooks: Hooks, cache: Cache, rows: Rows, paging: Paging
+    model: LanguageModel, hooks: Hooks, cache: Cache, rows: Rows, paging: Paging
 ) -> tuple[Cache, jax.Array]:
     """The last tokens of rows that may have more into the cache, and the logits ``[B, V]`` after them."""
     positions_B1 = jnp.where(rows.left_B > 0, rows.position_B, NOWHERE)[:, None]

@@ -19,7 +19,7 @@ from flax import nnx
 
 from flora_jax.adapters.kind import is_factors, kind_of
 from flora_jax.mixing.grouped import grouped_hooks
-from flora_jax.models.starcoder.model import Remat, StarCoder
+from flora_jax.models.model import LanguageModel, Remat
 from flora_jax.train.data.packing import Batch
 from flora_jax.train.loss import HeadChunks, frozen_head_nll, token_scores
 from flora_jax.weights.product import rounding_others
@@ -101,7 +101,7 @@ class StepOptions:
 
 
 def _hidden(
-    model: StarCoder, batch: GroupedBatch, hooks: Any, options: StepOptions
+    model: LanguageModel, batch: GroupedBatch, hooks: Any, options: StepOptions
 ) -> tuple[jax.Array, jax.Array]:
     """Activations ``[b·N, T, D]`` and targets ``[b·N, T]``."""
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, leaf.shape[-1]), batch)

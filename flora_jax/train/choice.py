@@ -11,7 +11,7 @@ from typing import Any
 
 from flora_jax.models.attention import cudnn_refuses
 from flora_jax.models.attention_trial import fails
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.family import ModelConfig
 from flora_jax.platforms import platform
 from flora_jax.train.adapt import StepOptions
 from flora_jax.train.loss import HeadChunks
@@ -19,7 +19,7 @@ from flora_jax.train.loss import HeadChunks
 
 def choose(
     options: StepOptions,
-    config: StarCoderConfig,
+    config: ModelConfig,
     dtype: Any,
     length: int,
     say: Callable[[str], None],

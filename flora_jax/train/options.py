@@ -51,7 +51,7 @@ class TrainOptions(BaseModel):
     data: dict[str, str]
     validation: dict[str, str] = {}
     rank: Annotated[int, Field(ge=1, le=MOST_RANK)] = 1
-    targets: tuple[str, ...] = Field(("c_attn",), min_length=1)
+    targets: tuple[str, ...] | None = Field(None, min_length=1)
     init: str | None = None
     reduction: str | None = None
     alpha: Positive | None = None

@@ -9,24 +9,23 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, match_targets
+from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter
+from flora_jax.adapters.projections import match_targets
 from flora_jax.adapters.registry import TRAITS
-from flora_jax.checkpoints.checkpoint import describe, load_model
+from flora_jax.checkpoints import Opened, open_checkpoint
 from flora_jax.checkpoints.digest import model_digest
-from flora_jax.checkpoints.sources import resolve
-from flora_jax.checkpoints.tokenizer import load_tokenizer
 from flora_jax.errors import InputError
 from flora_jax.files import directory_lock
+from flora_jax.models.family import ModelConfig
+from flora_jax.models.model import Model
 from flora_jax.models.sharding import make_mesh
-from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.model import Model
 from flora_jax.train.adapt import (
     GroupedBatch,
     StepOptions,
@@ -116,7 +115,7 @@ def prepare(
     mesh = _mesh(options)
     training, validation = _read(options, base, cache, (output,), interrupt)
     quantize = None if options.quantize == "none" else options.quantize
-    model = load_model(base.directory, options.dtype, mesh=mesh, quantize=quantize)
+    model = base.load(options.dtype, mesh=mesh, quantize=quantize)
     interrupt.check()
     claim_directory(options, output, training, validation, model_digest(base.directory))
     report_data(training, validation, say)
@@ -247,43 +246,35 @@ class Run:
         )
 
 
-class _Base(NamedTuple):
-    directory: Path
-    config: StarCoderConfig
-    tokenizer: Any
-    end_id: int
-
-
-def _open(options: TrainOptions, source: str | None) -> _Base:
+def _open(options: TrainOptions, source: str | None) -> Opened:
     """The base without its weights, once the options are known to fit it."""
-    directory = resolve(source or options.model)
-    config = describe(directory).config
+    base = open_checkpoint(source or options.model)
+    config = base.config
     if options.seq_len > config.n_positions:
         raise InputError(
             f"seq_len is {options.seq_len}, the model's context has {config.n_positions} positions"
         )
     projections = config.projections()
-    for target in match_targets(options.targets):
-        if options.rank > min(projections[target]):
-            inputs, outputs = projections[target]
+    for target in _targets(options, config):
+        inputs, outputs = projections[target]
+        if options.rank > min(inputs, outputs):
             raise InputError(
                 f"rank is {options.rank}, expected at most {min(inputs, outputs)}: {target} of the "
                 f"model has {inputs} inputs and {outputs} outputs"
             )
-    tokenizer = load_tokenizer(directory, config.vocab_size)
-    if tokenizer is None or not config.eos_token_ids:
-        raise InputError(f"{directory}: training needs tokenizer.json and an end token")
+    if base.tokenizer is None or not config.eos_token_ids:
+        raise InputError(f"{base.directory}: training needs tokenizer.json and an end token")
     if (end_id := config.eos_token_ids[0]) >= config.vocab_size:
         raise InputError(
-            f"{directory / 'config.json'}: eos_token_id is {end_id}, expected below the vocabulary's "
-            f"{config.vocab_size}"
+            f"{base.directory / 'config.json'}: eos_token_id is {end_id}, expected below the "
+            f"vocabulary's {config.vocab_size}"
         )
-    return _Base(directory, config, tokenizer, end_id)
+    return base
 
 
 def _read(
     options: TrainOptions,
-    base: _Base,
+    base: Opened,
     cache: Path | None,
     leave_out: tuple[Path, ...],
     interrupt: Interrupt,
@@ -301,8 +292,8 @@ def _read(
             for name, path in paths.items():
                 interrupt.check()
                 packed, skipped = tokenize(
-                    path, base.tokenizer, base.end_id, column=options.text_column, cache=cache,
-                    leave_out=leave_out, watch=watch, max_corrupt=options.max_corrupt,
+                    path, base.tokenizer, base.config.eos_token_ids[0], cache=cache, watch=watch,
+                    column=options.text_column, max_corrupt=options.max_corrupt, leave_out=leave_out,
                 )  # fmt: skip
                 try:
                     packed.windows(options.seq_len)
@@ -317,12 +308,18 @@ def adapter_key(seed: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
+def _targets(options: TrainOptions, config: ModelConfig) -> tuple[str, ...]:
+    """The projections that are adapted; PEFT's for LoRA where the options have none."""
+    projections = config.projections()
+    names = options.targets or projections.names.default_targets("lora")
+    return match_targets(names, projections)
+
+
 def _fresh(options: TrainOptions, model: Model, key: jax.Array) -> ModelAdapter:
-    config = model.config
-    own = TRAITS[options.kind].options
+    config, own = model.config, TRAITS[options.kind].options
     adapter = init_adapter(
         key, options.kind, config.projections(), config.n_layer, rank=options.rank,
-        targets=match_targets(options.targets), weights=model.weight,
+        targets=_targets(options, config), weights=model.weight,
         **{option.name: getattr(options, option.name) for option in own if option.at_start},
     )  # fmt: skip
     settings = {o.setting: getattr(options, o.name) for o in own if o.setting is not None}

@@ -14,13 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from flora_jax.weights import quantized, transposed
-from flora_jax.weights.quantized import Quantized, dequantize
-from flora_jax.weights.transposed import Transposed
+from flora_jax.weights.held import Held
 
 PROJECTED = "projected"
 # What stands as a base weight [I, O] in every function of a kind.
-Weight = jax.Array | Quantized | Transposed
+Weight = jax.Array | Held
 
 
 def product(x_xI: jax.Array, W_IO: Weight) -> jax.Array:
@@ -28,10 +26,8 @@ def product(x_xI: jax.Array, W_IO: Weight) -> jax.Array:
 
     A quantised weight gets no gradient.
     """
-    if isinstance(W_IO, Quantized):
-        return quantized.matmul(x_xI, W_IO)
-    if isinstance(W_IO, Transposed):
-        return transposed.matmul(x_xI, W_IO)
+    if isinstance(W_IO, Held):
+        return W_IO.matmul(x_xI)
     if x_xI.dtype == W_IO.dtype and W_IO.dtype.itemsize == 2:
         return _of_halves(x_xI, W_IO)
     return _wide(x_xI, W_IO)
@@ -81,16 +77,16 @@ _of_halves.defvjp(_halves_forward, _halves_backward)
 
 def rounded(x_xI: jax.Array, W_IO: Weight) -> jax.Array:
     """:func:`product` rounded to the dtype of ``x``, of a plain array by the product itself."""
-    if isinstance(W_IO, Quantized | Transposed):
+    if isinstance(W_IO, Held):
         return product(x_xI, W_IO).astype(x_xI.dtype)
     return jnp.matmul(x_xI, W_IO)
 
 
 def explicit(W_IO: Weight, dtype: Any = None) -> jax.Array:
     """The weight as an array ``[I, O]`` in ``dtype`` (by default its own), however it is held."""
-    if isinstance(W_IO, Transposed):
-        W_IO = W_IO.W_OI.T
-    return dequantize(W_IO, dtype)
+    if isinstance(W_IO, Held):
+        return W_IO.explicit(dtype)
+    return W_IO if dtype is None else W_IO.astype(dtype)
 
 
 def finish(y_xO: jax.Array, bias_O: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
@@ -149,7 +145,7 @@ def rounding_others(
 def _rounded(
     adapter: Rounded, x_BTI: jax.Array, W_IO: Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
-    if isinstance(W_IO, (Quantized, Transposed)):
+    if isinstance(W_IO, Held):
         return _base(None, x_BTI, W_IO, bias_O)
     y_BTO = jnp.matmul(x_BTI, W_IO)
     if bias_O is not None:

@@ -10,11 +10,13 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from flora_jax.weights.held import Held
 
 Method = Literal["int8", "int4"]
 GROUP = 64
@@ -32,7 +34,7 @@ Stored = tuple[jax.Array, ...]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Quantized:
+class Quantized(Held):
     """Stands in the place of a weight ``[I, O]`` of the given ``dtype``.
 
     ``values`` is int8 ``[I, O]``, or uint8 ``[I/2, O]``: in every group of inputs the first half in
@@ -52,11 +54,17 @@ class Quantized:
         rows, outputs = self.values.shape
         return (rows if self.method == "int8" else 2 * rows), outputs
 
-    def __getitem__(self, index: Any) -> Quantized:
-        """``W[...]``, by which a ``nnx.Param`` hands out its value; ``TypeError`` for any part."""
-        if index is not Ellipsis:
-            raise TypeError(f"a quantised weight has no parts, found index {index!r}")
-        return self
+    def matmul(self, x_xI: jax.Array) -> jax.Array:
+        """See :func:`matmul`."""
+        return matmul(x_xI, self)
+
+    def explicit(self, dtype: Any = None) -> jax.Array:
+        """See :func:`dequantize`."""
+        return dequantize(self, dtype)
+
+    def specs(self, spec: Any) -> Quantized:
+        """The values and scales have the weight's axes, on the inputs shorter ones."""
+        return cast(Quantized, jax.tree.map(lambda _: spec, self))
 
 
 def quantize(

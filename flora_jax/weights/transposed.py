@@ -13,13 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax.weights.held import Held, Outer
+
 # Rows from which a CPU's product has the same speed with the weight on either side.
 _MANY = 512
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Transposed:
+class Transposed(Held):
     """Stands in the place of a weight ``[I, O]``; ``W_OI`` is its transpose."""
 
     W_OI: jax.Array
@@ -32,11 +34,22 @@ class Transposed:
     def dtype(self) -> np.dtype:
         return self.W_OI.dtype
 
-    def __getitem__(self, index: Any) -> Transposed:
-        """``W[...]``, by which a ``nnx.Param`` hands out its value; ``TypeError`` for any part."""
-        if index is not Ellipsis:
-            raise TypeError(f"a transposed weight has no parts, found index {index!r}")
-        return self
+    def matmul(self, x_xI: jax.Array) -> jax.Array:
+        """See :func:`matmul`."""
+        return matmul(x_xI, self)
+
+    def explicit(self, dtype: Any = None) -> jax.Array:
+        """The weight as an array ``[I, O]`` in ``dtype``, by default its own."""
+        return self.W_OI.T if dtype is None else self.W_OI.T.astype(dtype)
+
+    def specs(self, spec: Any) -> Transposed:
+        """The array has the weight's axes the other way round."""
+        return Transposed(type(spec)(*reversed(spec)))
+
+    def scaled(self, pre_RI: jax.Array, post_RO: jax.Array, outer: Outer) -> Transposed:
+        """``W ∘ Σ_r pre_r post_rᵀ``, held by outputs as well."""
+        factor_OI = outer(post_RO, pre_RI, self.dtype)
+        return Transposed((self.W_OI.astype(jnp.float32) * factor_OI).astype(self.dtype))
 
 
 def matmul(x_xI: jax.Array, W_IO: Transposed) -> jax.Array:

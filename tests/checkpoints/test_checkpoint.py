@@ -13,19 +13,21 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import GPTBigCodeForCausalLM
+from transformers import GenerationConfig, GPTBigCodeForCausalLM
 
-from flora_jax.checkpoints import sources
+from flora_jax.checkpoints import checkpoint, sources
 from flora_jax.checkpoints.checkpoint import (
     CheckpointError,
     describe,
     load_model,
+    open_checkpoint,
     save_hf,
     save_orbax,
 )
+from flora_jax.cli.convert import convert as convert_verb
 from flora_jax.errors import InputError
+from flora_jax.models.model import Model, abstract_model
 from flora_jax.models.sharding import named_leaves
-from flora_jax.models.starcoder.model import Model, abstract_model
 from flora_jax.models.starcoder.names import hf_tensors
 from tests.helpers.torch_models import flax_logits, random_tokens, tiny_torch_model, torch_logits
 
@@ -310,7 +312,7 @@ def test_an_index_and_its_shards_must_agree(tmp_path):
             {**good["weight_map"], "more": "../x.safetensors"},
             "names of files in the same directory",
         ),
-        (dict(list(good["weight_map"].items())[1:]), "holds other tensors than the index says"),
+        (dict(list(good["weight_map"].items())[1:]), "holds tensors that the index does not have"),
         (3, "not an index of shards"),
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
@@ -325,7 +327,7 @@ def test_sources_that_are_no_checkpoint_are_named(tmp_path, tiny, monkeypatch):
             ("./absent", "no such file or directory, and not a Hugging Face id"),
             (
                 "nobody/nothing",
-                "no such file or directory, and the Hugging Face hub gives no model",
+                "no such file or directory, and the Hugging Face hub (gives no model|cannot be)",
             ),
             (tmp_path, "not a checkpoint: no config.json"),
             (tiny / "config.json", "is a file, expected a directory"),
@@ -343,6 +345,117 @@ def test_sources_that_are_no_checkpoint_are_named(tmp_path, tiny, monkeypatch):
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
     with pytest.raises(CheckpointError, match=r"config\.json: model_type is 'llama'"):
+        load_model(tiny)
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"), [(5, (5,)), ([5, 7], (5, 7)), ([7, 0, 7], (0, 7)), (None, (0,))]
+)
+def test_end_tokens_of_generation_config_take_precedence(tiny, found, expected):
+    raw = {"eos_token_id": found, "max_length": 20}
+    (tiny / "generation_config.json").write_text(json.dumps(raw))
+    assert open_checkpoint(tiny).config.eos_token_ids == expected
+    if found is not None:
+        theirs = GenerationConfig.from_pretrained(tiny).eos_token_id
+        assert set(np.atleast_1d(theirs)) == set(expected)
+
+
+@pytest.mark.parametrize("found", ["x", [], [1.5], -1, True, [2**31]])
+def test_end_tokens_that_are_none_are_named(tiny, found):
+    (tiny / "generation_config.json").write_text(json.dumps({"eos_token_id": found}))
+    message = r"generation_config\.json: eos_token_id is .*, expected token ids"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tiny)
+
+
+def test_an_index_may_list_a_tied_head_that_no_shard_holds(tmp_path):
+    tiny_torch_model(0).save_pretrained(tmp_path, max_shard_size="20KB")
+    expected = bits(load_model(tmp_path))
+    index = tmp_path / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    raw["weight_map"]["lm_head.weight"] = raw["weight_map"]["transformer.wte.weight"]
+    index.write_text(json.dumps(raw))
+    assert bits(load_model(tmp_path)) == expected
+    # What is needed has to be there.
+    raw["weight_map"]["lm_head.weight"] = "gone.safetensors"
+    index.write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match="missing beside it: gone"):
+        load_model(tmp_path)
+
+
+def test_a_tensor_in_two_shards_is_an_error(tmp_path):
+    tiny_torch_model(0).save_pretrained(tmp_path, max_shard_size="20KB")
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(CheckpointError, match=f"{second.name}: holds .*, as does {first.name}"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "field", ["n_layer", "n_embd", "n_head", "n_inner", "n_positions", "vocab_size"]
+)
+def test_sizes_that_no_model_has_are_refused_before_anything_is_built(tiny, field):
+    raw = json.loads((tiny / "config.json").read_text()) | {field: 1_000_000_000}
+    (tiny / "config.json").write_text(json.dumps(raw))
+    for read in (load_model, describe):
+        with pytest.raises(CheckpointError, match=f"{field} is 1000000000, expected at most"):
+            read(tiny)
+
+
+def test_a_configuration_that_the_tensors_do_not_fit_builds_nothing(tiny, monkeypatch):
+    raw = json.loads((tiny / "config.json").read_text()) | {"n_layer": 900}
+    (tiny / "config.json").write_text(json.dumps(raw))
+    monkeypatch.setattr(checkpoint, "abstract_model", None)
+    with pytest.raises(CheckpointError, match=r"tensors do not fit config\.json"):
+        load_model(tiny)
+
+
+def test_opening_looks_at_no_tensor(tiny):
+    (tiny / "model.safetensors").write_bytes(b"")
+    opened = open_checkpoint(tiny)
+    assert (opened.config.n_layer, opened.tokenizer, opened.directory) == (2, None, tiny)
+    with pytest.raises(CheckpointError, match="truncated"):
+        opened.describe()
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch, tiny, caplog):
+    asked = []
+
+    def unreachable(_, hub_id, timeout):
+        asked.append((hub_id, timeout))
+        raise OSError(-2, "Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    with pytest.raises(CheckpointError, match="the Hugging Face hub cannot be reached") as caught:
+        load_model("nobody/nothing")
+    assert "\n" not in str(caught.value)
+    assert "Name or service not known" in str(caught.value)
+    assert len(asked) == 1
+    assert asked[0][1] <= 10
+    assert caplog.text == ""
+
+
+def test_names_and_files_that_cannot_be_read_are_one_line(tiny, tmp_path):
+    for source, message in (
+        ("", "the model is '', expected a directory or a Hugging Face id"),
+        (" ", "the model is ' ', expected"),
+        ("y" * 300, "cannot be read: File name too long"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(source)
+    for name in ("config.json", "generation_config.json"):
+        (tiny / name).write_bytes(b"\xff{")
+        with pytest.raises(CheckpointError, match=f"{name}: not JSON"):
+            open_checkpoint(tiny)
+        (tiny / name).write_text("[1]")
+        with pytest.raises(CheckpointError, match=f"{name}: expected a JSON object, found list"):
+            open_checkpoint(tiny)
+        tiny_torch_model(1).save_pretrained(tiny)
+    index = tiny / "model.safetensors.index.json"
+    (tiny / "model.safetensors").unlink()
+    index.mkdir()
+    with pytest.raises(CheckpointError, match="no weights"):
         load_model(tiny)
 
 
@@ -417,6 +530,11 @@ def test_convert_programs_give_the_same_bits_back(tmp_path, tiny):
     assert file_bits(tmp_path / "back") == file_bits(tiny)
     assert (tmp_path / "back" / "tokenizer.json").is_file()
 
+    # In one process: another start of Python shows nothing more.
+    for source, to, other in ((tiny, "hf", "flax"), (tmp_path / "flax", "flax", "hf")):
+        message = rf"already; .*: flora-jax convert \S+ \S+ --to {other}"
+        with pytest.raises(InputError, match=message):
+            convert_verb(str(source), tmp_path / "bad", to)
     (tiny / "model.safetensors").write_bytes(b"")
     done = convert("hf_to_flax.py", tiny, tmp_path / "bad")
     assert done.returncode == 2

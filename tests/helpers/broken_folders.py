@@ -11,13 +11,16 @@ from safetensors.numpy import load_file, save_file
 from flora_jax.adapters.model_adapter import ModelAdapter, abstract_adapter, randomise
 from flora_jax.adapters.registry import TRAITS
 from flora_jax.peft.read import AdapterError, read_adapter
+from tests.helpers.random_adapters import projections_of
 
-PROJECTIONS = {
-    "attn.c_attn": (8, 12),
-    "attn.c_proj": (8, 8),
-    "mlp.c_fc": (8, 20),
-    "mlp.c_proj": (20, 8),
-}
+PROJECTIONS = projections_of(
+    {
+        "attn.c_attn": (8, 12),
+        "attn.c_proj": (8, 8),
+        "mlp.c_fc": (8, 20),
+        "mlp.c_proj": (20, 8),
+    }
+)
 STEM = "base_model.model.transformer.h."
 C_ATTN = STEM + "0.attn.c_attn."
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters import KINDS
-from flora_jax.adapters.model_adapter import TARGETS, ModelAdapter
+from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.peft.read import read_adapter
 
 
@@ -49,7 +49,7 @@ def some_adapter(kind: str, model, seed: int, **fields) -> ModelAdapter:
     layers = []
     for ranks in ((1, 2, 3, 16), (1, 16, 1)):
         layer = {}
-        for target, rank in zip(TARGETS, ranks):
+        for target, rank in zip(model.config.projections(), ranks):
             more = dict(fields)
             if kind in ("lora", "dora"):
                 more["scale"] = 0.25 + 1 / rank
@@ -60,4 +60,4 @@ def some_adapter(kind: str, model, seed: int, **fields) -> ModelAdapter:
             widths = model.config.projections()[target]
             layer[target] = random_factors(kind, *widths, rank, rng, **more)
         layers.append(layer)
-    return ModelAdapter(kind, tuple(layers))
+    return ModelAdapter(kind, tuple(layers), projections=model.config.projections())

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
+from flora_jax.models.model import init_model
 from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.model import init_model
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions

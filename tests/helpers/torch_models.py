@@ -14,8 +14,8 @@ import torch
 from flax import nnx
 from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
+from flora_jax.models.model import Model, abstract_model
 from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.model import Model, abstract_model
 
 TINY = dict(
     vocab_size=97, n_positions=48, n_embd=32, n_layer=2, n_head=4, n_inner=48, eos_token_id=0

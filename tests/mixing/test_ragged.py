@@ -108,7 +108,7 @@ def test_ranks_and_targets_may_differ_by_layer():
         for n, side in enumerate(("output", "input"))
     ]
     adapters = {
-        kind: ModelAdapter(kind, ({TARGET: own[0]}, {TARGET: own[1]}, {}))
+        kind: ModelAdapter(kind, ({TARGET: own[0]}, {TARGET: own[1]}, {}), projections=SIZES)
         for kind, own in {"flora": flora, "lora": lora, "ia3": ia3}.items()
     }
     bank = build_bank(adapters, SIZES, 3)

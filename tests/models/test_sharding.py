@@ -10,9 +10,10 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
-from flora_jax.models.sharding import RULES, make_mesh, named_leaves, partition_specs, shardings
+from flora_jax.models.model import abstract_model
+from flora_jax.models.sharding import make_mesh, named_leaves, partition_specs, shardings
+from flora_jax.models.starcoder import FAMILY
 from flora_jax.models.starcoder.config import PRESETS, StarCoderConfig
-from flora_jax.models.starcoder.model import abstract_model
 
 TINY = StarCoderConfig(vocab_size=97, n_positions=48, n_embd=32, n_layer=2, n_head=4, n_inner=48)
 
@@ -24,7 +25,7 @@ import jax, numpy as np
 from flax import nnx
 from flora_jax.checkpoints.checkpoint import load_model, save_hf, save_orbax
 from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.model import abstract_model
+from flora_jax.models.model import abstract_model
 from flora_jax.models.sharding import make_mesh, named_leaves, shardings
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -102,7 +103,7 @@ def test_loading_places_every_parameter_in_its_sharding(eight_devices):
 def test_every_parameter_has_one_rule(name, tied):
     config = dataclasses.replace(PRESETS[name], tie_word_embeddings=tied)
     params = abstract_model(config).params
-    specs, _ = named_leaves(partition_specs(params))
+    specs, _ = named_leaves(partition_specs(params, FAMILY.axes))
     leaves, _ = named_leaves(params)
     assert list(specs) == list(leaves)
     assert all(len(specs[path]) == leaf.ndim for path, leaf in leaves.items())
@@ -114,13 +115,15 @@ def test_every_parameter_has_one_rule(name, tied):
 
 def test_a_parameter_without_or_with_two_rules_is_an_error():
     params = abstract_model(TINY).params
-    without = [rule for rule in RULES if rule[0] != "h.*.attn.c_proj.bias"]
+    without = [rule for rule in FAMILY.axes if rule[0] != "h.*.attn.c_proj.bias"]
     with pytest.raises(ValueError, match=r"h\.0\.attn\.c_proj\.bias matches 0 rules"):
         partition_specs(params, without)
     with pytest.raises(ValueError, match=r"ln_f\.bias matches 2 rules"):
-        partition_specs(params, [*RULES, ("ln_f.bias", ("embed",))])
+        partition_specs(params, [*FAMILY.axes, ("ln_f.bias", ("embed",))])
     with pytest.raises(ValueError, match=r"ln_f\.bias has 1 dimensions, rule ln_f\.\* is for 2"):
-        partition_specs(params, [r for r in RULES if r[0] != "ln_f.*"] + [("ln_f.*", ("a", "b"))])
+        partition_specs(
+            params, [r for r in FAMILY.axes if r[0] != "ln_f.*"] + [("ln_f.*", ("a", "b"))]
+        )
 
 
 def test_an_explicit_mesh_axis_is_an_error():

@@ -28,6 +28,7 @@ from tests.helpers.broken_folders import (
     error_of,
     make,
 )
+from tests.helpers.random_adapters import projections_of
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_listed_together(lora):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_of_another_width_is_named_with_both_shapes(kind, tmp_path):
     folder = write_adapter(make(kind), tmp_path / "a")
-    wider = {target: (2 * i, 2 * o) for target, (i, o) in PROJECTIONS.items()}
+    wider = projections_of({target: (2 * i, 2 * o) for target, (i, o) in PROJECTIONS.items()})
     message = error_of(folder, projections=wider)
     expected = {
         "lora": "lora_B.weight: found shape (12, 2), expected (24, 2)",
@@ -89,7 +90,9 @@ def test_factors_that_are_not_finite_are_named(value, lora, tmp_path):
     params = adapter.layers[0]["attn.c_attn"]
     bad = dataclasses.replace(params, up_RO=params.up_RO.at[0, 0].set(value))
     with pytest.raises(AdapterError, match=re.escape(C_ATTN + "lora_B")):
-        write_adapter(ModelAdapter("lora", ({"attn.c_attn": bad},)), tmp_path / "new")
+        write_adapter(
+            dataclasses.replace(adapter, layers=({"attn.c_attn": bad},)), tmp_path / "new"
+        )
     assert not (tmp_path / "new").exists()
 
 
@@ -169,18 +172,22 @@ def test_a_summary_misses_no_tensor(tmp_path):
         describe_adapter(tmp_path / "a")
 
 
+def _adapter(kind, *layers):
+    return ModelAdapter(kind, layers, projections=PROJECTIONS)
+
+
 def test_adapters_that_no_folder_can_hold_are_refused(tmp_path):
     flora = make("flora").layers[0]
     other = dataclasses.replace(flora["mlp.c_proj"], reduction="sum")
     lora = make("lora").layers[0]["attn.c_attn"]
     batched = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), lora)
     cases = {
-        "adapts no projection": ModelAdapter("lora", ({}, {})),
-        "modules differ in": ModelAdapter("flora", ({**flora, "mlp.c_proj": other},)),
-        "expected the 2 axes": ModelAdapter("lora", ({"attn.c_attn": batched},)),
+        "adapts no projection": _adapter("lora", {}, {}),
+        "modules differ in": _adapter("flora", {**flora, "mlp.c_proj": other}),
+        "expected the 2 axes": _adapter("lora", {"attn.c_attn": batched}),
         "settings steps have no place": dataclasses.replace(make("lora"), settings={"steps": 3}),
-        "scale is inf": ModelAdapter(
-            "lora", ({"attn.c_attn": dataclasses.replace(lora, scale=float("inf"))},)
+        "scale is inf": _adapter(
+            "lora", {"attn.c_attn": dataclasses.replace(lora, scale=float("inf"))}
         ),
     }
     for message, adapter in cases.items():

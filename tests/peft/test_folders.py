@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flora_jax.adapters import KINDS, FLoRA
-from flora_jax.adapters.model_adapter import TARGETS, ModelAdapter, rank_of
+from flora_jax.adapters.model_adapter import ModelAdapter, rank_of
 from flora_jax.peft.read import describe_adapter, read_adapter, write_adapter
 from tests.helpers.broken_folders import PROJECTIONS, edit, edit_tensors, error_of, make
 from tests.helpers.peft_folders import (
@@ -19,6 +19,7 @@ from tests.helpers.peft_folders import (
     read_for,
     some_adapter,
 )
+from tests.helpers.random_adapters import projections_of
 from tests.helpers.torch_models import (
     flax_logits,
     random_tokens,
@@ -27,18 +28,19 @@ from tests.helpers.torch_models import (
     torch_logits,
 )
 
+TARGETS = tuple(PROJECTIONS)
+
 
 @pytest.mark.parametrize("targets", [TARGETS[:1], TARGETS[1:3], TARGETS])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_written_adapter_reads_back_to_the_bit(kind, targets, tmp_path):
-    projections = {"attn.c_attn": (8, 12), "attn.c_proj": (8, 8)}
-    projections |= {"mlp.c_fc": (8, 20), "mlp.c_proj": (20, 8)}
+    projections = PROJECTIONS
     rng = np.random.default_rng(len(targets))
     layers = tuple(
         {target: random_factors(kind, *projections[target], 2, rng) for target in targets}
         for _ in range(3)
     )
-    adapter = ModelAdapter(kind, layers, {"task_type": "CAUSAL_LM"})
+    adapter = ModelAdapter(kind, layers, {"task_type": "CAUSAL_LM"}, projections=projections)
     write_adapter(adapter, tmp_path / "a")
     assert_same(read_adapter(tmp_path / "a", projections, 3), adapter)
     part = dataclasses.replace(adapter, layers=({}, *adapter.layers[1:]))
@@ -62,7 +64,8 @@ def test_a_flora_folder_gives_the_logits_of_explicitly_merged_weights(reduction,
         }
         for _ in range(2)
     )
-    write_adapter(ModelAdapter("flora", layers), tmp_path / "a", "some/base")
+    adapter = ModelAdapter("flora", layers, projections=model.config.projections())
+    write_adapter(adapter, tmp_path / "a", "some/base")
     config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["reduction"]) == ("FLORA", rank, reduction)
     adapter = read_for(model, tmp_path / "a")
@@ -158,14 +161,16 @@ def test_a_target_in_no_layer_adapts_nothing_where_another_one_does(kind, tmp_pa
 
 @pytest.mark.parametrize("rslora", [False, True])
 def test_scales_survive_as_alphas(rslora, tmp_path):
-    projections = {"attn.c_attn": (4, 6)}
+    projections = projections_of({"attn.c_attn": (4, 6)})
     for number, alpha in enumerate((1, 3, 0.1, 7.77, 32, 1e-5)):
         for rank in (1, 3, 7):
             scale = alpha / (np.sqrt(rank) if rslora else rank)
             rng = np.random.default_rng(rank)
             params = random_factors("lora", 4, 6, rank, rng, scale=float(scale))
             settings = {"use_rslora": True} if rslora else {}
-            adapter = ModelAdapter("lora", ({"attn.c_attn": params},), settings)
+            adapter = ModelAdapter(
+                "lora", ({"attn.c_attn": params},), settings, projections=projections
+            )
             folder = write_adapter(adapter, tmp_path / f"{number}-{rank}")
             assert_same(read_adapter(folder, projections, 1), adapter)
             raw = json.loads((folder / "adapter_config.json").read_text())
@@ -174,7 +179,8 @@ def test_scales_survive_as_alphas(rslora, tmp_path):
 
 def test_flora_reads_its_sides_from_b_and_a(tmp_path):
     params = FLoRA(jnp.ones((2, 4)), 2 * jnp.ones((2, 6)))
-    folder = write_adapter(ModelAdapter("flora", ({"attn.c_attn": params},)), tmp_path / "a")
+    adapter = ModelAdapter("flora", ({"attn.c_attn": params},), projections=PROJECTIONS)
+    folder = write_adapter(adapter, tmp_path / "a")
     from safetensors.numpy import load_file
 
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -16,9 +16,10 @@ from flora_jax.mixing.bank import build_bank
 from flora_jax.mixing.pairs import list_pairs
 from flora_jax.mixing.ragged import ragged_hooks
 from flora_jax.models.quantize import quantize_model
+from flora_jax.models.starcoder.config import NAMES, StarCoderConfig
 from flora_jax.peft.config import AdapterConfig
 from flora_jax.peft.read import AdapterError, write_adapter
-from flora_jax.peft.targets import adapted_modules, module_path, pattern_value
+from flora_jax.peft.targets import adapted_modules, pattern_value
 from flora_jax.weights.product import explicit
 from tests.helpers.peft_folders import assert_logits_equal, assert_same, read_for, some_adapter
 from tests.helpers.torch_models import (
@@ -143,7 +144,7 @@ def test_a_dora_over_a_quantised_base_is_pefts_over_the_dequantised_weights(meth
         for layer in range(2):
             for target in quantised.config.projections():
                 wide_IO = np.asarray(explicit(quantised.weight(layer, target)))
-                linears[module_path(layer, target)].weight.copy_(torch.tensor(wide_IO.T))
+                linears[NAMES.path(layer, target)].weight.copy_(torch.tensor(wide_IO.T))
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", use_dora=True)
     wrapped = random_peft(torch_model, config, seed=5)
     wrapped.save_pretrained(tmp_path / "theirs")
@@ -178,8 +179,9 @@ def test_a_hira_of_uneven_ranks_reads_back(tmp_path):
     layers = tuple(
         {t: HiRA(p.down_RI, p.up_RO) for t, p in layer.items()} for layer in uneven.layers
     )
-    write_adapter(ModelAdapter("hira", layers), tmp_path / "a")
-    assert_same(read_for(model, tmp_path / "a"), ModelAdapter("hira", layers))
+    adapter = ModelAdapter("hira", layers, projections=model.config.projections())
+    write_adapter(adapter, tmp_path / "a")
+    assert_same(read_for(model, tmp_path / "a"), adapter)
 
 
 def test_a_hira_whose_rank_pattern_peft_ignored_is_read_at_its_tensors_rank(tmp_path):
@@ -219,7 +221,7 @@ def test_targets_and_patterns_match_as_pefts_own_functions_do():
         r"h\.(1|2)\.mlp.*",
     ]
     paths = [
-        module_path(n, t)
+        NAMES.path(n, t)
         for n in range(12)
         for t in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     ]
@@ -244,7 +246,9 @@ def test_targets_and_patterns_match_as_pefts_own_functions_do():
         # An object that says "excluded" is true to Python, but no match.
         expected = [p for p in paths if (m := check_target_module_exists(theirs, p)) and _match(m)]
         try:
-            found = [module_path(*module) for module in adapted_modules(ours, 12)]
+            found = [
+                NAMES.path(*m) for m in adapted_modules(ours, StarCoderConfig().projections(), 12)
+            ]
         except AdapterError:
             assert "proj" in targets or not expected
             continue

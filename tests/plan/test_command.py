@@ -145,10 +145,10 @@ class TestCompiled:
             assert found[layers]["donated"] >= memory.cache_bytes(own) - 8192
         a_layer = (found[4]["launches"] - found[2]["launches"]) / 2
         modelled, _ = roofline.launches(own, 2048, roofline.whole_work(own, 32))
-        modelled = (modelled - roofline.OTHER_KERNELS) / own.config.n_layer
+        modelled = (modelled - own.family.launches.other) / own.config.n_layer
         assert 10 < a_layer <= 17
         assert a_layer == pytest.approx(modelled, rel=0.1)
-        assert found[2]["launches"] - 2 * a_layer <= 2 * roofline.OTHER_KERNELS
+        assert found[2]["launches"] - 2 * a_layer <= 2 * own.family.launches.other
         assert found[4]["loops_in_a_step"] == found[2]["loops_in_a_step"] == 0
 
     def test_the_command_says_what_the_program_is(self, program):

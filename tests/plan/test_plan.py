@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flora_jax.adapters import model_adapter
 from flora_jax.adapters.model_adapter import init_adapter
 from flora_jax.errors import InputError
 from flora_jax.models.attention import cudnn_refuses
+from flora_jax.models.model import abstract_model
 from flora_jax.models.quantize import quantize_abstract
+from flora_jax.models.starcoder import FAMILY
 from flora_jax.models.starcoder.config import PRESETS, StarCoderConfig
-from flora_jax.models.starcoder.model import abstract_model
 from flora_jax.plan import memory, prompts, roofline, setting
 from flora_jax.plan.cards import CARDS, MATRIX_UNITS, card
 from flora_jax.plan.setting import Setting
@@ -24,7 +24,7 @@ from flora_jax.serve.registry import version
 from flora_jax.serve.residency import make_residency
 from flora_jax.serve.state import init_state
 
-ALL = model_adapter.TARGETS
+ALL = tuple(PRESETS["mini"].projections())
 TINY = StarCoderConfig(
     vocab_size=80, n_positions=40, n_embd=32, n_layer=3, n_head=4, n_inner=48, multi_query=False,
     tie_word_embeddings=False,
@@ -96,7 +96,6 @@ def test_a_base_alone_has_no_bank():
 
 
 def test_the_engines_words_are_the_plans():
-    assert setting.TARGETS == model_adapter.TARGETS
     for size, dtype in itertools.product((36, 64, 128, 136, 256), setting.ITEMSIZE):
         config = dataclasses.replace(TINY, n_embd=4 * size)
         taken = cudnn_refuses(config, dtype, 512) is None
@@ -120,7 +119,7 @@ def test_split_weights_are_what_the_sharding_table_says():
 
     model = abstract_model(PRESETS["3b"], jnp.float16)
     mesh = AbstractMesh((2,), ("tensor",))
-    specs = partition_specs(model.params)
+    specs = partition_specs(model.params, FAMILY.axes)
 
     def own_bytes(leaf, spec):
         size = leaf.size * leaf.dtype.itemsize

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flora_jax.errors import InputError, RunError
-from flora_jax.models.starcoder.model import init_model
+from flora_jax.models.model import init_model
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.stream import Stream, TextDecoder

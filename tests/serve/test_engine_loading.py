@@ -6,8 +6,8 @@ import time
 import pytest
 
 from flora_jax.errors import InputError, RunError
+from flora_jax.models.model import init_model
 from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.model import init_model
 from flora_jax.peft.write import write_adapter
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import WHILE_READING, EngineOptions

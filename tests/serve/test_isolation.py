@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from flora_jax.errors import InputError
-from flora_jax.models.starcoder.model import init_model
+from flora_jax.models.model import init_model
 from flora_jax.peft.read import write_adapter
 from flora_jax.serve.ahead import Compilations
 from flora_jax.serve.engine import Engine

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flora_jax.adapters.model_adapter import TARGETS
 from flora_jax.mixing.bank import Count
+from flora_jax.models.model import abstract_model, init_model
 from flora_jax.models.starcoder.config import PRESETS
-from flora_jax.models.starcoder.model import abstract_model, init_model
 from flora_jax.platforms import CPU, GPU, platform
 from flora_jax.serve import device, steps
 from flora_jax.serve.ahead import Compilations, abstract_device, programs
@@ -107,7 +106,7 @@ def test_mixed_kinds_up_to_rank_8_need_at_most_16_programs():
     """15B, 32 rows, 2,048 positions; all kinds on all targets, HiRA's further component included."""
     options = EngineOptions(max_num_seqs=32, max_model_len=2048)
     model = abstract_model(PRESETS["15b"], jnp.float16)
-    most = dict.fromkeys(TARGETS, Count(9, 8, 1))
+    most = dict.fromkeys(model.config.projections(), Count(9, 8, 1))
     mixed = programs(abstract_device(model, options, GPU, most, 32))
     assert len(mixed) <= 16
     assert len({program.name for program in mixed}) == len(mixed)

@@ -14,8 +14,8 @@ import pytest
 from flora_jax.errors import InputError
 from flora_jax.mixing.bank import Count
 from flora_jax.mixing.pairs import list_pairs
+from flora_jax.models.model import init_model
 from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.model import init_model
 from flora_jax.peft.read import write_adapter
 from flora_jax.platforms import CPU
 from flora_jax.serve import residency as residency_module

@@ -11,8 +11,8 @@ import pytest
 from experiments import gpu_counts_train as counts
 from flora_jax.adapters import multiplicative
 from flora_jax.models.attention import attend_visible, visible
+from flora_jax.models.model import abstract_model
 from flora_jax.models.starcoder.config import PRESETS
-from flora_jax.models.starcoder.model import abstract_model
 from flora_jax.plan.launches import Program
 from flora_jax.train.adapt import StepOptions
 from flora_jax.weights import product

@@ -19,10 +19,11 @@ from flora_jax.errors import InputError
 from flora_jax.mixing.bank import build_bank
 from flora_jax.mixing.pairs import form, group_lattice, list_pairs, pair_lattice, row_components
 from flora_jax.mixing.ragged import ragged_hooks, row_wise_hooks
-from flora_jax.models.quantize import is_quantised, quantize_abstract, quantize_model
+from flora_jax.models.model import abstract_model, init_model
+from flora_jax.models.quantize import quantize_abstract, quantize_model
 from flora_jax.models.sharding import named_leaves
+from flora_jax.models.starcoder import FAMILY
 from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.model import abstract_model, init_model
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
@@ -266,7 +267,7 @@ def test_kernels_are_quantised_from_what_is_stored_whatever_the_dtype_of_the_res
         half = load_model(tmp_path / stored_as, jnp.bfloat16, quantize="int8")
         for path, leaf in named_leaves(half.params)[0].items():
             assert leaf.dtype == jnp.bfloat16
-            assert isinstance(leaf, Quantized) == is_quantised(path)
+            assert isinstance(leaf, Quantized) == FAMILY.is_kernel(path)
             if isinstance(leaf, Quantized):
                 np.testing.assert_array_equal(leaf.values, full[path].values)
                 np.testing.assert_array_equal(leaf.scale_GO, full[path].scale_GO)
@@ -314,8 +315,9 @@ from pathlib import Path
 import jax, numpy as np
 from flax import nnx
 from flora_jax.checkpoints.checkpoint import load_model, save_hf, save_orbax
+from flora_jax.models.starcoder import FAMILY
 from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.model import init_model
+from flora_jax.models.model import init_model
 from flora_jax.models.sharding import make_mesh, named_leaves
 from tests.helpers.requests import make_request
 

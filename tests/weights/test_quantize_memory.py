@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 
 from flora_jax.mixing.grouped import grouped_hooks
+from flora_jax.models.model import abstract_model
 from flora_jax.models.quantize import quantize_abstract
 from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.model import abstract_model
 from flora_jax.platforms import CPU
 from flora_jax.serve.ahead import abstract_device
 from flora_jax.serve.lattice import DecodeShape

@@ -10,9 +10,9 @@ from flora_jax.checkpoints.checkpoint import load_model, save_hf
 from flora_jax.mixing.bank import build_bank
 from flora_jax.mixing.pairs import form, list_pairs, row_components
 from flora_jax.mixing.ragged import Ragged, RowWise
+from flora_jax.models.model import init_model
 from flora_jax.models.quantize import quantize_model
 from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.model import init_model
 from flora_jax.models.transpose import outputs_first
 from flora_jax.weights import product
 from flora_jax.weights.transposed import Transposed, matmul

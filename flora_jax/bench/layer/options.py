@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import get_args
 
-from flora_jax.adapters.model_adapter import match_targets
+from flora_jax.adapters.projections import match_targets
 from flora_jax.adapters.registry import TRAITS
 from flora_jax.errors import InputError
-from flora_jax.models.starcoder.config import PRESETS
+from flora_jax.models.family import presets
 from flora_jax.weights.quantized import Method
 
 BASE = "base"
@@ -109,15 +109,18 @@ def parse_ranks(text: str) -> tuple[int, ...]:
         raise InputError(f"--ranks is {text!r}, expected numbers as in 1,2,4,8") from None
 
 
-def projection_of(preset: str, target: str) -> tuple[int, int]:
-    """Inputs and outputs of a preset's projection, named by the end of its path as in PEFT.
+def projection_of(preset: str, target: str | None) -> tuple[int, int]:
+    """Inputs and outputs of a preset's projection, named by the end of its path as in PEFT; the block's
+    first where there is no name.
 
     Raises:
         InputError: no such preset, or not exactly one projection of that name.
     """
-    if preset not in PRESETS:
-        raise InputError(f"--preset is {preset!r}, expected one of {', '.join(PRESETS)}")
-    targets = match_targets([target])
+    known = presets()
+    if preset not in known:
+        raise InputError(f"--preset is {preset!r}, expected one of {', '.join(known)}")
+    projections = known[preset].projections()
+    targets = tuple(projections)[:1] if target is None else match_targets([target], projections)
     if len(targets) > 1:
         raise InputError(f"--target is {target!r}, expected one of {' and '.join(targets)}")
-    return PRESETS[preset].projections()[targets[0]]
+    return projections[targets[0]]

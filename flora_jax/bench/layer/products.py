@@ -13,26 +13,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flora_jax.models.starcoder.model import Model
+from flora_jax.models.family import family_of
+from flora_jax.models.model import Model
+from flora_jax.models.sharding import named_leaves
 from flora_jax.weights.product import product
 
 
 def products_alone(model: Model, rows: int, tokens: int, steps: int) -> Callable[[], Any]:
     """A program of ``steps`` passes over ``rows`` of ``tokens``, with logits for the last of each row."""
-    width = model.config.n_embd
+    family = family_of(model.config)
+    kernels = [path for path in family.tensors(model.config) if family.is_kernel(path)]
+    width = model.config.hidden_size
 
     @jax.jit
     def products(params: Any, x_XD: jax.Array, last_B: jax.Array, steps: int) -> Any:
         whole = nnx.merge(model.graph, params)
+        held, _ = named_leaves(params)
 
         def step(_: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             # Kept at one length, or it would overflow in a few steps.
             x_XD = carry[0] / jnp.linalg.norm(carry[0])
-            for block in whole.h:
-                mixed = product(x_XD, block.attn.c_attn.kernel[...])
-                x_XD = x_XD + product(mixed[:, :width], block.attn.c_proj.kernel[...])
-                wide = product(x_XD, block.mlp.c_fc.kernel[...])
-                x_XD = x_XD + product(wide, block.mlp.c_proj.kernel[...])
+            y_XO = x_XD
+            for path in kernels:
+                y_XO = product(_cut(y_XO, held[path].shape[0]), held[path])
+            x_XD = x_XD + _cut(y_XO, width)
             return x_XD, whole.logits(x_XD[last_B])
 
         # Carried, so that each step's are computed, into one buffer.
@@ -43,3 +47,9 @@ def products_alone(model: Model, rows: int, tokens: int, steps: int) -> Callable
     last_B = (jnp.arange(rows) + 1) * tokens - 1
     jax.block_until_ready((x_XD, last_B))
     return lambda: products(model.params, x_XD, last_B, steps)
+
+
+def _cut(x_XI: jax.Array, width: int) -> jax.Array:
+    """So many of the features, zeros where there are fewer."""
+    missing = max(0, width - x_XI.shape[1])
+    return jnp.pad(x_XI[:, :width], ((0, 0), (0, missing))) if missing else x_XI[:, :width]

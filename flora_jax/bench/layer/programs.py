@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from flora_jax.adapters import KINDS, apply, apply_vmap, kind_of, stack
 from flora_jax.adapters.model_adapter import ModelAdapter, abstract_adapter, randomise
+from flora_jax.adapters.projections import ModuleNames, Projections
 from flora_jax.adapters.registry import TRAITS
 from flora_jax.bench.layer.options import BASE, PLAIN, Case, LayerOptions
 from flora_jax.bench.receipts import device_loop, machine
@@ -32,7 +33,11 @@ from flora_jax.weights.quantized import quantize
 from flora_jax.weights.transposed import Transposed
 
 # Adapters want a projection's name; which one it is makes no difference here.
-TARGET = "attn.c_attn"
+TARGET = "projection"
+_NAMES = ModuleNames(
+    blocks="blocks", embeddings=(), others=(), others_in_block=(), defaults={"lora": (TARGET,)},
+    feedforward=(),
+)  # fmt: skip
 _GIB = 2**30
 
 
@@ -42,7 +47,8 @@ def make_adapters(
     """``count`` different random adapters of one projection, float32, by the names "0", "1", …"""
 
     # Shapes alone: the start of a kind is of no use, and takes a compilation for each operation.
-    shapes = abstract_adapter(kind, {TARGET: (inputs, outputs)}, 1, rank=rank)
+    projections = Projections({TARGET: (inputs, outputs)}, _NAMES)
+    shapes = abstract_adapter(kind, projections, 1, rank=rank)
     return {str(number): randomise(shapes, seed + number) for number in range(count)}
 
 

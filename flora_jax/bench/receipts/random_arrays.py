@@ -7,7 +7,6 @@ far longer to compile, and the host longer to fill a large model. Knows nothing 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -15,8 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.starcoder.model import Model, abstract_model
+from flora_jax.models.family import ModelConfig, changed
+from flora_jax.models.model import Model, abstract_model
 
 
 def _mixed(number: jax.Array) -> jax.Array:
@@ -56,13 +55,13 @@ def fill(tree: Any, seed: int, mean: float = 0.0, scale: float = 1.0) -> Any:
     return jax.tree.unflatten(structure, made)
 
 
-def random_model(config: StarCoderConfig, dtype: Any, seed: int = 0) -> Model:
+def random_model(config: ModelConfig, dtype: Any, seed: int = 0) -> Model:
     """A model whose activations keep their size; every array has random numbers of its own.
 
     Kernels ``[I, O]`` have a standard deviation of ``I^-0.5``, embeddings the configuration's, the
     scales of norms lie around one.
     """
-    config = dataclasses.replace(config, dtype=str(jnp.dtype(dtype)))
+    config = changed(config, dtype=str(jnp.dtype(dtype)))
     model = abstract_model(config, dtype)
     found, structure = jax.tree_util.tree_flatten_with_path(model.params)
     made = []

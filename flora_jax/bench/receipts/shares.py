@@ -12,17 +12,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flora_jax.bench.receipts.machine import least_seconds
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.family import ModelConfig
 
 
-def product_weights(config: StarCoderConfig) -> tuple[int, int]:
+def product_weights(config: ModelConfig) -> tuple[int, int]:
     """Numbers of weights: of all layers' projections, and of the head."""
     layer = sum(inputs * outputs for inputs, outputs in config.projections().values())
-    return config.n_layer * layer, config.n_embd * config.vocab_size
+    return config.n_layer * layer, config.hidden_size * config.vocab_size
 
 
 def least_prefill_seconds(
-    limits: Mapping[str, float], config: StarCoderConfig, tokens: int, rows: int, itemsize: int
+    limits: Mapping[str, float], config: ModelConfig, tokens: int, rows: int, itemsize: int
 ) -> float:
     """For prompts of ``tokens`` altogether, and logits for the last of each of ``rows``."""
     layers, head = product_weights(config)
@@ -31,7 +31,7 @@ def least_prefill_seconds(
 
 
 def least_decode_seconds(
-    limits: Mapping[str, float], config: StarCoderConfig, drawn: int, rows: int, itemsize: int
+    limits: Mapping[str, float], config: ModelConfig, drawn: int, rows: int, itemsize: int
 ) -> float:
     """For ``drawn`` tokens in steps of at most ``rows``."""
     weights = sum(product_weights(config))
@@ -41,7 +41,7 @@ def least_decode_seconds(
 
 def share_of_limit(
     limits: Mapping[str, float],
-    config: StarCoderConfig,
+    config: ModelConfig,
     rows: int,
     itemsize: int,
     measured: Mapping[str, float],

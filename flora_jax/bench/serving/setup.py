@@ -6,26 +6,22 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
-
-import jax
 
 from flora_jax import terminal
 from flora_jax.adapters.model_adapter import (
     ModelAdapter,
     abstract_adapter,
-    match_targets,
     randomise,
 )
+from flora_jax.adapters.projections import match_targets
 from flora_jax.adapters.registry import TRAITS
 from flora_jax.bench.serving.drive import run_latency, run_throughput
 from flora_jax.bench.serving.workload import Workload, WorkloadOptions, longest, make_workload
-from flora_jax.checkpoints.checkpoint import describe, load_model
-from flora_jax.checkpoints.sources import resolve
+from flora_jax.checkpoints import Opened, open_checkpoint
 from flora_jax.errors import InputError
-from flora_jax.models.starcoder.config import PRESETS, StarCoderConfig
-from flora_jax.models.starcoder.model import Model, init_model
+from flora_jax.models.family import ModelConfig, changed, presets
+from flora_jax.models.model import Model, init_model
 from flora_jax.models.transpose import for_decoding
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
@@ -48,13 +44,15 @@ class Contender:
     cost (at rank 1 none) and pays for the merge, which is another pass over all weights a request.
     "unmerged" is FLoRA by the paper's formula (Eq. 6) in prompts too, where the engine builds ``W_i``.
 
+    ``targets`` are PEFT's for LoRA where there are none.
+
     Raises:
-        InputError: an unknown kind or target, or a rank that the kind cannot have.
+        InputError: an unknown kind, or a rank that the kind cannot have.
     """
 
     kind: str
     rank: int = 1
-    targets: tuple[str, ...] = ("c_attn",)
+    targets: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -65,7 +63,13 @@ class Contender:
             expected = TRAITS[self.adapter_kind].rank_problem(self.rank)
         if expected is not None:
             raise InputError(f"--rank is {self.rank}, expected {expected} with --kind {self.kind}")
-        match_targets(self.targets)
+
+    def targets_of(self, config: ModelConfig) -> tuple[str, ...]:
+        """The targets as they were given, or PEFT's; ``InputError`` for one that the model lacks."""
+        own = config.projections()
+        names = self.targets or own.names.default_targets("lora")
+        match_targets(names, own)
+        return names
 
     @property
     def adapter_kind(self) -> str | None:
@@ -73,11 +77,11 @@ class Contender:
 
 
 class Base(NamedTuple):
-    """A model's configuration before it is loaded; ``directory`` is ``None`` for random weights."""
+    """A model's configuration before it is loaded; ``opened`` is ``None`` for random weights."""
 
     name: str
-    config: StarCoderConfig
-    directory: Path | None
+    config: ModelConfig
+    opened: Opened | None
 
 
 def find_base(model: str | None, preset: str | None) -> Base:
@@ -89,11 +93,12 @@ def find_base(model: str | None, preset: str | None) -> Base:
     if (model is None) == (preset is None):
         raise InputError(f"MODEL is {model}, --preset is {preset}, expected exactly one of them")
     if preset is not None:
-        if preset not in PRESETS:
-            raise InputError(f"--preset is {preset!r}, expected one of {', '.join(PRESETS)}")
-        return Base(preset, PRESETS[preset], None)
-    directory = resolve(str(model))
-    return Base(directory.name, describe(directory).config, directory)
+        known = presets()
+        if preset not in known:
+            raise InputError(f"--preset is {preset!r}, expected one of {', '.join(known)}")
+        return Base(preset, known[preset], None)
+    opened = open_checkpoint(str(model))
+    return Base(opened.directory.name, opened.config, opened)
 
 
 def plan_workload(base: Base, options: WorkloadOptions, adapted: bool) -> tuple[Workload, Base]:
@@ -108,24 +113,24 @@ def plan_workload(base: Base, options: WorkloadOptions, adapted: bool) -> tuple[
     workload = make_workload(options, config.vocab_size, config.eos_token_ids, adapted)
     most = longest(workload.requests)
     if most > config.n_positions:
-        if base.directory is not None:
+        if base.opened is not None:
             raise InputError(
                 f"--max-total is {options.max_total}, and the longest request has {most} tokens, "
-                f"expected at most the {config.n_positions} positions of {base.directory}"
+                f"expected at most the {config.n_positions} positions of {base.opened.directory}"
             )
-        base = base._replace(config=dataclasses.replace(config, n_positions=most))
+        base = base._replace(config=changed(config, n_positions=most))
     return workload, base
 
 
 def load_base(base: Base, dtype: str | None, seed: int = 0) -> Model:
     """The checkpoint in ``dtype`` (``None``: its own), or random weights (``None``: float32)."""
-    if base.directory is not None:
-        return for_decoding(load_model(base.directory, dtype), consume=True)
+    if base.opened is not None:
+        return for_decoding(base.opened.load(dtype), consume=True)
     return for_decoding(init_model(base.config, seed, dtype or "float32"), consume=True)
 
 
 def make_adapters(
-    config: StarCoderConfig,
+    config: ModelConfig,
     contender: Contender,
     names: Sequence[str],
     seed: int = 0,
@@ -140,7 +145,7 @@ def make_adapters(
         return {}
     shapes = abstract_adapter(
         contender.adapter_kind, config.projections(), config.n_layer,
-        rank=contender.rank, targets=match_targets(contender.targets),
+        rank=contender.rank, targets=match_targets(contender.targets_of(config), config.projections()),
     )  # fmt: skip
     made = [
         randomise(shapes, seed + number)
@@ -207,7 +212,7 @@ def running(
         line = {
             "kind": contender.kind,
             "rank": contender.rank,
-            "targets": list(contender.targets) if adapters else [],
+            "targets": list(contender.targets_of(engine.model.config)) if adapters else [],
             "adapters": len({request.adapter for request in workload.requests} - {None}),
             "adapter_bytes": next(iter(adapters.values())).bytes() if adapters else 0,
             "merge_prompts": options.merge_prompts,
@@ -304,9 +309,9 @@ def describe_run(
     return {
         "benchmark": benchmark,
         "model": base.name,
-        "weights": "random" if base.directory is None else "checkpoint",
+        "weights": "random" if base.opened is None else "checkpoint",
         "positions": base.config.n_positions,
-        "dtype": str(jax.tree.leaves(model.params["wte"])[0].dtype),
+        "dtype": str(model.embedding.dtype),
         "workload": options.to_dict() | lengths,
         "engine": dataclasses.asdict(engine),
     }

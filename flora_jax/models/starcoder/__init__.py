@@ -1,1 +1,43 @@
 """StarCoder (GPTBigCode) in flax.nnx: configuration, model, names of its tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from flora_jax.models.family import Family, Launches
+from flora_jax.models.starcoder.config import NAMES, PRESETS, StarCoderConfig
+from flora_jax.models.starcoder.names import AXES, buffer_problems, hf_tensors
+
+if TYPE_CHECKING:
+    from flora_jax.models.model import LanguageModel
+
+
+def _build(config: StarCoderConfig, dtype: Any, seed: int) -> LanguageModel:
+    from flax import nnx
+
+    from flora_jax.models.starcoder.model import StarCoder
+
+    return StarCoder(config, dtype=dtype, rngs=nnx.Rngs(seed))
+
+
+FAMILY = Family(
+    title="GPTBigCode (StarCoder)",
+    model_type=StarCoderConfig.model_type,
+    config=StarCoderConfig.from_dict,
+    names=NAMES,
+    tensors=hf_tensors,
+    blocks="h",
+    embedding="wte.embedding",
+    tied_head="lm_head.weight",
+    optional_prefix="transformer.",
+    redundant=buffer_problems,
+    axes=AXES,
+    build=_build,
+    presets=PRESETS,
+    launches=Launches(
+        layer={"loop": 20.0, "gather": 20.0, "cudnn": 18.0, "fused": 18.0},
+        # The bias, and before the second product of the MLP its activation.
+        rounded_saves={"attn.c_attn": 1, "attn.c_proj": 1, "mlp.c_fc": 2, "mlp.c_proj": 2},
+        other=6,
+    ),
+)

@@ -6,13 +6,13 @@ Knows nothing of arrays. A field it does not know, or a value it cannot honour, 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from flora_jax.adapters.projections import ModuleNames, Projections
 from flora_jax.errors import InputError
+from flora_jax.models.family import DTYPES, check_size
 
 ACTIVATIONS = (
     "gelu_pytorch_tanh",
@@ -53,6 +53,26 @@ _ALIASES = {
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
+# Sizes by name, and what they are sizes of.
+_SIZES = {
+    "vocab_size": "vocabulary",
+    "n_positions": "positions",
+    "n_embd": "width",
+    "n_layer": "layers",
+    "n_head": "heads",
+    "n_inner": "width",
+}
+# PEFT's tables for gpt_bigcode: c_attn is query, key and value at once.
+NAMES = ModuleNames(
+    blocks="transformer.h",
+    embeddings=("lm_head", "transformer.wte", "transformer.wpe"),
+    others=("transformer", "transformer.drop", "transformer.h", "transformer.ln_f"),
+    others_in_block=(
+        "", "ln_1", "attn", "attn.resid_dropout", "ln_2", "mlp", "mlp.act", "mlp.dropout",
+    ),
+    defaults={"lora": ("c_attn",), "ia3": ("c_attn", "mlp.c_proj")},
+    feedforward=("mlp.c_proj",),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +83,8 @@ class StarCoderConfig:
     tokens that end a generation; ``dtype`` the checkpoint's own ("float32", "bfloat16", "float16").
     ``others`` are fields of config.json that have no effect here but elsewhere, to be written again.
     """
+
+    model_type: ClassVar[str] = "gpt_bigcode"
 
     vocab_size: int = 50257
     n_positions: int = 1024
@@ -83,10 +105,8 @@ class StarCoderConfig:
     others: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"config: {name} is {value!r}, expected a positive integer")
+        for name, kind in _SIZES.items():
+            check_size(name, getattr(self, name), kind)
         if self.n_embd % self.n_head:
             raise InputError(
                 f"config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}"
@@ -103,7 +123,7 @@ class StarCoderConfig:
                 f"config: activation_function is {self.activation_function!r}, "
                 f"expected one of {', '.join(ACTIVATIONS)}"
             )
-        if self.dtype not in ("float32", "bfloat16", "float16"):
+        if self.dtype not in DTYPES:
             raise InputError(
                 f"config: dtype is {self.dtype!r}, expected float32, bfloat16 or float16"
             )
@@ -116,14 +136,36 @@ class StarCoderConfig:
     def kv_heads(self) -> int:
         return 1 if self.multi_query else self.n_head
 
-    def projections(self) -> dict[str, tuple[int, int]]:
+    @property
+    def hidden_size(self) -> int:
+        return self.n_embd
+
+    @property
+    def score_scale(self) -> float:
+        return self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+
+    @property
+    def softmax_in_float32(self) -> bool:
+        return self.attention_softmax_in_fp32
+
+    @property
+    def scale_in_float32(self) -> bool:
+        return self.attention_softmax_in_fp32 and self.scale_attention_softmax_in_fp32
+
+    def projections(self) -> Projections:
         """The (input, output) features of the four projections of a block, by adapter target."""
-        return {
+        widths = {
             "attn.c_attn": (self.n_embd, self.n_embd + 2 * self.kv_heads * self.head_dim),
             "attn.c_proj": (self.n_embd, self.n_embd),
             "mlp.c_fc": (self.n_embd, self.n_inner),
             "mlp.c_proj": (self.n_inner, self.n_embd),
         }
+        return Projections(widths, NAMES)
+
+    def summary(self) -> str:
+        """The block's shape in words."""
+        heads = "multi-query" if self.multi_query else "multi-head"
+        return f"{self.n_layer} x {self.n_embd} wide, {self.n_head} heads, {heads}"
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "config.json") -> StarCoderConfig:
@@ -133,9 +175,9 @@ class StarCoderConfig:
             InputError: another architecture, an unknown field, or a value of an unsupported kind;
                 the message starts with ``where``.
         """
-        if raw.get("model_type") != "gpt_bigcode":
+        if raw.get("model_type") != cls.model_type:
             raise InputError(
-                f"{where}: model_type is {raw.get('model_type')!r}, expected 'gpt_bigcode'"
+                f"{where}: model_type is {raw.get('model_type')!r}, expected {cls.model_type!r}"
             )
         known = {field.name: field for field in dataclasses.fields(cls) if field.name != "others"}
         values: dict[str, Any] = {}
@@ -178,17 +220,6 @@ class StarCoderConfig:
         except InputError as error:
             raise InputError(f"{where}: {error}") from None
 
-    @classmethod
-    def from_file(cls, path: Path) -> StarCoderConfig:
-        """Reads ``config.json``; see :meth:`from_dict` for the errors raised."""
-        try:
-            raw = json.loads(path.read_text())
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"{path}: not JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise InputError(f"{path}: expected a JSON object, found {type(raw).__name__}")
-        return cls.from_dict(raw, str(path))
-
     def to_dict(self) -> dict[str, Any]:
         """The same configuration as Hugging Face's config.json has it."""
         raw = dataclasses.asdict(self)
@@ -197,7 +228,7 @@ class StarCoderConfig:
         del raw["others"]
         return {
             "architectures": ["GPTBigCodeForCausalLM"],
-            "model_type": "gpt_bigcode",
+            "model_type": self.model_type,
             **raw,
             "bos_token_id": first,
             "eos_token_id": list(eos) if len(eos) > 1 else first,

@@ -7,24 +7,20 @@ is anything that ``flora_jax.adapters.apply`` takes.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flora_jax.models.attention import Visible, attend_visible, split_qkv, visible
+from flora_jax.models.attention import Visible, attend_visible, visible
 from flora_jax.models.cache import Cache, LayerCache, Paging
 from flora_jax.models.cached_attention import attend_cached
+from flora_jax.models.model import Adapters, LayerAdapters, Remat
 from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.weights.product import PROJECTED, Weight, apply, product
+from flora_jax.weights.product import PROJECTED, apply, product
 from flora_jax.weights.transposed import Transposed
-
-LayerAdapters = Mapping[str, Any]
-Remat = Literal["none", "products", "full"]
-Adapters = Sequence[LayerAdapters]
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -73,6 +69,27 @@ def _project(
 ) -> jax.Array:
     assert linear.bias is not None
     return apply(adapters.get(target), x_BTI, linear.kernel[...], linear.bias[...])
+
+
+def split_qkv(
+    qkv_BTO: jax.Array, config: StarCoderConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Splits ``c_attn``'s output into ``q [B,T,H,K]`` and ``k``, ``v`` ``[B,T,G,K]``.
+
+    With ``multi_query`` the output is all queries, then one key, then one value; without it, each
+    head's query, key and value stand together.
+    """
+    batch, length, _ = qkv_BTO.shape
+    width, heads, head_dim = config.n_embd, config.n_head, config.head_dim
+    if config.multi_query:
+        q, k, v = jnp.split(qkv_BTO, [width, width + head_dim], axis=-1)
+        return (
+            q.reshape(batch, length, heads, head_dim),
+            k.reshape(batch, length, 1, head_dim),
+            v.reshape(batch, length, 1, head_dim),
+        )
+    q, k, v = jnp.split(qkv_BTO.reshape(batch, length, heads, 3 * head_dim), 3, axis=-1)
+    return q, k, v
 
 
 class Attention(nnx.Module):
@@ -175,16 +192,7 @@ class StarCoder(nnx.Module):
         remat: Remat = "none",
         attention: str = "einsum",
     ) -> tuple[jax.Array, Cache | None]:
-        """The final normalised activations ``[B, T, D]`` and the cache with these tokens in it.
-
-        Without a cache a token sees the earlier positions of its own segment; segment 0 is padding.
-        With one, whose pages ``paging`` gives to the rows, it sees every cached position up to its own;
-        padding stands at ``NOWHERE``: its keys are dropped, and its own output means nothing.
-
-        ``remat`` trades time for memory in the backward pass: "products" keeps the results of the
-        projections alone, "full" only what enters each block. ``attention`` is that without a cache, of
-        :data:`flora_jax.models.attention.IMPLEMENTATIONS`; with one ``paging`` says it.
-        """
+        """See :class:`~flora_jax.models.model.LanguageModel`."""
         seen: Visible | Paging
         if cache is None:
             seen = visible(positions_BT, segments_BT, attention)
@@ -225,10 +233,7 @@ class StarCoder(nnx.Module):
         segments_BT: jax.Array | None = None,
         adapters: Adapters | None = None,
     ) -> jax.Array:
-        """Logits ``[B, T, V]`` of a full forward pass, positions counted inside each row's tokens.
-
-        ``segments_BT`` is 1 on tokens and 0 on padding, on either side.
-        """
+        """See :class:`~flora_jax.models.model.LanguageModel`."""
         if segments_BT is None:
             segments_BT = jnp.ones_like(tokens_BT)
         positions_BT = jnp.cumsum(segments_BT > 0, axis=1) - 1
@@ -236,67 +241,3 @@ class StarCoder(nnx.Module):
             tokens_BT, positions_BT, segments_BT=segments_BT, adapters=adapters
         )
         return self.logits(hidden_BTD)
-
-
-class Model(NamedTuple):
-    """A model split once: ``nnx.merge(graph, params)`` inside a jitted step gives it back.
-
-    ``graph`` is hashable and static; ``params`` is the pytree that steps take.
-    """
-
-    config: StarCoderConfig
-    graph: nnx.GraphDef
-    params: nnx.State
-
-    def weight(self, layer: int, target: str) -> Weight:
-        """The weight ``[I, O]`` of one projection, as it is held."""
-        node: Any = self.params["h"][layer]
-        for name in (*target.split("."), "kernel"):
-            node = node[name]
-        weight: Weight = node[...]
-        return weight
-
-
-class Definition:
-    """What steps take of a model as a static argument: its structure, hashed and compared once.
-
-    A ``nnx.GraphDef`` hashes all that is in it at every call, 4.5 ms at 40 layers, and an ``nnx.State``
-    is flattened by Python code. There is one object for all models of one structure: see
-    :func:`definition_of`.
-    """
-
-    __slots__ = ("__weakref__", "_graph", "_structure")
-
-    def __init__(self, graph: nnx.GraphDef, structure: Any):
-        self._graph, self._structure = graph, structure
-
-    def merge(self, leaves: Sequence[jax.Array]) -> StarCoder:
-        """The model with the parameters of :func:`leaves_of`; inside a jitted step."""
-        return nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
-
-
-_DEFINITIONS: weakref.WeakValueDictionary[Any, Definition] = weakref.WeakValueDictionary()
-
-
-def definition_of(model: Model) -> Definition:
-    """The model's definition, the same object for every model of an equal structure."""
-    key = model.graph, jax.tree.structure(model.params)
-    return _DEFINITIONS.setdefault(key, Definition(*key))
-
-
-def leaves_of(model: Model) -> tuple[jax.Array, ...]:
-    """The parameters as steps take them, in the order that :class:`Definition` knows."""
-    return tuple(jax.tree.leaves(model.params))
-
-
-def init_model(config: StarCoderConfig, seed: int = 0, dtype: Any = jnp.float32) -> Model:
-    """Random weights (GPT-2's initialisation)."""
-    graph, params = nnx.split(StarCoder(config, dtype=dtype, rngs=nnx.Rngs(seed)))
-    return Model(config, graph, params)
-
-
-def abstract_model(config: StarCoderConfig, dtype: Any = jnp.float32) -> Model:
-    """The same with shapes and dtypes in place of arrays: nothing is allocated."""
-    model = nnx.eval_shape(lambda: StarCoder(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    graph, params = nnx.split(model)
-    return Model(config, graph, params)

@@ -18,8 +18,8 @@ app.command()(bench_serving.latency)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     from flora_jax.checkpoints.checkpoint import save_hf
+    from flora_jax.models.model import init_model
     from flora_jax.models.starcoder.config import StarCoderConfig
-    from flora_jax.models.starcoder.model import init_model
 
     config = StarCoderConfig(vocab_size=80, n_positions=64, n_embd=16, n_layer=1, n_head=2,
                              n_inner=24, eos_token_ids=(0,))  # fmt: skip

@@ -1,0 +1,223 @@
+"""A small second family of models: nothing in it is named, biased, tied or shared as in StarCoder.
+
+Root-mean-square norms, no biases, no position embedding, grouped queries, an untied head, and separate
+projections for queries, keys and values. No checkpoint of anyone's has it.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flora_jax.adapters.projections import ModuleNames, Projections
+from flora_jax.models.attention import attend_visible, visible
+from flora_jax.models.cached_attention import attend_cached
+from flora_jax.models.family import Family, Launches, Tensor
+from flora_jax.weights.product import apply, product
+
+NAMES = ModuleNames(
+    blocks="model.layers",
+    embeddings=("lm_head", "model.embed_tokens"),
+    others=("model", "model.norm"),
+    others_in_block=("", "mixer", "norm_in", "norm_out"),
+    defaults={"lora": ("q_proj", "v_proj"), "ia3": ("k_proj", "v_proj", "down_proj")},
+    feedforward=("down_proj",),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class EchoConfig:
+    model_type: ClassVar[str] = "echo"
+
+    vocab_size: int = 97
+    num_hidden_layers: int = 2
+    max_position_embeddings: int = 96
+    hidden_size: int = 16
+    n_head: int = 4
+    kv_heads: int = 2
+    initializer_range: float = 0.4
+    eos_token_ids: tuple[int, ...] = (0,)
+    dtype: str = "float32"
+    others: tuple = ()
+    softmax_in_float32: ClassVar[bool] = True
+    scale_in_float32: ClassVar[bool] = True
+
+    @property
+    def n_layer(self):
+        return self.num_hidden_layers
+
+    @property
+    def n_positions(self):
+        return self.max_position_embeddings
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.n_head
+
+    @property
+    def score_scale(self):
+        return self.head_dim**-0.5
+
+    def projections(self):
+        width, keys = self.hidden_size, self.kv_heads * self.head_dim
+        return Projections(
+            {
+                "mixer.q_proj": (width, width),
+                "mixer.k_proj": (width, keys),
+                "mixer.v_proj": (width, keys),
+                "mixer.o_proj": (width, width),
+                "up_proj": (width, 3 * width),
+                "down_proj": (3 * width, width),
+            },
+            NAMES,
+        )
+
+    def summary(self):
+        return f"{self.n_layer} x {self.hidden_size} wide"
+
+    def to_dict(self):
+        return {"model_type": self.model_type} | dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, raw, where):
+        values = {f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw}
+        return cls(**values | {"eos_token_ids": tuple(raw["eos_token_ids"]), "others": ()})
+
+
+def tensors(config):
+    width, vocabulary = config.hidden_size, config.vocab_size
+    table = {"embed": Tensor("model.embed_tokens.weight", (vocabulary, width), False)}
+    for n in range(config.n_layer):
+        for norm in ("norm_in", "norm_out"):
+            name = f"model.layers.{n}.{norm}.weight"
+            table[f"blocks.{n}.{norm}"] = Tensor(name, (width,), False)
+        for target, (inputs, outputs) in config.projections().items():
+            name = f"model.layers.{n}.{target}.weight"
+            table[f"blocks.{n}.{target}.kernel"] = Tensor(name, (outputs, inputs), True)
+    table["norm"] = Tensor("model.norm.weight", (width,), False)
+    table["head_DV"] = Tensor("lm_head.weight", (vocabulary, width), True)
+    return table
+
+
+def redundant(tensor, config):
+    yield f"{tensor.name} is unexpected"
+
+
+def _norm(x_BTD, scale):
+    wide = x_BTD.astype(jnp.float32)
+    size = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-5)
+    return (wide * size * scale[...].astype(jnp.float32)[None, None]).astype(x_BTD.dtype)
+
+
+class Mixer(nnx.Module):
+    def __init__(self, config, linear):
+        self.q_proj, self.k_proj = linear("mixer.q_proj"), linear("mixer.k_proj")
+        self.v_proj, self.o_proj = linear("mixer.v_proj"), linear("mixer.o_proj")
+
+
+class Block(nnx.Module):
+    def __init__(self, config, dtype, rngs):
+        def linear(target):
+            init = nnx.initializers.normal(config.initializer_range)
+            return nnx.Linear(
+                *config.projections()[target],
+                use_bias=False, kernel_init=init, param_dtype=dtype, rngs=rngs,
+            )  # fmt: skip
+
+        self.mixer = Mixer(config, linear)
+        self.up_proj, self.down_proj = linear("up_proj"), linear("down_proj")
+        self.norm_in = nnx.Param(jnp.ones(config.hidden_size, dtype))
+        self.norm_out = nnx.Param(jnp.ones(config.hidden_size, dtype))
+
+    def __call__(self, x_BTD, positions_BT, seen, cache, adapters, config):
+        def project(x, target):
+            linear = self
+            for part in target.split("."):
+                linear = getattr(linear, part)
+            return apply(adapters.get(target), x, linear.kernel[...], None)
+
+        h_BTD = _norm(x_BTD, self.norm_in)
+        q, k, v = (
+            project(h_BTD, f"mixer.{name}_proj").reshape(*h_BTD.shape[:2], heads, config.head_dim)
+            for name, heads in (
+                ("q", config.n_head),
+                ("k", config.kv_heads),
+                ("v", config.kv_heads),
+            )
+        )
+        if cache is None:
+            mixed_BTD = attend_visible(q, k, v, seen, config)
+        else:
+            cache = cache.write(k, v, positions_BT, seen)
+            mixed_BTD = attend_cached(q, cache, seen, positions_BT, config)
+        x_BTD = x_BTD + project(mixed_BTD, "mixer.o_proj")
+        h_BTF = jax.nn.silu(project(_norm(x_BTD, self.norm_out), "up_proj"))
+        return x_BTD + project(h_BTF, "down_proj"), cache
+
+
+class Echo(nnx.Module):
+    def __init__(self, config, dtype, rngs):
+        init = nnx.initializers.normal(config.initializer_range)
+        width, vocabulary = config.hidden_size, config.vocab_size
+        self.config = config
+        self.embed = nnx.Param(init(rngs.params(), (vocabulary, width), dtype))
+        self.blocks = nnx.List([Block(config, dtype, rngs) for _ in range(config.n_layer)])
+        self.norm = nnx.Param(jnp.ones(width, dtype))
+        self.head_DV = nnx.Param(init(rngs.params(), (width, vocabulary), dtype))
+
+    def hidden(
+        self, tokens_BT, positions_BT, *, cache=None, paging=None, segments_BT=None,
+        adapters=None, remat="none", attention="einsum",
+    ):  # fmt: skip
+        assert remat == "none"
+        seen = visible(positions_BT, segments_BT, attention) if cache is None else paging
+        x_BTD = self.embed[...][tokens_BT]
+        layers = []
+        for number, block in enumerate(self.blocks):
+            own = {} if adapters is None else adapters[number]
+            layer = None if cache is None else cache[number]
+            x_BTD, layer = block(x_BTD, positions_BT, seen, layer, own, self.config)
+            layers.append(layer)
+        return _norm(x_BTD, self.norm), (None if cache is None else layers)
+
+    def head(self):
+        return self.head_DV[...]
+
+    def logits(self, hidden_xD):
+        return product(hidden_xD, self.head_DV[...])
+
+
+def build(config: Any, dtype: Any, seed: int) -> Echo:
+    return Echo(config, dtype, nnx.Rngs(seed))
+
+
+FAMILY = Family(
+    title="Echo",
+    model_type="echo",
+    config=EchoConfig.from_dict,
+    names=NAMES,
+    tensors=tensors,
+    blocks="blocks",
+    embedding="embed",
+    tied_head=None,
+    optional_prefix="model.",
+    redundant=redundant,
+    axes=(
+        ("embed", ("vocab", "embed")),
+        ("blocks.*.norm_in", ("embed",)),
+        ("blocks.*.norm_out", ("embed",)),
+        ("blocks.*.mixer.q_proj.kernel", ("embed", "heads")),
+        ("blocks.*.mixer.k_proj.kernel", ("embed", "qkv")),
+        ("blocks.*.mixer.v_proj.kernel", ("embed", "qkv")),
+        ("blocks.*.mixer.o_proj.kernel", ("heads", "embed")),
+        ("blocks.*.up_proj.kernel", ("embed", "mlp")),
+        ("blocks.*.down_proj.kernel", ("mlp", "embed")),
+        ("norm", ("embed",)),
+        ("head_DV", ("embed", "vocab")),
+    ),
+    build=build,
+    presets={},
+    launches=Launches(layer={}, rounded_saves={}, other=0),
+)
