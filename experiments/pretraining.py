@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax.train.adapt import TrainState
+from flora_jax.train.step import TrainState
 
 LossFunction = Callable[[Any, Any], tuple[jax.Array, jax.Array]]
 

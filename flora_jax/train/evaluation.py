@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from flora_jax.errors import RunError
-from flora_jax.train.adapt import GroupedBatch, Scores, group
 from flora_jax.train.data.packing import Batch, PackedTokens
 from flora_jax.train.loss import bits_per_byte
+from flora_jax.train.step import GroupedBatch, Scores, group
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,9 @@ import orbax.checkpoint as ocp
 from flora_jax.errors import RunError
 from flora_jax.files import whole_file
 from flora_jax.terminal import Bar, progress
-from flora_jax.train.adapt import TrainState
 from flora_jax.train.interrupt import Interrupt
 from flora_jax.train.options import CHECKPOINTS, METRICS
+from flora_jax.train.step import TrainState
 
 
 class NonFiniteLossError(RunError):

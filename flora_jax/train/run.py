@@ -26,17 +26,6 @@ from flora_jax.files import directory_lock
 from flora_jax.models.family import ModelConfig
 from flora_jax.models.model import Model
 from flora_jax.models.sharding import make_mesh
-from flora_jax.train.adapt import (
-    GroupedBatch,
-    StepOptions,
-    TrainState,
-    group,
-    init_adapter_state,
-    make_adapter_step,
-    make_optimizer,
-    make_schedule,
-    make_scorer,
-)
 from flora_jax.train.choice import choose
 from flora_jax.train.data.packing import PackedTokens
 from flora_jax.train.data.tokens import piece_bytes, tokenize, tokenizing
@@ -52,6 +41,17 @@ from flora_jax.train.interrupt import Interrupt
 from flora_jax.train.loop import LoopOptions, Work, run_loop
 from flora_jax.train.options import TrainOptions
 from flora_jax.train.results import write_curve, write_results
+from flora_jax.train.step import (
+    GroupedBatch,
+    StepOptions,
+    TrainState,
+    group,
+    init_adapter_state,
+    make_adapter_step,
+    make_optimizer,
+    make_schedule,
+    make_scorer,
+)
 
 
 def train(

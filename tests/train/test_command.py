@@ -16,9 +16,9 @@ from safetensors.numpy import load_file, save_file
 import flora_jax
 from flora_jax.checkpoints.checkpoint import load_model
 from flora_jax.train import results
-from flora_jax.train.adapt import GroupedBatch, make_scorer
 from flora_jax.train.data.tokens import tokenize
 from flora_jax.train.options import make_options, read_file
+from flora_jax.train.step import GroupedBatch, make_scorer
 from tests.helpers.byte_tokenizer import PIECES, byte_tokenizer
 from tests.helpers.torch_models import flax_logits, random_tokens, tiny_torch_model, torch_logits
 from tests.helpers.training_home import (

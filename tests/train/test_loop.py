@@ -23,10 +23,10 @@ from experiments.pretraining import (
     warmup_stable_decay,
 )
 from flora_jax.errors import RunError
-from flora_jax.train.adapt import TrainState
 from flora_jax.train.interrupt import Interrupt, InterruptedRun
 from flora_jax.train.loop import LoopOptions, NonFiniteLossError, Work, run_loop
 from flora_jax.train.loss import bits_per_byte
+from flora_jax.train.step import TrainState
 
 # One test compares with a process of its own, bit for bit.
 pytestmark = pytest.mark.usefixtures("optimised")

@@ -12,8 +12,8 @@ import pytest
 from flora_jax.adapters.registry import TRAITS
 from flora_jax.errors import InputError
 from flora_jax.files import whole_directory
-from flora_jax.train.adapt import make_schedule
 from flora_jax.train.options import make_options, read_file
+from flora_jax.train.step import make_schedule
 
 BASE = {"model": "some/base", "kind": "flora", "data": {"perl": "perl.jsonl"}}
 TWO = {"data": {"perl": "p", "ruby": "r"}}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from flora_jax.train.adapt import (
+from flora_jax.train.step import (
     GroupedBatch,
     StepOptions,
     init_adapter_state,
