@@ -3,13 +3,10 @@
 python examples/engine_loop.py
 """
 
-import jax
-
 import flora_jax
 
 model = flora_jax.load_model("mini")
-keys = jax.random.split(jax.random.key(0), 2)
-first, second = (flora_jax.init_adapter(model, "flora", rank=2, key=key) for key in keys)
+first, second = (flora_jax.init_adapter(model, "flora", rank=2, seed=seed) for seed in (0, 1))
 options = flora_jax.EngineOptions(max_num_seqs=4, max_model_len=64, cache_tokens=256)
 
 with flora_jax.Engine(model, {"first": first}, options=options) as engine:

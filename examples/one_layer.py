@@ -18,7 +18,7 @@ W_IO = jax.random.normal(keys[-1], (inputs, outputs))
 y_BTO = flora.apply(adapters.stack(own), x_BTI, W_IO)
 
 for row, one in enumerate(own):
-    explicit_IO = W_IO * (one.B_RI.T @ one.A_RO) / rank  # W ∘ s·(B A), the paper's mean
+    explicit_IO = W_IO * (one.down_RI.T @ one.up_RO) / rank  # W ∘ s·(B A), the paper's mean
     difference = jnp.abs(x_BTI[row] @ explicit_IO - y_BTO[row]).max()
     print(f"row {row}: largest difference from its explicit weight {difference:.1e}")
     assert difference < 1e-3

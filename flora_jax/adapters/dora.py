@@ -117,17 +117,16 @@ def init(
     *,
     weight: WeightOf | None = None,
     alpha: float | None = None,
-    dtype: Any = jnp.float32,
 ) -> DoRA:
     """The identity at the start: LoRA's, and the lengths that the rows of ``weight`` have.
 
     Raises:
         ValueError: there is no ``weight``.
     """
-    start = lora.init(key, inputs, outputs, rank, alpha=alpha, dtype=dtype)
+    start = lora.init(key, inputs, outputs, rank, alpha=alpha)
     none = jnp.zeros((1, inputs)), jnp.zeros((1, outputs))
     magnitude_O = _norm_at_once(*none, _required(weight))
-    return DoRA(start.down_RI, start.up_RO, magnitude_O.astype(dtype), start.scale)
+    return DoRA(start.down_RI, start.up_RO, magnitude_O.astype(jnp.float32), start.scale)
 
 
 def apply(

@@ -54,7 +54,6 @@ def init(
     reduction: Reduction = "mean",
     init: Init = "zero_sum",
     noise: float = 0.1,
-    dtype: Any = jnp.float32,
 ) -> FLoRA:
     """The identity at the start, by one of three ways.
 
@@ -71,14 +70,14 @@ def init(
     if rank < 1:
         raise ValueError(f"FLoRA's rank is {rank}, expected at least 1")
     share = 1.0 if reduction == "mean" else 1.0 / rank
-    down_RI = jnp.ones((rank, inputs), dtype)
-    up_RO = jnp.full((rank, outputs), share, dtype)
+    down_RI = jnp.ones((rank, inputs), jnp.float32)
+    up_RO = jnp.full((rank, outputs), share, jnp.float32)
     if init == "zero_sum":
-        epsilon_RI = noise * jax.random.normal(key, (rank, inputs), dtype)
+        epsilon_RI = noise * jax.random.normal(key, (rank, inputs), jnp.float32)
         down_RI = down_RI + epsilon_RI - jnp.mean(epsilon_RI, axis=0, keepdims=True)
         return FLoRA(down_RI, up_RO, reduction)
     if init == "frozen_ones":
-        down_RI = down_RI.at[1:].set(uniform_fan_in(key, (rank, inputs), dtype)[1:])
+        down_RI = down_RI.at[1:].set(uniform_fan_in(key, (rank, inputs))[1:])
         up_RO = jnp.zeros_like(up_RO).at[0].set(rank * share)
         return FLoRA(down_RI, up_RO, reduction, frozen=1)
     if init == "ones":

@@ -36,10 +36,9 @@ def init(
     rank: int,
     *,
     weight: WeightOf | None = None,
-    dtype: Any = jnp.float32,
 ) -> HiRA:
     """The identity at the start: ``down`` random, ``up`` zero, as in PEFT."""
-    return HiRA(uniform_fan_in(key, (rank, inputs), dtype), jnp.zeros((rank, outputs), dtype))
+    return HiRA(uniform_fan_in(key, (rank, inputs)), jnp.zeros((rank, outputs), jnp.float32))
 
 
 def _with_ones(factor: jax.Array) -> jax.Array:

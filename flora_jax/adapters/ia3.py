@@ -41,12 +41,11 @@ def init(
     *,
     weight: WeightOf | None = None,
     side: Side = "output",
-    dtype: Any = jnp.float32,
 ) -> IA3:
     """The identity at the start: ones. ``key`` is not used and the only rank is 1."""
     if rank != 1:
         raise ValueError(f"IA3's rank is {rank}, expected 1")
-    return IA3(jnp.ones(outputs if side == "output" else inputs, dtype), side)
+    return IA3(jnp.ones(outputs if side == "output" else inputs, jnp.float32), side)
 
 
 def apply(

@@ -203,7 +203,7 @@ def zeros(rank: int, features: int) -> np.ndarray:
     return np.zeros((rank, features), np.float32)
 
 
-def uniform_fan_in(key: jax.Array, shape: tuple[int, int], dtype: Any) -> jax.Array:
-    """Uniform within ``±1/sqrt(I)`` for ``[R, I]``: PEFT's start of LoRA's and HiRA's input side."""
+def uniform_fan_in(key: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Uniform within ``±1/sqrt(I)``, float32 ``[R, I]``: PEFT's start of LoRA's and HiRA's input side."""
     bound = shape[1] ** -0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)

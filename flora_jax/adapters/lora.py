@@ -37,12 +37,11 @@ def init(
     *,
     weight: WeightOf | None = None,
     alpha: float | None = None,
-    dtype: Any = jnp.float32,
 ) -> LoRA:
     """The identity at the start: ``down`` random, ``up`` zero. ``alpha`` defaults to the rank."""
-    down_RI = uniform_fan_in(key, (rank, inputs), dtype)
+    down_RI = uniform_fan_in(key, (rank, inputs))
     scale = 1.0 if alpha is None else alpha / rank
-    return LoRA(down_RI, jnp.zeros((rank, outputs), dtype), scale)
+    return LoRA(down_RI, jnp.zeros((rank, outputs), jnp.float32), scale)
 
 
 def apply(

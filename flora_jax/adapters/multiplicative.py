@@ -57,35 +57,35 @@ def merge_as_held(pre_RI: jax.Array, post_RO: jax.Array, W_IO: Weight) -> Weight
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _factor(left_RX: jax.Array, right_RY: jax.Array, dtype: np.dtype) -> jax.Array:
-    """``Σ_r left_r right_rᵀ``, float32 ``[X, Y]``, of a weight of ``dtype``.
+def _factor(left_RI: jax.Array, right_RO: jax.Array, dtype: np.dtype) -> jax.Array:
+    """``Σ_r left_r right_rᵀ``, float32 ``[I, O]``, of a weight of ``dtype``.
 
     A CPU multiplies. On a GPU the sum of a few outer products becomes part of the pass that reads
     ``W``, so that the factor itself never lies in memory; counted for 4 rows of 6,144 × 6,400 in
     float16, rank 8, under 4 × 64 tokens: 686 MiB moved instead of 2,174, in two kernels. (A CPU's
     product of a factor takes 1.6 times as long as its sum, but gives other bits.)
     """
-    if len(left_RX) > _MOST_SUMMED:
-        return multiplied(left_RX, right_RY)
-    return jax.lax.platform_dependent(left_RX, right_RY, cpu=multiplied, default=summed)
+    if len(left_RI) > _MOST_SUMMED:
+        return multiplied(left_RI, right_RO)
+    return jax.lax.platform_dependent(left_RI, right_RO, cpu=multiplied, default=summed)
 
 
-def multiplied(left_RX: jax.Array, right_RY: jax.Array) -> jax.Array:
-    return jnp.einsum("rx,ry->xy", left_RX, right_RY)
+def multiplied(left_RI: jax.Array, right_RO: jax.Array) -> jax.Array:
+    return jnp.einsum("ri,ro->io", left_RI, right_RO)
 
 
-def summed(left_RX: jax.Array, right_RY: jax.Array) -> jax.Array:
-    return jnp.sum(left_RX[:, :, None] * right_RY[:, None, :], axis=0)
+def summed(left_RI: jax.Array, right_RO: jax.Array) -> jax.Array:
+    return jnp.sum(left_RI[:, :, None] * right_RO[:, None, :], axis=0)
 
 
 def _factor_forward(
-    left_RX: jax.Array, right_RY: jax.Array, dtype: np.dtype
+    left_RI: jax.Array, right_RO: jax.Array, dtype: np.dtype
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _factor(left_RX, right_RY, dtype), (left_RX, right_RY)
+    return _factor(left_RI, right_RO, dtype), (left_RI, right_RO)
 
 
 def _factor_backward(
-    dtype: np.dtype, held: tuple[jax.Array, jax.Array], slope_XY: jax.Array
+    dtype: np.dtype, held: tuple[jax.Array, jax.Array], slope_IO: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """By products everywhere: of a sum it would be a reduction for each component.
 
@@ -93,25 +93,25 @@ def _factor_backward(
     half of the bytes.
     """
 
-    def wide(left_RX: jax.Array, right_RY: jax.Array, slope_XY: jax.Array) -> Any:
-        return jax.vjp(multiplied, left_RX, right_RY)[1](slope_XY)
+    def wide(left_RI: jax.Array, right_RO: jax.Array, slope_IO: jax.Array) -> Any:
+        return jax.vjp(multiplied, left_RI, right_RO)[1](slope_IO)
 
     return jax.lax.platform_dependent(
-        *held, slope_XY, cpu=wide, default=functools.partial(rounded_slopes, dtype=dtype)
+        *held, slope_IO, cpu=wide, default=functools.partial(rounded_slopes, dtype=dtype)
     )
 
 
 def rounded_slopes(
-    left_RX: jax.Array, right_RY: jax.Array, slope_XY: jax.Array, *, dtype: np.dtype
+    left_RI: jax.Array, right_RO: jax.Array, slope_IO: jax.Array, *, dtype: np.dtype
 ) -> tuple[jax.Array, jax.Array]:
     """The gradients of a sum of outer products, float32, by products of arrays of ``dtype``."""
-    slope_XY = slope_XY.astype(dtype)
+    slope_IO = slope_IO.astype(dtype)
     return (
         jnp.einsum(
-            "xy,ry->rx", slope_XY, right_RY.astype(dtype), preferred_element_type=jnp.float32
+            "io,ro->ri", slope_IO, right_RO.astype(dtype), preferred_element_type=jnp.float32
         ),
         jnp.einsum(
-            "xy,rx->ry", slope_XY, left_RX.astype(dtype), preferred_element_type=jnp.float32
+            "io,ri->ro", slope_IO, left_RI.astype(dtype), preferred_element_type=jnp.float32
         ),
     )
 

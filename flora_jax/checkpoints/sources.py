@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from flora_jax.checkpoints.tensor_files import CheckpointError, unreadable
+from flora_jax.shipped import model_source
 
 # What a user expects to find beside the weights, copied along unread.
 COMPANIONS = (
@@ -31,7 +32,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
-    """The local directory of a checkpoint: ``source`` itself, or a hub id's files, downloaded.
+    """The local directory of a checkpoint: ``source`` itself, a shipped model's, or a hub id's files,
+    downloaded.
 
     From the hub come config.json, the tokenizer's files and, if ``weights``, safetensors (or, where
     there are none, pytorch_model.bin).
@@ -39,7 +41,8 @@ def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
     Raises:
         CheckpointError: neither a directory nor a hub id that can be fetched, or no checkpoint there.
     """
-    text, directory = os.fspath(source), Path(source)
+    text = model_source(os.fspath(source))
+    directory = Path(text)
     if not text.strip():
         raise CheckpointError(
             f"the model is {text!r}, expected a directory or a Hugging Face id (owner/name)"
