@@ -266,8 +266,8 @@ def _open(options: TrainOptions, source: str | None) -> Opened:
         raise InputError(f"{base.directory}: training needs tokenizer.json and an end token")
     if (end_id := config.eos_token_ids[0]) >= config.vocab_size:
         raise InputError(
-            f"{base.directory / 'config.json'}: eos_token_id is {end_id}, expected below the "
-            f"vocabulary's {config.vocab_size}"
+            f"{base.directory}: the end token is {end_id}, expected below the vocabulary's "
+            f"{config.vocab_size} (eos_token_id of config.json and generation_config.json)"
         )
     return base
 

@@ -240,7 +240,7 @@ BAD = {
     "resume in a file": ([*AGAIN[2:4], "--config", "resume.json", *data_of("ruby", "perl")],
                          "the run to resume has data"),
     "resume is no truth": ([*GOOD, "--config", "perhaps.toml"], "resume is 'perhaps', expected true"),
-    "an end token of another vocabulary": (["endless", *GOOD[1:]], "eos_token_id is 50256, expected"),
+    "an end token of another vocabulary": (["endless", *GOOD[1:]], "the end token is 50256, expected"),
     "nothing to predict": ([*GOOD, "--data", "lua=blank.jsonl"],
                            "data lua=blank.jsonl: 1 tokens of 1 documents hold nothing to predict"),
 }  # fmt: skip
@@ -259,10 +259,10 @@ def bad_files(home, unfinished):
     for name, text in files.items():
         (home / name).write_text(text)
     (home / "nothing").mkdir()
-    raw = json.loads((home / "text" / "config.json").read_text())
-    (shutil.copytree(home / "text", home / "endless") / "config.json").write_text(
-        json.dumps(raw | {"eos_token_id": 50256})
-    )
+    endless = shutil.copytree(home / "text", home / "endless")
+    for file in ("config.json", "generation_config.json"):
+        raw = json.loads((endless / file).read_text())
+        (endless / file).write_text(json.dumps(raw | {"eos_token_id": 50256}))
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -426,5 +426,5 @@ def test_the_help_tells_the_defaults(home, capsys):
     """Words in square brackets would vanish: the help is rendered as markup."""
     assert program(home, "train", "--help") == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for value in ("1500", "c_attn", "float32 on CPU", "cosine"):
-        assert f"efault {value}" in text
+    for value in (" 1500", ": PEFT's for LoRA", " float32 on CPU", " cosine"):
+        assert f"efault{value}" in text
