@@ -33,8 +33,8 @@ from flora_jax.plan.ahead import Compiled, compile_lowered, placed
 from flora_jax.plan.cards import CARDS
 from flora_jax.plan.launches import Instruction, Program
 from flora_jax.platforms import CPU, GPU
-from flora_jax.train.adapt import GroupedBatch, StepOptions, init_adapter_state, make_adapter_step
 from flora_jax.train.loss import HeadChunks
+from flora_jax.train.step import GroupedBatch, StepOptions, init_adapter_state, make_adapter_step
 
 ROWS, LENGTH = 8, 512
 BANDWIDTH, HALF_RATE, WIDE_RATE, FLASH_RATE, LAUNCH = 3.0e12, 600e12, 300e12, 400e12, 2e-6

@@ -33,11 +33,16 @@ from flora_jax.errors import InputError
 from flora_jax.files import whole_path
 from flora_jax.models.model import Model, init_model
 from flora_jax.models.starcoder.config import PRESETS
-from flora_jax.train import loss, step
 from flora_jax.train.data.documents import Document, read_documents
 from flora_jax.train.data.packing import windows_at
 from flora_jax.train.data.tokens import pack, piece_bytes
-from flora_jax.train.loop import LoopOptions, run_loop
+from flora_jax.train.loop import LoopOptions, Work, run_loop
+from flora_jax.train.loss import bits_per_byte
+
+try:
+    from experiments import pretraining
+except ModuleNotFoundError:  # Run as a script, from its own directory.
+    import pretraining  # type: ignore[no-redef]
 
 END = "<|endoftext|>"
 # What counts as source in a directory that is not a corpus.
@@ -281,7 +286,7 @@ def main(
         model = nnx.merge(graph, params)
         positions_BT = jnp.broadcast_to(jnp.arange(length), (windows.shape[0], length))
         hidden_BTD, _ = model.hidden(windows[:, :-1], positions_BT)
-        return loss.next_token_loss(model.logits(hidden_BTD), windows[:, 1:])
+        return pretraining.next_token_loss(model.logits(hidden_BTD), windows[:, 1:])
 
     window_loss = jax.jit(loss_function)
 
@@ -291,20 +296,19 @@ def main(
         for language, windows in validation.items():
             total = sum(float(window_loss(params, window[None])[0]) for window in windows)
             if count := int(lengths[windows[:, 1:]].sum()):
-                bits = round(loss.bits_per_byte(total, count), 4)
+                bits = round(bits_per_byte(total, count), 4)
                 result[language] = {"bits_per_byte": bits, "bytes": count}
         return result
 
-    optimizer = step.adamw(step.warmup_stable_decay(learning_rate, steps))
-    state = run_loop(
-        step.init_state(params, optimizer),
-        step.make_step(loss_function, optimizer),
+    optimizer = pretraining.adamw(pretraining.warmup_stable_decay(learning_rate, steps))
+    work = Work(
+        pretraining.make_step(loss_function, optimizer),
         functools.partial(training.batch, rows=rows, length=length, seed=seed),
-        output,
-        LoopOptions(steps=steps, save_seconds=save_seconds),
         tokens_per_batch=rows * length,
         evaluate=evaluate,
     )
+    loop = LoopOptions(steps=steps, save_seconds=save_seconds)
+    state = run_loop(pretraining.init_state(params, optimizer), work, output, loop)
     model = Model(fresh.config, graph, state.params)
     export(model, output, training, evaluate(state.params), recipe, about)
 

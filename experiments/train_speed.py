@@ -42,13 +42,13 @@ def ours(model_directory: str, kind: str, rank: int) -> Callable[[], float]:
 
     from flora_jax.adapters.model_adapter import init_adapter
     from flora_jax.checkpoints.checkpoint import load_model
-    from flora_jax.train.adapt import (
+    from flora_jax.train.choice import choose
+    from flora_jax.train.step import (
         GroupedBatch,
         StepOptions,
         init_adapter_state,
         make_adapter_step,
     )
-    from flora_jax.train.choice import choose
 
     model = load_model(model_directory, "float32")
     config = model.config

@@ -58,8 +58,8 @@ def step_options(attention: str, rehearse: bool) -> Any:
     """
     from experiments.gpu import engines
     from flora_jax.platforms import platform
-    from flora_jax.train.adapt import StepOptions
     from flora_jax.train.loss import HeadChunks
+    from flora_jax.train.step import StepOptions
 
     wanted, here = engines.choices(rehearse), platform()
     if attention == engines.AUTO:
@@ -87,7 +87,7 @@ def measure(
     import optax
 
     from flora_jax.adapters.model_adapter import init_adapter
-    from flora_jax.train.adapt import (
+    from flora_jax.train.step import (
         GroupedBatch,
         init_adapter_state,
         make_adapter_step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ import typer
 
 from flora_jax.adapters.registry import TRAITS, options, owners
 from flora_jax.cli.common import MODEL_HELP, cache_directory, named_values, prepare_jax, say, source
+from flora_jax.cli.options import takes
 from flora_jax.errors import InputError
 
 Data = Annotated[
@@ -27,104 +29,117 @@ def _own(name: str, default: str) -> str:
     return f"Of {' and '.join(owners(name))}: {values}default {default}."
 
 
-def train(
-    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None,
+@dataclasses.dataclass(frozen=True)
+class TrainCommand:
+    """The command line; ``None`` is what is not given. Most are fields of ``TrainOptions``."""
+
+    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None
     output: Annotated[
         Path | None,
         typer.Option(help="New directory: NAME/ for each adapter, metrics.jsonl, curve.png."),
-    ] = None,
-    kind: Annotated[str | None, typer.Option(help=f"{', '.join(TRAITS)}.")] = None,
-    data: Data = None,
+    ] = None
+    kind: Annotated[str | None, typer.Option(help=f"{', '.join(TRAITS)}.")] = None
+    data: Data = None
     validation: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="Held-out data of adapter NAME; may be repeated."),
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="Default 1.")] = None,
+    ] = None
+    rank: Annotated[int | None, typer.Option(help="Default 1.")] = None
     targets: Annotated[
         str | None,
         typer.Option(help="Projections, comma-separated, by name. Default: PEFT's for LoRA."),
-    ] = None,
-    init: Annotated[str | None, typer.Option(help=_own("init", "zero_sum"))] = None,
-    reduction: Annotated[str | None, typer.Option(help=_own("reduction", "mean"))] = None,
-    alpha: Annotated[float | None, typer.Option(help=_own("alpha", "the rank"))] = None,
-    dropout: Annotated[float | None, typer.Option(help=_own("dropout", "0"))] = None,
-    steps: Annotated[int | None, typer.Option(help="Default 1500.")] = None,
+    ] = None
+    init: Annotated[str | None, typer.Option(help=_own("init", "zero_sum"))] = None
+    reduction: Annotated[str | None, typer.Option(help=_own("reduction", "mean"))] = None
+    alpha: Annotated[float | None, typer.Option(help=_own("alpha", "the rank"))] = None
+    dropout: Annotated[float | None, typer.Option(help=_own("dropout", "0"))] = None
+    steps: Annotated[int | None, typer.Option(help="Default 1500.")] = None
     batch_size: Annotated[
         int | None,
         typer.Option(help="Rows of a step, split evenly over the adapters. Default 8."),
-    ] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of a row. Default 512.")] = None,
+    ] = None
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a row. Default 512.")] = None
     accumulate: Annotated[
         int | None, typer.Option(help="Passes that a step's rows are split into. Default 1.")
-    ] = None,
+    ] = None
     learning_rate: Annotated[
         float | None,
         typer.Option(help=f"Peak. Default {_RATES}."),
-    ] = None,
+    ] = None
     schedule: Annotated[
         str | None, typer.Option(help="cosine, linear or constant. Default cosine.")
-    ] = None,
+    ] = None
     warmup_steps: Annotated[
         int | None, typer.Option(help="Default a tenth of the steps, at most 100.")
-    ] = None,
+    ] = None
     weight_decay: Annotated[
         float | None, typer.Option(help="AdamW's, towards zero factors. Default 0.")
-    ] = None,
+    ] = None
     clip: Annotated[
         float | None, typer.Option(help="Largest gradient norm of an adapter. Default 1.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Default 0.")] = None,
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Default 0.")] = None
     dtype: Annotated[
         str | None, typer.Option(help="Of the base. Default float32 on CPU, else bfloat16.")
-    ] = None,
+    ] = None
     quantize: Annotated[
         str | None, typer.Option(help="The base's weights: int8, int4 or none. Default none.")
-    ] = None,
+    ] = None
     remat: Annotated[
         str | None,
         typer.Option(help="Recompute activations: none, products or full. Default none."),
-    ] = None,
+    ] = None
     mesh: Annotated[
         str | None, typer.Option(help="Devices, as data=2,tensor=4. Default one device.")
-    ] = None,
-    text_column: Annotated[str | None, typer.Option(help="Default content, else text.")] = None,
+    ] = None
+    text_column: Annotated[str | None, typer.Option(help="Default content, else text.")] = None
     max_corrupt: Annotated[
         float | None, typer.Option(help="Share of unreadable lines that stops. Default 0.01.")
-    ] = None,
+    ] = None
     eval_every: Annotated[
         int | None, typer.Option(help="Steps; also before the first and at the end. Default 250.")
-    ] = None,
+    ] = None
     eval_windows: Annotated[
         int | None, typer.Option(help="Rows of validation at most. Default all.")
-    ] = None,
+    ] = None
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints. Default 100.")
-    ] = None,
-    keep: Annotated[int | None, typer.Option(help="Checkpoints to keep. Default 2.")] = None,
+    ] = None
+    keep: Annotated[int | None, typer.Option(help="Checkpoints to keep. Default 2.")] = None
     config: Annotated[
         Path | None,
         typer.Option(help="A .toml or .json file of these options; the command line wins."),
-    ] = None,
+    ] = None
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT, if any.")
-    ] = False,
-) -> None:
+    ] = False
+
+    def values(self) -> dict[str, Any]:
+        """What is given, by the name of its option."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@takes(TrainCommand)
+def train(command: TrainCommand) -> None:
     """Fine-tunes adapters on a frozen base, any number of them in one run."""
-    given = {name: value for name, value in locals().items() if value is not None}
     from flora_jax.train.options import make_options, read_file
 
-    values: dict[str, Any] = {} if config is None else read_file(config)
+    given = command.values()
+    config = given.pop("config", None)
+    if not command.resume:
+        del given["resume"]  # Its absence wishes nothing: a file may ask for it.
     for name in ("data", "validation"):
         if name in given:
             # As written: "./a/b" is a directory and "a/b" may be a data set of the hub.
             given[name] = named_values(given[name], name)
-    del given["resume"]  # It is always there: its absence wishes nothing.
+    values: dict[str, Any] = {} if config is None else read_file(config)
+    origins = {} if config is None else {name: config for name in values if name not in given}
     values |= given
     # Where, not what: no part of a run's options.
     values.pop("config", None)
-    values["resume"] = resume or values.get("resume", False)
-    place, again = values.pop("output", None), values.pop("resume")
-    options = make_options(values)
+    place, again = values.pop("output", None), values.pop("resume", False)
+    options = make_options(values, origins)
     if place is None:
         raise InputError("output is missing, expected --output DIR")
     if not isinstance(place, (str, Path)):
@@ -133,12 +148,19 @@ def train(
         raise InputError(f"{config}: resume is {again!r}, expected true or false")
     # Read by the hub's clients at import.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    prepare_jax()
-    from flora_jax.train.run import train as run
+    from flora_jax.train.interrupt import InterruptedRun, on_signals
 
-    folders = run(
-        options, Path(place), resume=again, source=source(options.model),
-        cache=cache_directory() / "tokens", say=say,
-    )  # fmt: skip
+    with on_signals() as interrupt:
+        prepare_jax()
+        from flora_jax.train.run import train as run
+
+        try:
+            folders = run(
+                options, Path(place), resume=again, source=source(options.model),
+                cache=cache_directory() / "tokens", say=say, interrupt=interrupt,
+            )  # fmt: skip
+        except InterruptedRun as error:
+            say(f"flora-jax: {error}")
+            raise SystemExit(128 + error.number) from None
     for name, folder in folders.items():
         say(f"{name} -> {folder}")

@@ -13,8 +13,8 @@ from flora_jax.models.attention import cudnn_refuses
 from flora_jax.models.attention_trial import fails
 from flora_jax.models.family import ModelConfig
 from flora_jax.platforms import platform
-from flora_jax.train.adapt import StepOptions
 from flora_jax.train.loss import HeadChunks
+from flora_jax.train.step import StepOptions
 
 
 def choose(

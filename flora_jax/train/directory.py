@@ -14,15 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from flora_jax.errors import InputError
-from flora_jax.files import is_part, require_new, whole_file
+from flora_jax.files import entries, is_part, require_new, whole_file
 from flora_jax.train.data.packing import PackedTokens
-from flora_jax.train.options import TrainOptions, read_file
+from flora_jax.train.options import CONFIG, DATA, TrainOptions, read_file
 
-CONFIG, DATA = "config.json", "data.json"
 # What a resumed run may change: none of it touches the result.
 _FREE = ("keep", "save_every")
 # Skipped lines that are shown; data.json has all.
@@ -40,7 +36,7 @@ def check_directory(options: TrainOptions, output: Path, resume: bool) -> None:
     """
     saved = output / CONFIG
     if not resume or not saved.exists():
-        if not (resume and output.is_dir() and all(is_part(path) for path in output.iterdir())):
+        if not (resume and output.is_dir() and all(map(is_part, entries(output)))):
             require_new(output)
         return
     before, now = read_file(saved), json.loads(options.model_dump_json())
@@ -54,9 +50,8 @@ def check_directory(options: TrainOptions, output: Path, resume: bool) -> None:
 
 
 def is_finished(options: TrainOptions, output: Path) -> bool:
-    """Whether all that a run leaves is there."""
-    names = [DATA, "curve.png", *options.data]
-    return all((output / name).exists() for name in names)
+    """Whether every adapter is there. A run without its picture is finished all the same."""
+    return all((output / name).exists() for name in (DATA, *options.data))
 
 
 def claim_directory(
@@ -64,35 +59,32 @@ def claim_directory(
     output: Path,
     training: Tokenized,
     validation: Tokenized,
-    params: Any,
+    digest: str,
 ) -> None:
     """Saves the options and what was read, and removes what a killed process left half written.
 
     Raises:
-        InputError: the data, or the base's ``params``, are not what the run to resume has read.
+        InputError: the data, or the base's content ``digest``, are not what the run to resume has read.
     """
-    found = {
+    described = {
         split: {name: _described(packed, skipped) for name, (packed, skipped) in data.items()}
         for split, data in (("training", training), ("validation", validation))
     }
-    digest = _digest(params)
     saved = output / DATA
     if saved.exists():
         before = read_file(saved)
         if before.get("model", digest) != digest:
             raise InputError(f"{saved}: the weights of {options.model} are not what they were")
-        for split, entries in found.items():
-            for name, entry in entries.items():
+        for split, found in described.items():
+            for name, entry in found.items():
                 if before.get(split, {}).get(name, {}).get("sha256") != entry["sha256"]:
                     raise InputError(f"{saved}: {split} data of {name!r} are not what they were")
-    output.mkdir(parents=True, exist_ok=True)
-    for path in output.iterdir():
-        if is_part(path):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in filter(is_part, entries(output)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     with whole_file(output / CONFIG) as file:
         file.write(options.model_dump_json(indent=1) + "\n")
     with whole_file(saved) as file:
-        file.write(json.dumps(found | {"model": digest}, indent=1) + "\n")
+        file.write(json.dumps(described | {"model": digest}, indent=1) + "\n")
 
 
 def report_data(training: Tokenized, validation: Tokenized, say: Callable[[str], None]) -> None:
@@ -104,12 +96,6 @@ def report_data(training: Tokenized, validation: Tokenized, say: Callable[[str],
                 say(f"{split} {name}: skipped {line}")
             if len(skipped) > _SHOWN:
                 say(f"{split} {name}: skipped {len(skipped) - _SHOWN} more, see {DATA}")
-
-
-def _digest(params: Any) -> str:
-    """Of the start of every tensor: in another base, fine-tuned ones too, some of it differs."""
-    starts = [leaf[(0,) * (leaf.ndim - 1)][:64] for leaf in jax.tree.leaves(params)]
-    return hashlib.sha256(b"".join(np.asarray(start).tobytes() for start in starts)).hexdigest()
 
 
 def _described(packed: PackedTokens, skipped: list[str]) -> dict[str, Any]:

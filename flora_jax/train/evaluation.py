@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from flora_jax.errors import RunError
-from flora_jax.train.adapt import GroupedBatch, Scores, group
 from flora_jax.train.data.packing import Batch, PackedTokens
 from flora_jax.train.loss import bits_per_byte
+from flora_jax.train.step import GroupedBatch, Scores, group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Evaluator:
     """Called with the adapters' layers, it gives the measures of each that has validation data.
 
     ``names`` are all adapters in the order of the layers' leading axis; ``most`` bounds the windows
-    looked at of each; ``piece_bytes [V]`` are the bytes of text that a token stands for.
+    looked at of each; ``piece_bytes [V]`` are the bytes of text that a token stands for. ``check`` is
+    called before each batch, and may raise to end the run.
     """
 
     scorer: Callable[[Any, Any, GroupedBatch], Scores]
@@ -33,6 +34,7 @@ class Evaluator:
     most: int | None
     piece_bytes: np.ndarray
     place: Callable[[GroupedBatch], GroupedBatch]
+    check: Callable[[], None] = lambda: None
 
     def __call__(self, layers: Any) -> dict[str, dict[str, float]]:
         """Per name ``loss`` (nats a token), ``perplexity``, ``bits_per_byte`` and ``accuracy``.
@@ -54,6 +56,7 @@ class Evaluator:
         text_bytes = np.zeros(len(self.names))
         before: Scores | None = None
         for own in itertools.zip_longest(*streams, fillvalue=empty):
+            self.check()
             batch = group(own)
             scores = self.scorer(layers, self.base, self.place(batch))
             # Read once the device has the next batch to do.

@@ -9,16 +9,17 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flora_jax.errors import RunError
 from flora_jax.files import whole_file
+from flora_jax.terminal import Bar, progress
+from flora_jax.train.interrupt import Interrupt
+from flora_jax.train.options import CHECKPOINTS, METRICS
 from flora_jax.train.step import TrainState
 
 
@@ -47,17 +48,33 @@ def _scalars(measured: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {name: float(value) for name, value in measured.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is trained, as the loop sees it.
+
+    Args:
+        train_step: its measures must have "loss", a scalar or an entry for each thing trained.
+        batch_at: gives batch ``n``.
+        tokens_per_batch: for the speed.
+        evaluate: of the parameters, what is logged as ``"validation"``.
+        describe: makes a log line's entries of what ``train_step`` measured.
+        blame: says of a batch and an entry of the measures whose data they were.
+    """
+
+    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+    batch_at: Callable[[int], Any]
+    tokens_per_batch: int
+    evaluate: Callable[[Any], dict[str, Any]] | None = None
+    describe: Callable[[Mapping[str, np.ndarray]], dict[str, Any]] = _scalars
+    blame: Callable[[int, int], str] | None = None
+
+
 def run_loop(
     state: TrainState,
-    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
-    batch_at: Callable[[int], Any],
+    work: Work,
     directory: Path,
     options: LoopOptions,
-    *,
-    tokens_per_batch: int,
-    evaluate: Callable[[Any], dict[str, Any]] | None = None,
-    describe: Callable[[Mapping[str, np.ndarray]], dict[str, Any]] = _scalars,
-    blame: Callable[[int, int], str] | None = None,
+    interrupt: Interrupt | None = None,
 ) -> TrainState:
     """Trains to ``options.steps``, from the newest checkpoint in ``directory`` where there is one.
 
@@ -68,107 +85,152 @@ def run_loop(
 
     Args:
         state: where to start without a checkpoint; donated.
-        train_step: its measures must have "loss", a scalar or an entry for each thing trained.
-        batch_at: gives batch ``n``.
-        directory: of the run.
+        work: what is trained.
+        directory: of the run; made where it is missing.
         options: see there.
-        tokens_per_batch: for the speed.
-        evaluate: of the parameters, what is logged as ``"validation"``.
-        describe: makes a log line's entries of what ``train_step`` measured.
-        blame: says of a batch and an entry of the measures whose data they were.
+        interrupt: looked at between two steps; once it is set, the last step is saved.
 
     Raises:
+        InterruptedRun: ``interrupt`` was set; a later call goes on as if nothing had happened.
+        RunError: the newest checkpoint is damaged.
         NonFiniteLossError: a loss or gradient is not finite; looked at when a step is logged or
             saved, it names the first such step, and nothing of it is logged or saved.
     """
+    interrupt = interrupt or Interrupt()
     directory.mkdir(parents=True, exist_ok=True)
-    metrics = directory / "metrics.jsonl"
+    metrics = directory / METRICS
     manager = ocp.CheckpointManager(
-        (directory / "checkpoints").resolve(),
+        (directory / CHECKPOINTS).resolve(),
         options=ocp.CheckpointManagerOptions(
             max_to_keep=options.keep, cleanup_tmp_directories=True
         ),
     )
-    newest = manager.latest_step()
-    if newest is not None:
-        try:
-            state = manager.restore(newest, args=ocp.args.StandardRestore(state))
-        except Exception as error:  # Whatever orbax and what it stands on make of damage.
-            older = [step for step in manager.all_steps() if step != newest]
-            manager.close()
-            instead = f"from step {max(older)}" if older else "from the start"
-            raise RunError(
-                f"{directory / 'checkpoints' / str(newest)}: damaged ({str(error).splitlines()[0]}); "
-                f"without that directory the run goes on {instead}"
-            ) from error
-    _cut_metrics(metrics, int(state.step))
-
-    progress = Progress(
-        TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"), console=Console(stderr=True),
-    )  # fmt: skip
     # Closing the manager waits for the checkpoint that is being written.
-    with contextlib.closing(manager), progress, metrics.open("a") as log:
+    with contextlib.closing(manager):
+        state = _restored(manager, state, directory)
+        _cut_metrics(metrics, int(state.step))
+        with progress("step", options.steps, keep=True) as bar, metrics.open("a") as log:
+            bar.show(int(state.step), note="compiling")
+            return _Loop(work, options, manager, log, bar, interrupt).run(state)
 
-        def write(line: dict[str, Any]) -> None:
-            log.write(json.dumps(line) + "\n")
-            log.flush()
 
-        task = progress.add_task("", total=options.steps, completed=int(state.step), note="")
-        first = options.evaluate_first and not int(state.step) and not metrics.stat().st_size
-        if evaluate is not None and first:
-            write({"step": 0, "validation": evaluate(state.params)})
-        saved = logged = time.monotonic()
+def _restored(manager: ocp.CheckpointManager, state: TrainState, directory: Path) -> TrainState:
+    """The newest checkpoint, or ``state`` where there is none."""
+    newest = manager.latest_step()
+    if newest is None:
+        return state
+    try:
+        return manager.restore(newest, args=ocp.args.StandardRestore(state))
+    except Exception as error:  # Whatever orbax and what it stands on make of damage.
+        older = [step for step in manager.all_steps() if step != newest]
+        instead = f"from step {max(older)}" if older else "from the start"
+        raise RunError(
+            f"{directory / CHECKPOINTS / str(newest)}: damaged ({str(error).splitlines()[0]}); "
+            f"without that directory the run goes on {instead}"
+        ) from error
+
+
+class _Loop:
+    """One call of :func:`run_loop`: which measures are not yet looked at, and since when it counts."""
+
+    def __init__(
+        self,
+        work: Work,
+        options: LoopOptions,
+        manager: ocp.CheckpointManager,
+        log: TextIO,
+        bar: Bar,
+        interrupt: Interrupt,
+    ) -> None:
+        self.work, self.options, self.manager = work, options, manager
+        self.log, self.bar, self.interrupt = log, bar, interrupt
+        self.unseen: dict[int, dict[str, jax.Array]] = {}
+        self.loss = math.nan
+        self.logged = self.saved = time.monotonic()
+
+    def run(self, state: TrainState) -> TrainState:
+        options, work = self.options, self.work
+        start = int(state.step)
+        if (
+            work.evaluate is not None
+            and options.evaluate_first
+            and not start
+            and not self.log.tell()
+        ):
+            self.write({"step": 0, "validation": work.evaluate(state.params)})
+        self.saved = self.logged = time.monotonic()
         since = 0
-        unseen: dict[int, dict[str, jax.Array]] = {}
-        previous = math.nan
-
-        def look(done: int) -> dict[str, np.ndarray]:
-            """The measures of the last of the first ``done`` steps; waits for it."""
-            nonlocal previous
-            own = {number: unseen.pop(number) for number in list(unseen) if number < done}
-            measured, previous = _look(own, previous, blame)
-            return measured
-
-        def report(done: int, steps: int, measured: dict[str, np.ndarray], validate: bool) -> None:
-            nonlocal logged
-            now = time.monotonic()
-            rate = steps * tokens_per_batch / (now - logged)
-            logged = now
-            line = {"step": done, "tokens_per_second": round(rate, 1), **describe(measured)}
-            if evaluate is not None and validate:
-                line["validation"] = evaluate(state.params)
-                logged = time.monotonic()
-            write(line)
-            note = f"loss {previous:.3f}  {rate:,.0f} tokens/s"
-            progress.update(task, completed=done, note=note)
-
+        # A step and the steps before it that are still to be logged.
         late: tuple[int, int] | None = None
-        for number in range(int(state.step), options.steps):
-            state, unseen[number] = train_step(state, batch_at(number))
+        for number in range(start, options.steps):
+            if self.interrupt.requested:
+                self.leave(state, start, number, late)
+            state, self.unseen[number] = work.train_step(state, work.batch_at(number))
             if late is not None:
-                report(*late, look(late[0]), validate=False)
+                self.report(*late, self.look(late[0]))
                 late = None
             since += 1
             done = number + 1
             last = done == options.steps
-            validate = evaluate is not None and (done % options.evaluate_every == 0 or last)
-            save = last or time.monotonic() - saved > options.save_seconds
+            validate = work.evaluate is not None and (done % options.evaluate_every == 0 or last)
+            save = last or time.monotonic() - self.saved > options.save_seconds
             save |= options.save_every is not None and done % options.save_every == 0
             logs = done == 1 or done % options.log_every == 0 or validate or last
             if save or validate:
-                measured = look(done)
+                measured = self.look(done)
                 if logs:
-                    report(done, since, measured, validate)
+                    self.report(done, since, measured, state.params if validate else None)
             elif logs:
                 # Read once the device has the next step to do.
                 late = done, since
             if logs:
                 since = 0
             if save:
-                manager.save(done, args=ocp.args.StandardSave(state))
-                saved = time.monotonic()
-    return state
+                self.save(done, state)
+        return state
+
+    def leave(
+        self, state: TrainState, start: int, done: int, late: tuple[int, int] | None
+    ) -> NoReturn:
+        """Ends after ``done`` steps, all that is known of them written and saved."""
+        if late is not None:
+            self.report(*late, self.look(late[0]))
+        if done > start and self.manager.latest_step() != done:
+            if self.unseen:
+                self.look(done)
+            self.save(done, state)
+        self.interrupt.check(f"at step {done} of {self.options.steps}")
+        raise AssertionError("an interrupt that is set must raise")
+
+    def look(self, done: int) -> dict[str, np.ndarray]:
+        """The measures of the last of the first ``done`` steps; waits for it."""
+        own = {number: self.unseen.pop(number) for number in list(self.unseen) if number < done}
+        measured, self.loss = _look(own, self.loss, self.work.blame)
+        return measured
+
+    def report(
+        self, done: int, steps: int, measured: dict[str, np.ndarray], validate: Any = None
+    ) -> None:
+        """Logs step ``done``, the last of ``steps``; with the validation of parameters, if given."""
+        now = time.monotonic()
+        rate = steps * self.work.tokens_per_batch / (now - self.logged)
+        self.logged = now
+        line = {
+            "step": done, "tokens_per_second": round(rate, 1), **self.work.describe(measured)
+        }  # fmt: skip
+        if self.work.evaluate is not None and validate is not None:
+            line["validation"] = self.work.evaluate(validate)
+            self.logged = time.monotonic()
+        self.write(line)
+        self.bar.show(done, note=f"loss {self.loss:.3f}  {rate:,.0f} tokens/s")
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.log.write(json.dumps(line) + "\n")
+        self.log.flush()
+
+    def save(self, done: int, state: TrainState) -> None:
+        self.manager.save(done, args=ocp.args.StandardSave(state))
+        self.saved = time.monotonic()
 
 
 def _look(

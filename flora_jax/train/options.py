@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -12,13 +13,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from flora_jax.adapters.registry import TRAITS, options, owners
 from flora_jax.errors import InputError
+from flora_jax.files import LOCK
 
 # What a run writes beside the adapters' directories.
-RESERVED = ("checkpoints", "metrics.jsonl", "config.json", "data.json", "curve.png")
+CHECKPOINTS, METRICS, CONFIG, DATA, CURVE = (
+    "checkpoints", "metrics.jsonl", "config.json", "data.json", "curve.png"
+)  # fmt: skip
+RESERVED = (CHECKPOINTS, METRICS, CONFIG, DATA, CURVE, LOCK)
+# A file system's names have 255 bytes; while a folder is written, its name is longer by 14.
+NAME_BYTES = 240
+# Steps are counted in int32 on the device.
+MOST_STEPS = 1_000_000_000
+# More than any model's projection is wide; the model at hand has its own limit.
+MOST_RANK = 65_536
 
-AtLeastOne = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=MOST_STEPS)]
+Rows = Annotated[int, Field(ge=1, le=1_000_000)]
+# The limits are those of float32, in which a step computes.
+NotNegative = Annotated[float, Field(ge=0, le=1e38, allow_inf_nan=False)]
+Positive = Annotated[float, Field(ge=1e-37, le=1e38, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -30,22 +43,23 @@ class TrainOptions(BaseModel):
     are described by ``flora-jax train --help``.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # Strict: true is no integer, and "8" is none either.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     model: str
     kind: str
     data: dict[str, str]
     validation: dict[str, str] = {}
-    rank: AtLeastOne = 1
+    rank: Annotated[int, Field(ge=1, le=MOST_RANK)] = 1
     targets: tuple[str, ...] | None = Field(None, min_length=1)
     init: str | None = None
     reduction: str | None = None
     alpha: Positive | None = None
     dropout: Share = 0.0
-    steps: AtLeastOne = 1500
-    batch_size: AtLeastOne = 8
-    seq_len: AtLeastOne = 512
-    accumulate: AtLeastOne = 1
+    steps: Count = 1500
+    batch_size: Rows = 8
+    seq_len: Rows = 512
+    accumulate: Rows = 1
     learning_rate: Positive | None = None
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
@@ -58,10 +72,10 @@ class TrainOptions(BaseModel):
     mesh: str | None = None
     text_column: str | None = None
     max_corrupt: Share = 0.01
-    eval_every: AtLeastOne = 250
-    eval_windows: AtLeastOne | None = None
-    save_every: AtLeastOne = 100
-    keep: AtLeastOne = 2
+    eval_every: Count = 250
+    eval_windows: Count | None = None
+    save_every: Count = 100
+    keep: Count = 2
 
     @property
     def rate(self) -> float:
@@ -106,9 +120,10 @@ class TrainOptions(BaseModel):
         if not self.data:
             raise InputError("data is missing, expected at least one NAME=PATH")
         for name in self.data:
-            if name in ("", ".", "..", *RESERVED) or "/" in name:
-                raise InputError(f"data {name!r}: expected a name that its directory can have")
-        for name in self.validation.keys() - self.data.keys():
+            if why := _no_directory(name):
+                shown = f"data {_shown(name)}"
+                raise InputError(f"{shown}: expected a name that its directory can have, {why}")
+        for name in sorted(self.validation.keys() - self.data.keys()):
             raise InputError(f"validation {name!r}: expected one of data's, {', '.join(self.data)}")
         return self
 
@@ -134,6 +149,14 @@ class TrainOptions(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        if self.warmup > self.steps:
+            raise InputError(
+                f"warmup_steps is {self.warmup}, expected at most the {self.steps} steps of the run"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_rows(self) -> Self:
         if self.batch_size % len(self.data):
             raise InputError(
@@ -153,40 +176,130 @@ class TrainOptions(BaseModel):
         return self
 
 
+def _no_directory(name: str) -> str | None:
+    """Why no directory of a run can have the name of an adapter; ``None`` where one can."""
+    if name in ("", ".", ".."):
+        return "not an empty one and not one of dots"
+    if name in RESERVED:
+        return f"not {name}: the run itself writes that"
+    if "/" in name or "\\" in name:
+        return "without separators"
+    if not name.isprintable():
+        return "of printable characters"
+    if name.endswith(".part"):
+        return "not ending in .part, which is how half-written output is called"
+    if (size := len(name.encode("utf-8", "surrogatepass"))) > NAME_BYTES:
+        return f"of at most {NAME_BYTES} bytes, found {size}"
+    return None
+
+
 def read_file(path: Path) -> dict[str, Any]:
     """The options of a ``.toml`` or ``.json`` file, named as the fields or as on the command line.
 
     Raises:
-        InputError: the file is damaged or of another type.
+        InputError: there is no such file, it cannot be read, is damaged or of another type, or names an
+            option twice.
     """
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory, expected a .toml or a .json file")
     if path.suffix not in (".toml", ".json"):
         raise InputError(f"{path}: expected a .toml or a .json file")
     try:
         text = path.read_text(encoding="utf-8")
-        found = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        found = (
+            tomllib.loads(text)
+            if path.suffix == ".toml"
+            else json.loads(text, object_pairs_hook=_pairs)
+        )
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply") from None
+    except ValueError as error:  # TOML, JSON, UTF-8, or a key that is there twice.
         raise InputError(f"{path}: {error}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: found a {type(found).__name__}, expected a table of options")
-    return {name.replace("-", "_"): value for name, value in found.items()}
+    try:
+        return _pairs([(name.replace("-", "_"), value) for name, value in found.items()])
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
-def make_options(values: Mapping[str, Any]) -> TrainOptions:
-    """The checked options; ``targets`` may also be one comma-separated string.
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name} is given twice")
+        found[name] = value
+    return found
+
+
+def make_options(
+    values: Mapping[str, Any], origins: Mapping[str, Path] | None = None
+) -> TrainOptions:
+    """The checked options; ``targets`` may also be a list or one comma-separated string.
+
+    Args:
+        values: by the names of the fields.
+        origins: the files that values come from, by option; a message about one starts with its file.
 
     Raises:
         InputError: one is missing, unknown, of another type or out of range; all are named.
     """
     values = dict(values)
-    if isinstance(values.get("targets"), str):
-        values["targets"] = [name.strip() for name in values["targets"].split(",")]
+    targets = values.get("targets")
+    if isinstance(targets, str):
+        targets = [name.strip() for name in targets.split(",")]
+    if isinstance(targets, list):
+        values["targets"] = tuple(targets)
     try:
         return TrainOptions(**values)
     except ValidationError as error:
-        problems = []
-        for found in error.errors():
-            name = ".".join(map(str, found["loc"])) or "options"
-            said = str(found["ctx"]["error"]) if found["type"] == "value_error" else ""
-            value = "" if found["type"] == "missing" else f" (found {found['input']!r})"
-            problems.append(said or f"{name}: {found['msg']}{value}")
-        raise InputError("; ".join(problems)) from None
+        problems = [_problem(found) for found in error.errors()]
+    where = origins or {}
+    # Every message starts with the name of its option.
+    files = [where.get(text.replace(".", " ").split()[0]) for text in problems]
+    listed = [text if file is None else f"{file}: {text}" for file, text in zip(files, problems)]
+    raise InputError("; ".join(listed))
+
+
+# What a value should have been, by pydantic's name of the error.
+_EXPECTED: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "greater_than_equal": lambda ctx: f"{ctx['ge']:,} or more",
+    "less_than_equal": lambda ctx: f"at most {ctx['le']:,}",
+    "greater_than": lambda ctx: f"more than {ctx['gt']:,}",
+    "less_than": lambda ctx: f"less than {ctx['lt']:,}",
+    "literal_error": lambda ctx: str(ctx["expected"]),
+    "finite_number": lambda ctx: "a finite number",
+    "int_type": lambda ctx: "an integer",
+    "int_from_float": lambda ctx: "an integer",
+    "float_type": lambda ctx: "a number",
+    "string_type": lambda ctx: "a string",
+    "dict_type": lambda ctx: "a table of NAME = PATH",
+    "tuple_type": lambda ctx: "a list of names",
+    "too_short": lambda ctx: f"{ctx['min_length']} or more",
+}
+
+
+def _problem(found: Mapping[str, Any]) -> str:
+    """One error of pydantic in the project's words, starting with the option's name."""
+    name, kind = ".".join(map(str, found["loc"])), found["type"]
+    if kind == "value_error":
+        return str(found["ctx"]["error"])
+    if kind == "missing":
+        return f"{name} is missing"
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(name, TrainOptions.model_fields, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return f"{name} (found {_shown(found['input'])}) is no option{hint}"
+    expected = _EXPECTED.get(kind)
+    said = expected(found.get("ctx", {})) if expected else found["msg"].lower()
+    return f"{name} is {_shown(found['input'])}, expected {said}"
+
+
+def _shown(value: object) -> str:
+    """A value in a message, in one line that is not too long."""
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:70]}... of {len(shown)} characters"

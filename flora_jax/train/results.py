@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import jax
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.files import whole_path
 from flora_jax.peft.write import write_adapter
-from flora_jax.train.options import TrainOptions
+from flora_jax.train.options import CURVE, METRICS, TrainOptions
 
 _CARD = """# {name}: {kind} of rank {rank} for {model}
 
@@ -33,15 +35,39 @@ def write_results(
     options: TrainOptions,
     output: Path,
     adapters: Mapping[str, ModelAdapter],
-    folders: Mapping[str, Path],
+    say: Callable[[str], None],
 ) -> None:
-    """Writes ``curve.png`` and then every adapter folder that is not there yet."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    draw_curve(lines, list(adapters), output / "curve.png")
+    """Writes every adapter folder that is not there yet, and then ``curve.png``."""
+    lines = _lines_of(output)
     for name, adapter in adapters.items():
-        if not folders[name].exists():
+        if not (output / name).exists():
             card = _card(options, name, adapter, lines)
-            write_adapter(adapter, folders[name], options.model, card=card)
+            write_adapter(adapter, output / name, options.model, card=card)
+    write_curve(output, list(adapters), say)
+
+
+def write_curve(output: Path, names: Sequence[str], say: Callable[[str], None]) -> None:
+    """Writes ``curve.png`` unless it is there; one that cannot be drawn is a line for the user.
+
+    The picture repeats what ``metrics.jsonl`` holds: it is never worth a finished run.
+    """
+    path = output / CURVE
+    if path.exists():
+        return
+    try:
+        draw_curve(_lines_of(output), names, path)
+    except Exception as error:  # Fonts, caches and configuration files, all of the user's.
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        say(f"warning: {path} is not drawn ({cause}); metrics.jsonl has its numbers")
+
+
+def _lines_of(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / METRICS).read_text().splitlines()]
+
+
+def plain(text: str) -> str:
+    """User text as Markdown that reads as the text itself, also in a table."""
+    return re.sub(r"([\\`*_\[\]<>|$~&#])", r"\\\1", text)
 
 
 def _loss_of(line: Mapping[str, Any], name: str) -> float | None:
@@ -64,10 +90,10 @@ def _card(
     ]
     head = ["", "| step | loss | bits per byte | accuracy |", "|---|---|---|---|"]
     return _CARD.format(
-        name=name,
+        name=plain(name),
         kind=options.kind,
         rank=options.rank,
-        model=options.model,
+        model=plain(options.model),
         parameters=adapter.parameters(),
         targets=", ".join(adapter.targets()),
         options=options.model_dump_json(indent=1),
@@ -81,25 +107,37 @@ def _card(
     )
 
 
-def draw_curve(lines: list[dict[str, Any]], names: list[str], path: Path) -> None:
+def draw_curve(lines: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path) -> None:
     """The losses in nats over the steps: training thin, validation thick with dots."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss, nats a token")
+    curves = []
     for number, name in enumerate(names):
         colour = f"C{number % 10}"
         trained = [(line["step"], _loss_of(line, name)) for line in lines if "loss" in line]
-        axes.plot(*zip(*trained), color=colour, alpha=0.5, linewidth=1, label=f"{name}, training")
+        (curve,) = axes.plot(*zip(*trained), color=colour, alpha=0.5, linewidth=1)
+        curves.append((curve, f"{name}, training"))
         measured = [
             (line["step"], line["validation"][name]["loss"])
             for line in lines
             if name in line.get("validation", {})
         ]
         if measured:
-            axes.plot(*zip(*measured), "o-", color=colour, label=f"{name}, validation")
+            (curve,) = axes.plot(*zip(*measured), "o-", color=colour)
+            curves.append((curve, f"{name}, validation"))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", ncols=1 + len(names) // 8)
-    with whole_path(path) as part:
+    legend = axes.legend(
+        [curve for curve, _ in curves], ["curve"] * len(curves),
+        fontsize="small", ncols=1 + len(names) // 8,
+    )  # fmt: skip
+    # Set here and not as labels: names are not mathematics, and one may start with an underscore.
+    for entry, (_, label) in zip(legend.get_texts(), curves, strict=True):
+        entry.set_parse_math(False)
+        entry.set_text(label)
+    with whole_path(path) as part, warnings.catch_warnings():
+        # The font may lack characters of a name; the picture has boxes there.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
         FigureCanvasAgg(figure).print_png(part)

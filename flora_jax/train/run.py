@@ -6,7 +6,6 @@ Ties the data, the step and the loop to a directory; knows nothing of the comman
 from __future__ import annotations
 
 import dataclasses
-import functools
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,168 +19,288 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter
 from flora_jax.adapters.projections import match_targets
 from flora_jax.adapters.registry import TRAITS
-from flora_jax.checkpoints import open_checkpoint
+from flora_jax.checkpoints import Opened, open_checkpoint
+from flora_jax.checkpoints.digest import model_digest
 from flora_jax.errors import InputError
+from flora_jax.files import directory_lock
 from flora_jax.models.family import ModelConfig
 from flora_jax.models.model import Model
 from flora_jax.models.sharding import make_mesh
-from flora_jax.train.adapt import (
-    GroupedBatch,
-    StepOptions,
-    group,
-    init_adapter_state,
-    make_adapter_step,
-    make_optimizer,
-    make_scorer,
-)
 from flora_jax.train.choice import choose
+from flora_jax.train.data.packing import PackedTokens
 from flora_jax.train.data.tokens import piece_bytes, tokenize, tokenizing
 from flora_jax.train.directory import (
+    Tokenized,
     check_directory,
     claim_directory,
     is_finished,
     report_data,
 )
 from flora_jax.train.evaluation import Evaluator
-from flora_jax.train.loop import LoopOptions, run_loop
+from flora_jax.train.interrupt import Interrupt
+from flora_jax.train.loop import LoopOptions, Work, run_loop
 from flora_jax.train.options import TrainOptions
-from flora_jax.train.results import write_results
-from flora_jax.train.step import warmup_then
+from flora_jax.train.results import write_curve, write_results
+from flora_jax.train.step import (
+    GroupedBatch,
+    StepOptions,
+    TrainState,
+    group,
+    init_adapter_state,
+    make_adapter_step,
+    make_optimizer,
+    make_schedule,
+    make_scorer,
+)
 
 
 def train(
     options: TrainOptions,
-    output: Path,
+    output: str | Path,
     *,
     resume: bool = False,
     source: str | None = None,
     cache: Path | None = None,
     say: Callable[[str], None] = print,
+    interrupt: Interrupt | None = None,
 ) -> dict[str, Path]:
     """Trains one adapter for each entry of ``options.data``; their folders by name.
 
     Args:
         options: of the run; saved as ``output/config.json``.
-        output: new or empty, or with ``resume`` the directory of a run with the same options.
+        output: new or empty, or with ``resume`` the directory of a run with the same options. No other
+            process may use it at the same time.
         resume: go on from the newest checkpoint, or start where there is none.
         source: where the model is, if not at ``options.model``.
         cache: where tokenised data is kept between runs.
         say: takes notes for the user, a line each.
+        interrupt: looked at between two steps and between two batches of validation or of text.
 
     Raises:
-        InputError: anything in the options, the data or the model that does not fit.
+        InputError: anything in the options, the data or the model that does not fit, or another process
+            uses ``output``.
         NonFiniteLossError: training diverged.
+        InterruptedRun: ``interrupt`` was set; ``resume`` goes on.
     """
-    options = options.effective(jax.default_backend())
-    check_directory(options, output, resume)
+    options, output = options.effective(jax.default_backend()), Path(output)
+    interrupt = interrupt or Interrupt()
     folders = {name: output / name for name in options.data}
-    if is_finished(options, output):
-        say(f"{output}: this run is finished, nothing to do")
-        return folders
-    opened = open_checkpoint(source or options.model)
-    directory, config = opened.directory, opened.config
+    with directory_lock(output):
+        check_directory(options, output, resume)
+        if is_finished(options, output):
+            write_curve(output, list(options.data), say)
+            say(f"{output}: this run is finished, nothing to do")
+            return folders
+        run = prepare(options, output, source=source, cache=cache, say=say, interrupt=interrupt)
+        write_results(options, output, run.train(), say)
+    return folders
+
+
+def prepare(
+    options: TrainOptions,
+    output: Path,
+    *,
+    source: str | None = None,
+    cache: Path | None = None,
+    say: Callable[[str], None] = print,
+    interrupt: Interrupt | None = None,
+) -> Run:
+    """Reads the base and the data, and writes what ``output`` says of them; nothing is trained.
+
+    Args and errors are those of :func:`train`; ``options`` are effective, and the caller holds the lock
+    of ``output``.
+    """
+    interrupt = interrupt or Interrupt()
+    base = _open(options, source)
+    mesh = _mesh(options)
+    training, validation = _read(options, base, cache, (output,), interrupt)
+    quantize = None if options.quantize == "none" else options.quantize
+    model = base.load(options.dtype, mesh=mesh, quantize=quantize)
+    interrupt.check()
+    claim_directory(options, output, training, validation, model_digest(base.directory))
+    report_data(training, validation, say)
+    program = choose(
+        StepOptions(options.accumulate, options.remat, options.dropout), base.config, options.dtype,
+        options.seq_len, say, heads_split=options.devices()[1] > 1,
+    )  # fmt: skip
+    return Run(
+        options=options,
+        output=output,
+        model=model,
+        mesh=mesh,
+        training={name: packed for name, (packed, _) in training.items()},
+        validation={name: packed for name, (packed, _) in validation.items()},
+        fresh={
+            name: _fresh(options, model, adapter_key(options.seed, name)) for name in options.data
+        },
+        program=program,
+        piece_bytes=piece_bytes(base.tokenizer, base.config.vocab_size),
+        interrupt=interrupt,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run that is ready to be trained.
+
+    ``training``, ``fresh`` and a state's leading axis have the adapters in one order, that of the
+    options; ``validation`` may lack some. ``fresh`` are the adapters before the first step, ``program``
+    is what the step is compiled for, ``piece_bytes [V]`` the bytes of text that a token stands for.
+    """
+
+    options: TrainOptions
+    output: Path
+    model: Model
+    mesh: Mesh | None
+    training: Mapping[str, PackedTokens]
+    validation: Mapping[str, PackedTokens]
+    fresh: Mapping[str, ModelAdapter]
+    program: StepOptions
+    piece_bytes: np.ndarray
+    interrupt: Interrupt
+
+    def train(self) -> dict[str, ModelAdapter]:
+        """The trained adapters by name, from the newest checkpoint on where there is one.
+
+        Raises:
+            NonFiniteLossError: training diverged.
+            InterruptedRun: the run was asked to end.
+        """
+        options = self.options
+        schedule = make_schedule(options.schedule, options.rate, options.steps, options.warmup)
+        optimizer = make_optimizer(schedule, clip=options.clip, weight_decay=options.weight_decay)
+        fresh = [adapter.layers for adapter in self.fresh.values()]
+        layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *fresh)
+        with jax.numpy_dtype_promotion("standard"):
+            state = init_adapter_state(layers, optimizer)
+        everywhere = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        if everywhere is not None:
+            state = jax.device_put(state, everywhere)
+        step = make_adapter_step(self.model.graph, optimizer, schedule, self.program, everywhere)
+        keys = [adapter_key(options.seed, name) for name in self.fresh]
+        dropout_N = jnp.stack([jax.random.fold_in(key, 1) for key in keys])
+
+        def train_step(
+            state: TrainState, batch: GroupedBatch
+        ) -> tuple[TrainState, dict[str, jax.Array]]:
+            return step(state, self.model.params, batch, dropout_N)
+
+        work = Work(
+            train_step,
+            self.batch_at,
+            tokens_per_batch=options.batch_size * options.seq_len,
+            evaluate=self.evaluator() if self.validation else None,
+            describe=self.log_line,
+            blame=self.blame,
+        )
+        loop = LoopOptions(
+            steps=options.steps, save_seconds=float("inf"), save_every=options.save_every,
+            evaluate_every=options.eval_every, evaluate_first=True, keep=options.keep,
+        )  # fmt: skip
+        state = run_loop(state, work, self.output, loop, self.interrupt)
+        return {
+            name: dataclasses.replace(
+                adapter, layers=jax.tree.map(lambda leaf, n=number: leaf[n], state.params)
+            )
+            for number, (name, adapter) in enumerate(self.fresh.items())
+        }
+
+    def batch_at(self, number: int) -> GroupedBatch:
+        """Batch ``number``, each adapter's rows from its own data, on the devices."""
+        options = self.options
+        own = [
+            packed.batch(number, options.rows, options.seq_len, options.seed)
+            for packed in self.training.values()
+        ]
+        return _place(group(own), self.mesh)
+
+    def blame(self, number: int, entry: int) -> str:
+        """The adapter of an entry of the measures, and the documents it had in batch ``number``."""
+        options, name = self.options, list(self.training)[entry]
+        documents = self.training[name].documents_of(
+            number, options.rows, options.seq_len, options.seed
+        )
+        return f"adapter {name}, batch of {', '.join(documents)}"
+
+    def log_line(self, measured: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The means over the adapters; with several, ``losses`` has each one's own."""
+        line = {name: float(np.mean(value)) for name, value in measured.items()}
+        if len(self.training) == 1:
+            return line
+        losses = dict(zip(self.training, map(float, measured["loss"]), strict=True))
+        return line | {"losses": losses}
+
+    def evaluator(self) -> Evaluator:
+        """Measures the adapters on their validation data."""
+        return Evaluator(
+            scorer=make_scorer(self.model.graph, self.program),
+            base=self.model.params,
+            data=self.validation,
+            names=tuple(self.training),
+            length=self.options.seq_len,
+            rows=self.options.rows,
+            most=self.options.eval_windows,
+            piece_bytes=self.piece_bytes,
+            place=lambda batch: _place(batch, self.mesh),
+            check=lambda: self.interrupt.check("in a validation"),
+        )
+
+
+def _open(options: TrainOptions, source: str | None) -> Opened:
+    """The base without its weights, once the options are known to fit it."""
+    base = open_checkpoint(source or options.model)
+    config = base.config
     if options.seq_len > config.n_positions:
         raise InputError(
             f"seq_len is {options.seq_len}, the model's context has {config.n_positions} positions"
         )
-    _targets(options, config)
-    mesh = _mesh(options)
-    tokenizer = opened.tokenizer
-    if tokenizer is None or not config.eos_token_ids:
-        raise InputError(f"{directory}: training needs tokenizer.json and an end token")
+    projections = config.projections()
+    for target in _targets(options, config):
+        inputs, outputs = projections[target]
+        if options.rank > min(inputs, outputs):
+            raise InputError(
+                f"rank is {options.rank}, expected at most {min(inputs, outputs)}: {target} of the "
+                f"model has {inputs} inputs and {outputs} outputs"
+            )
+    if base.tokenizer is None or not config.eos_token_ids:
+        raise InputError(f"{base.directory}: training needs tokenizer.json and an end token")
     if (end_id := config.eos_token_ids[0]) >= config.vocab_size:
         raise InputError(
-            f"{directory / 'config.json'}: eos_token_id is {end_id}, expected below the vocabulary's "
-            f"{config.vocab_size}"
+            f"{base.directory}: the end token is {end_id}, expected below the vocabulary's "
+            f"{config.vocab_size} (eos_token_id of config.json and generation_config.json)"
         )
-    prepare = functools.partial(
-        tokenize, tokenizer=tokenizer, end_id=end_id, cache=cache,
-        column=options.text_column, max_corrupt=options.max_corrupt,
-    )  # fmt: skip
-    with tokenizing() as watch:
-        training = {name: prepare(path, progress=watch) for name, path in options.data.items()}
-        validation = {
-            name: prepare(path, progress=watch) for name, path in options.validation.items()
-        }
-    for split, paths, data in (
-        ("data", options.data, training), ("validation", options.validation, validation)
-    ):  # fmt: skip
-        for name, (packed_tokens, _) in data.items():
-            try:
-                packed_tokens.windows(options.seq_len)
-            except InputError as error:
-                raise InputError(f"{split} {name}={paths[name]}: {error}") from None
-    quantize = None if options.quantize == "none" else options.quantize
-    model = opened.load(options.dtype, mesh=mesh, quantize=quantize)
-    claim_directory(options, output, training, validation, model.params)
-    report_data(training, validation, say)
+    return base
 
-    schedule = warmup_then(options.schedule, options.rate, options.steps, options.warmup)
-    optimizer = make_optimizer(schedule, clip=options.clip, weight_decay=options.weight_decay)
-    keys = {name: adapter_key(options.seed, name) for name in options.data}
-    fresh = [_fresh(options, model, key) for key in keys.values()]
-    layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(one.layers for one in fresh))
-    with jax.numpy_dtype_promotion("standard"):
-        state = init_adapter_state(layers, optimizer)
-    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    if everywhere is not None:
-        state = jax.device_put(state, everywhere)
-    dropout_N = jnp.stack([jax.random.fold_in(key, 1) for key in keys.values()])
-    program = choose(
-        StepOptions(options.accumulate, options.remat, options.dropout), config, options.dtype,
-        options.seq_len, say, heads_split=options.devices()[1] > 1,
-    )  # fmt: skip
-    step = make_adapter_step(model.graph, optimizer, schedule, program, everywhere)
-    place = functools.partial(_place, mesh=mesh)
-    packed = {name: found for name, (found, _) in training.items()}
-    evaluator = Evaluator(
-        make_scorer(model.graph, program), model.params,
-        {name: found for name, (found, _) in validation.items()},
-        tuple(options.data), options.seq_len, options.rows, options.eval_windows,
-        piece_bytes(tokenizer, config.vocab_size), place,
-    )  # fmt: skip
 
-    def batch_at(number: int) -> GroupedBatch:
-        own = [
-            found.batch(number, options.rows, options.seq_len, options.seed)
-            for found in packed.values()
-        ]
-        return place(group(own))
+def _read(
+    options: TrainOptions,
+    base: Opened,
+    cache: Path | None,
+    leave_out: tuple[Path, ...],
+    interrupt: Interrupt,
+) -> tuple[Tokenized, Tokenized]:
+    """The data of training and of validation by adapter, each long enough to learn from."""
+    found: list[dict[str, tuple[PackedTokens, list[str]]]] = []
+    with tokenizing() as show:
 
-    def blame(number: int, entry: int) -> str:
-        name = list(packed)[entry]
-        documents = packed[name].documents_of(number, options.rows, options.seq_len, options.seed)
-        return f"adapter {name}, batch of {', '.join(documents)}"
+        def watch(documents: int, size: int) -> None:
+            interrupt.check()
+            show(documents, size)
 
-    def log_line(measured: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        line = {name: float(np.mean(value)) for name, value in measured.items()}
-        if len(packed) == 1:
-            return line
-        losses = dict(zip(packed, map(float, measured["loss"]), strict=True))
-        return line | {"losses": losses}
-
-    state = run_loop(
-        state,
-        lambda state, batch: step(state, model.params, batch, dropout_N),
-        batch_at,
-        output,
-        LoopOptions(
-            steps=options.steps, save_seconds=float("inf"), save_every=options.save_every,
-            evaluate_every=options.eval_every, evaluate_first=True, keep=options.keep,
-        ),
-        tokens_per_batch=options.batch_size * options.seq_len,
-        evaluate=evaluator if validation else None,
-        describe=log_line,
-        blame=blame,
-    )  # fmt: skip
-    adapters = {
-        name: dataclasses.replace(
-            fresh[number], layers=jax.tree.map(lambda leaf, n=number: leaf[n], state.params)
-        )
-        for number, name in enumerate(packed)
-    }
-    write_results(options, output, adapters, folders)
-    return folders
+        for split, paths in (("data", options.data), ("validation", options.validation)):
+            found.append({})
+            for name, path in paths.items():
+                interrupt.check()
+                packed, skipped = tokenize(
+                    path, base.tokenizer, base.config.eos_token_ids[0], cache=cache, watch=watch,
+                    column=options.text_column, max_corrupt=options.max_corrupt, leave_out=leave_out,
+                )  # fmt: skip
+                try:
+                    packed.windows(options.seq_len)
+                except InputError as error:
+                    raise InputError(f"{split} {name}={path}: {error}") from None
+                found[-1][name] = packed, skipped
+    return found[0], found[1]
 
 
 def adapter_key(seed: int, name: str) -> jax.Array:
@@ -219,7 +338,7 @@ def _mesh(options: TrainOptions) -> Mesh | None:
     return make_mesh(data, tensor)
 
 
-def _place(batch: GroupedBatch, *, mesh: Mesh | None) -> GroupedBatch:
+def _place(batch: GroupedBatch, mesh: Mesh | None) -> GroupedBatch:
     """Rows over the mesh's axis "data". Every process has the whole batch, and keeps its devices'."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, batch)

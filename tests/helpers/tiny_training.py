@@ -9,8 +9,8 @@ import numpy as np
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.models.model import Model, abstract_model
 from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.train.adapt import GroupedBatch
 from flora_jax.train.data.packing import PackedTokens
+from flora_jax.train.step import GroupedBatch
 
 VOCABULARY = 61
 CONFIG = StarCoderConfig(

@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from flora_jax.peft.read import read_adapter
 from tests.helpers.byte_tokenizer import PIECES, byte_tokenizer
 from tests.helpers.torch_models import tiny_torch_model
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"n_embd": 16, "n_head": 2, "n_layer": 2, "n_inner": 24}
 NAMES, LENGTH = ("perl", "ruby"), 24
 

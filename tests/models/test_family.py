@@ -19,7 +19,7 @@ from flora_jax.peft.read import describe_adapter, read_adapter, write_adapter
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
-from flora_jax.train.adapt import StepOptions, init_adapter_state, make_adapter_step
+from flora_jax.train.step import StepOptions, init_adapter_state, make_adapter_step
 from flora_jax.weights.quantized import Quantized
 from tests.helpers import second_family
 from tests.helpers.broken_folders import edit

@@ -9,10 +9,11 @@ import optax
 import pytest
 from flax import nnx
 
+from experiments.pretraining import next_token_loss
 from flora_jax.models.quantize import quantize_model
-from flora_jax.train.adapt import StepOptions, init_adapter_state, make_adapter_step, make_scorer
 from flora_jax.train.data.packing import PackedTokens
-from flora_jax.train.loss import HeadChunks, frozen_head_nll, next_token_loss, token_scores
+from flora_jax.train.loss import HeadChunks, frozen_head_nll, token_scores
+from flora_jax.train.step import StepOptions, init_adapter_state, make_adapter_step, make_scorer
 from flora_jax.weights.quantized import Quantized, dequantize
 from tests.helpers.random_adapters import KINDS, random_adapter
 from tests.helpers.tiny_training import (

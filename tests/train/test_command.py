@@ -2,21 +2,29 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+import flora_jax
 from flora_jax.checkpoints.checkpoint import load_model
-from flora_jax.train.adapt import GroupedBatch, make_scorer
+from flora_jax.train import results
 from flora_jax.train.data.tokens import tokenize
+from flora_jax.train.options import make_options, read_file
+from flora_jax.train.step import GroupedBatch, make_scorer
 from tests.helpers.byte_tokenizer import PIECES, byte_tokenizer
 from tests.helpers.torch_models import flax_logits, random_tokens, tiny_torch_model, torch_logits
 from tests.helpers.training_home import (
     LENGTH,
     NAMES,
+    ROOT,
     SIZES,
     data_of,
     fill,
@@ -166,6 +174,12 @@ def test_a_finished_run_is_left_as_it_is(both, home, capsys):
     assert program(home, *arguments) == 0
     assert "this run is finished, nothing to do" in capsys.readouterr().err
     assert snapshot(both) == before
+    # The same from Python, with the directory as text.
+    said, options = [], make_options(read_file(both / "config.json"))
+    folders = flora_jax.train(options, str(both), resume=True, say=said.append)
+    assert folders == {name: both / name for name in NAMES}
+    assert said == [f"{both}: this run is finished, nothing to do"]
+    assert snapshot(both) == before
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +194,7 @@ GOOD = ["text", *data_of("perl"), "--kind", "flora", "--steps", "2", "--seq-len"
 AGAIN = ["--config", "unfinished/config.json", "--output", "unfinished", "--resume"]
 BAD = {
     "output is taken": ([*GOOD, "--output", "both"], "both: exists already"),
-    "output is a file": ([*GOOD, "--output", "notes.txt"], "notes.txt: exists already"),
+    "output is a file": ([*GOOD, "--output", "notes.txt"], "notes.txt: is a file, expected a directory"),
     "nothing to resume": ([*GOOD, "--output", "taken", "--resume"], "taken: exists already"),
     "damaged run": ([*GOOD, "--output", "broken", "--resume"], "broken/config.json: Expecting"),
     "another rate": ([*AGAIN, "--learning-rate", "1"], "learning_rate 0.02, now 1.0"),
@@ -194,7 +208,10 @@ BAD = {
     "no data file": ([*GOOD, "--data", "lua=lua.jsonl"], "lua.jsonl: no such file"),
     "no data file in a folder": ([*GOOD, "--data", "lua=./data/lua"], "./data/lua: no such file"),
     "another file": ([*GOOD, "--data", "lua=notes.txt"], "notes.txt: expected .jsonl"),
-    "corrupt lines": ([*GOOD, "--data", "lua=corrupt.jsonl"], "corrupt.jsonl, line 2: not JSON"),
+    "a folder without documents": ([*GOOD, "--data", "lua=./nothing"], "./nothing: no documents"),
+    "output below a file": ([*GOOD, "--output", "notes.txt/x"], "notes.txt/x: "),
+    "output that cannot be": ([*GOOD, "--output", "/proc/x"], "/proc/x: cannot be written to"),
+    "corrupt lines": ([*GOOD, "--data", "lua=corrupt.jsonl"], "corrupt.jsonl, line 2: malformed JSON"),
     "no documents": ([*GOOD, "--data", "lua=empty.jsonl"], "empty.jsonl: no documents"),
     "column": ([*GOOD, "--text-column", "code"], "no column 'code'"),
     "data twice": ([*GOOD, *data_of("perl")], "the name is given twice"),
@@ -204,6 +221,13 @@ BAD = {
     "devices": ([*GOOD, "--mesh", "tensor=99"], "mesh tensor=99 needs 99 devices, found"),
     "uneven rows": ([*GOOD, "--batch-size", "3", *data_of("ruby")], "batch_size is 3"),
     "kind": ([*GOOD, "--kind", "vera"], "kind is 'vera'"),
+    "a wide rank": ([*GOOD, "--kind", "lora", "--rank", "17"], "rank is 17, expected at most 16: attn"),
+    "an endless run": ([*GOOD, "--steps", "1" + 20 * "0"], "expected at most 1,000,000,000"),
+    "a value of a file": ([*GOOD, "--config", "untrue.json"], "untrue.json: rank is True, expected"),
+    "an option of a file": ([*GOOD, "--config", "unknown.json"], "unknown.json: ranks (found 1) is no"),
+    "a folder of options": ([*GOOD, "--config", "text"], "text: is a directory, expected"),
+    "a long name": ([*GOOD, "--data", 250 * "n" + "=perl.data.jsonl"], "at most 240 bytes, found 250"),
+    "a reserved name": ([*GOOD, "--data", "checkpoints=perl.data.jsonl"], "the run itself writes that"),
     "rank": ([*GOOD, "--rank", "two"], "--rank"),
     "config": ([*GOOD, "--config", "none.toml"], "none.toml"),
     "config type": ([*GOOD, "--config", "notes.txt"], "notes.txt: expected a .toml or a .json"),
@@ -212,11 +236,11 @@ BAD = {
     "no output": ([*GOOD, "--config", "empty.toml"], "output is missing"),
     "output in a file": ([*GOOD, "--config", "output.toml"], "both: exists already"),
     "output of a number": ([*GOOD, "--config", "number.toml"], "output is 5, expected a directory"),
-    "no targets": ([*GOOD, "--config", "untargeted.toml"], "targets: "),
+    "no targets": ([*GOOD, "--config", "untargeted.toml"], "untargeted.toml: targets is ()"),
     "resume in a file": ([*AGAIN[2:4], "--config", "resume.json", *data_of("ruby", "perl")],
                          "the run to resume has data"),
     "resume is no truth": ([*GOOD, "--config", "perhaps.toml"], "resume is 'perhaps', expected true"),
-    "an end token of another vocabulary": (["endless", *GOOD[1:]], "eos_token_id is 50256, expected"),
+    "an end token of another vocabulary": (["endless", *GOOD[1:]], "the end token is 50256, expected"),
     "nothing to predict": ([*GOOD, "--data", "lua=blank.jsonl"],
                            "data lua=blank.jsonl: 1 tokens of 1 documents hold nothing to predict"),
 }  # fmt: skip
@@ -226,6 +250,7 @@ BAD = {
 def bad_files(home, unfinished):
     files = {
         "number.toml": "output = 5", "untargeted.toml": "targets = []",
+        "untrue.json": '{"rank": true}', "unknown.json": '{"ranks": 1}',
         "perhaps.toml": 'resume = "perhaps"', "blank.jsonl": '{"content": ""}',
         "resume.json": json.dumps(
             json.loads((unfinished / "config.json").read_text()) | {"resume": True}
@@ -233,10 +258,11 @@ def bad_files(home, unfinished):
     }  # fmt: skip
     for name, text in files.items():
         (home / name).write_text(text)
-    raw = json.loads((home / "text" / "config.json").read_text())
-    (shutil.copytree(home / "text", home / "endless") / "config.json").write_text(
-        json.dumps(raw | {"eos_token_id": 50256})
-    )
+    (home / "nothing").mkdir()
+    endless = shutil.copytree(home / "text", home / "endless")
+    for file in ("config.json", "generation_config.json"):
+        raw = json.loads((endless / file).read_text())
+        (endless / file).write_text(json.dumps(raw | {"eos_token_id": 50256}))
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -289,6 +315,88 @@ def test_another_base_in_the_place_of_the_old_is_refused_on_resume(home, unfinis
     assert snapshot(unfinished) == held
 
 
+def test_a_base_that_differs_in_one_embedding_row_is_refused_on_resume(home, unfinished, capsys):
+    held = snapshot(unfinished)
+    weights = home / "text" / "model.safetensors"
+    before = weights.read_bytes()
+    tensors = load_file(weights)
+    tensors["transformer.wte.weight"][PIECES - 1, 3] += 0.5
+    try:
+        save_file(tensors, weights, metadata={"format": "pt"})
+        assert program(home, "train", *AGAIN) == 2
+    finally:
+        weights.write_bytes(before)
+    err = capsys.readouterr().err
+    assert "the weights of text are not what they were" in err.splitlines()[-1]
+    assert snapshot(unfinished) == held
+
+
+def test_a_second_run_in_one_directory_is_told_who_has_it(home, unfinished, capsys):
+    held = snapshot(unfinished)
+    code = """
+import pathlib, sys
+from flora_jax.files import directory_lock
+with directory_lock(pathlib.Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(unfinished)], env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as holder:  # fmt: skip
+        assert holder.stdout.readline() == "locked\n"
+        assert program(home, "train", *AGAIN) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"flora-jax: unfinished: in use by process {holder.pid} on ")
+        assert err.count("\n") == 1
+        holder.stdin.close()
+    assert snapshot(unfinished) == held
+
+
+def test_a_run_inside_its_own_data_resumes(home):
+    """Nothing that the run writes there is read as data, nor is what a killed run left."""
+    (home / "sources" / "sub").mkdir(parents=True)
+    for name in ("a.py", "sub/b.py"):
+        (home / "sources" / name).write_text(f"# {name}\nprint({name!r})\n" * 4)
+    arguments = [
+        "train", "flat", "--data", "perl=sources", "--kind", "lora", "--steps", "4", "--seq-len",
+        LENGTH, "--output", "sources/sub/run", "--save-every", "2", "--resume",
+    ]  # fmt: skip
+    assert program(home, *arguments) == 0
+    run = home / "sources" / "sub" / "run"
+    before = snapshot(run / "perl")
+    assert json.loads((run / "data.json").read_text())["training"]["perl"]["documents"] == 2
+    shutil.rmtree(run / "perl")
+    shutil.rmtree(run / "checkpoints" / "4")
+    (run / "half.part").mkdir()
+    assert program(home, *arguments) == 0
+    assert snapshot(run / "perl") == before
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_adapter(
+    both, home, unfinished, monkeypatch, capsys
+):
+    def fail(*_):
+        raise ValueError("no formula")
+
+    output = shutil.copytree(unfinished, home / "undrawn")
+    arguments = ["train", "--config", output / "config.json", "--output", output, "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "draw_curve", fail)
+        assert program(home, *arguments) == 0
+    assert "curve.png is not drawn (ValueError: no formula)" in capsys.readouterr().err
+    for name in NAMES:
+        weights = "adapter_model.safetensors"
+        assert snapshot(output / name)[weights] == snapshot(both / name)[weights]
+    # The finished run draws it without the model.
+    (home / "text").rename(home / "aside")
+    try:
+        assert program(home, *arguments) == 0
+    finally:
+        (home / "aside").rename(home / "text")
+    assert (output / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_run_killed_before_its_folders_writes_them_on_resume(both, home, unfinished):
     """The kept number of checkpoints and how often they are saved may differ."""
     output = shutil.copytree(unfinished, home / "late")
@@ -304,7 +412,7 @@ def test_a_run_killed_before_its_folders_writes_them_on_resume(both, home, unfin
 
 def test_training_that_diverges_ends_in_one_line_with_the_adapter_and_its_documents(home, capsys):
     code = program(
-        home, "train", *GOOD, "--output", "diverged", "--learning-rate", "1e30",
+        home, "train", "flat", *GOOD[1:], "--output", "diverged", "--learning-rate", "1e30",
         "--weight-decay", "1e30", "--steps", "20",
     )  # fmt: skip
     err = capsys.readouterr().err
@@ -318,5 +426,5 @@ def test_the_help_tells_the_defaults(home, capsys):
     """Words in square brackets would vanish: the help is rendered as markup."""
     assert program(home, "train", "--help") == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for value in ("1500", "c_attn", "float32 on CPU", "cosine"):
-        assert f"efault {value}" in text
+    for value in (" 1500", ": PEFT's for LoRA", " float32 on CPU", " cosine"):
+        assert f"efault{value}" in text

@@ -14,7 +14,7 @@ from flora_jax.models.attention import attend_visible, visible
 from flora_jax.models.model import abstract_model
 from flora_jax.models.starcoder.config import PRESETS
 from flora_jax.plan.launches import Program
-from flora_jax.train.adapt import StepOptions
+from flora_jax.train.step import StepOptions
 from flora_jax.weights import product
 from tests.helpers.gpu_target import placed_on_h100
 

@@ -15,10 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.pretraining import (
+    adamw,
+    init_state,
+    make_step,
+    next_token_loss,
+    warmup_stable_decay,
+)
 from flora_jax.errors import RunError
-from flora_jax.train.loop import LoopOptions, NonFiniteLossError, run_loop
-from flora_jax.train.loss import bits_per_byte, next_token_loss
-from flora_jax.train.step import TrainState, adamw, init_state, make_step, warmup_stable_decay
+from flora_jax.train.interrupt import Interrupt, InterruptedRun
+from flora_jax.train.loop import LoopOptions, NonFiniteLossError, Work, run_loop
+from flora_jax.train.loss import bits_per_byte
+from flora_jax.train.step import TrainState
 
 # One test compares with a process of its own, bit for bit.
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -62,12 +70,10 @@ class Batches:
         return toy_batch(step)
 
 
-def run(directory, batches=toy_batch, step=toy_step, state=None, evaluate=None, **options):
+def run(directory, batches=toy_batch, step=toy_step, evaluate=None, interrupt=None, **options):
     options = LoopOptions(**{"steps": STEPS, "save_seconds": 0, "log_every": 2} | options)
-    return run_loop(
-        toy_state() if state is None else state, step, batches, directory, options,
-        tokens_per_batch=ROWS * LENGTH, evaluate=evaluate,
-    )  # fmt: skip
+    work = Work(step, batches, tokens_per_batch=ROWS * LENGTH, evaluate=evaluate)
+    return run_loop(toy_state(), work, directory, options, interrupt)
 
 
 def lines_of(directory):
@@ -201,6 +207,42 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(
     assert [path.name for path in tmp_path.glob("*.part*")] == []
 
 
+@pytest.mark.parametrize("stop_at, save_seconds", [(5, 1e9), (4, 0), (1, 1e9), (0, 1e9)])
+def test_a_run_asked_to_end_saves_its_last_step_and_goes_on_from_there(
+    stop_at, save_seconds, tmp_path, uninterrupted
+):
+    interrupt = Interrupt()
+
+    def batches(step):
+        if step == max(stop_at - 1, 0):
+            interrupt.request(signal.SIGTERM)
+        return toy_batch(step)
+
+    if not stop_at:
+        interrupt.request(signal.SIGTERM)
+    with pytest.raises(InterruptedRun, match=f"SIGTERM at step {stop_at} of {STEPS}; --resume"):
+        run(tmp_path, batches, interrupt=interrupt, save_seconds=save_seconds)
+    assert saved_steps(tmp_path)[-1:] == ([stop_at] if stop_at else [])
+    again = Batches()
+    state, lines, _ = uninterrupted
+    assert_same_state(run(tmp_path, again, save_seconds=1e9), state)
+    assert again.asked == list(range(stop_at, STEPS))
+    assert lines_of(tmp_path) == lines
+
+
+def test_a_spoiled_step_is_not_saved_when_the_run_is_asked_to_end(tmp_path):
+    interrupt = Interrupt()
+
+    def batches(step):
+        if step == 3:
+            interrupt.request(signal.SIGTERM)
+        return toy_batch(step)
+
+    with pytest.raises(NonFiniteLossError, match="loss is nan at step 4"):
+        run(tmp_path, batches, spoiled_step(4, "loss"), interrupt=interrupt, save_seconds=1e9)
+    assert saved_steps(tmp_path) == []
+
+
 def die_at(step, fatal):
     if step == fatal:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -287,7 +329,7 @@ def test_a_loss_that_is_not_finite_is_named_and_never_saved(name, log_every, tmp
         run(tmp_path, step=spoiled_step(4, name), log_every=log_every)
     assert saved_steps(tmp_path) == [2, 3]
     assert all(math.isfinite(line["loss"]) and line["step"] < 4 for line in lines_of(tmp_path))
-    state = run(tmp_path)
+    state = run(tmp_path, save_seconds=1e9)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 

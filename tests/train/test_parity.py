@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from flora_jax.train.adapt import (
+from flora_jax.train.step import (
     GroupedBatch,
     StepOptions,
     init_adapter_state,
     make_adapter_step,
     make_optimizer,
+    make_schedule,
 )
-from flora_jax.train.step import warmup_then
 from tests.helpers.peft_folders import read_for
 from tests.helpers.torch_models import random_tokens, tiny_torch_model, to_flax
 
@@ -87,7 +87,7 @@ def train_ours(model, adapter, schedule, clip, decay):
 @pytest.mark.parametrize("case", CASES)
 def test_losses_and_parameters_follow_pefts(case, tmp_path):
     name, options, peak, clip, decay = CASES[case]
-    schedule = warmup_then("cosine", peak, STEPS + 10, warmup=5)
+    schedule = make_schedule("cosine", peak, STEPS + 10, warmup=5)
     base = tiny_torch_model(1)
     model = to_flax(base)
     torch.manual_seed(0)

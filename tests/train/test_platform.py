@@ -15,8 +15,8 @@ from flora_jax.models import attention, attention_trial
 from flora_jax.models.attention import IMPLEMENTATIONS, attend_visible, cudnn_refuses, visible
 from flora_jax.models.starcoder.config import PRESETS
 from flora_jax.train import choice
-from flora_jax.train.adapt import StepOptions, init_adapter_state, make_adapter_step, make_scorer
 from flora_jax.train.loss import HeadChunks
+from flora_jax.train.step import StepOptions, init_adapter_state, make_adapter_step, make_scorer
 from flora_jax.weights import product
 from flora_jax.weights.quantized import quantize
 from flora_jax.weights.transposed import Transposed

@@ -1,5 +1,6 @@
 """``flora-jax train`` in processes of their own: killed at any moment, and on a mesh of devices."""
 
+import functools
 import json
 import os
 import random
@@ -7,16 +8,23 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from flora_jax.checkpoints.checkpoint import load_model
-from tests.helpers.training_home import LENGTH, NAMES, data_of, fill, lines_of, read_for, snapshot
+from tests.helpers.training_home import (
+    LENGTH,
+    NAMES,
+    ROOT,
+    data_of,
+    fill,
+    lines_of,
+    read_for,
+    snapshot,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
 # A server forks them after the imports, which take longer than a run.
 SERVER = """
 import json, os, sys
@@ -105,34 +113,44 @@ def newest(output):
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
-def wait_until(done):
-    patience = time.monotonic() + 120
+def wait_until(done, patience, log):
+    """Waits for at most ``patience`` seconds; a failure shows the ``log`` of the process."""
+    end = time.monotonic() + patience
     while not done():
-        assert time.monotonic() < patience
+        assert time.monotonic() < end, log.read_text()
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(kills, home, processes):
     # Without XLA's optimisations a process starts faster; the long test has them.
     chance, quick = random.Random(kills), kills < 10
     output, uninterrupted = home / f"killed-{kills}", home / f"whole-{kills}"
+    began = time.monotonic()
     processes.run(*LONG, "--output", uninterrupted, quick=quick)
+    # A busy machine may be several times slower a moment later.
+    wait = functools.partial(
+        wait_until, patience=60 + 10 * (time.monotonic() - began), log=home / "log"
+    )
     arguments, reached = [*LONG, "--output", output, "--resume"], []
     for number in range(kills):
         process = processes.start(*arguments, quick=quick)
-        # The first at any moment, the others some checkpoints later, one perhaps half written.
         if number:
-            wait_until((output / "metrics.jsonl").exists)
-            goal = min(28, newest(output) + 2 * chance.randint(0, 12 // kills))
-            wait_until(lambda goal=goal: newest(output) >= goal)
-        time.sleep(chance.uniform(0, 0.2 if number else 3))
+            # Some checkpoints after the one before, one perhaps half written.
+            wait((output / "metrics.jsonl").exists)
+            goal = min(20, newest(output) + 2 * chance.randint(0, 12 // kills))
+            wait(lambda goal=goal: newest(output) >= goal)
+            time.sleep(chance.uniform(0, 0.2))
+        else:
+            # At any moment of the first seconds, but not after the end, however quick the machine is.
+            moment = time.monotonic() + chance.uniform(0, 3)
+            wait(lambda moment=moment: time.monotonic() >= moment or newest(output) >= 8)
         os.kill(process, signal.SIGKILL)
         code, log = processes.wait(process)
         assert code in (0, -signal.SIGKILL), log
         reached.append(newest(output))
     processes.run(*arguments, quick=quick)
-    assert any(0 < step < 30 for step in reached)
+    assert any(0 < step < 30 for step in reached), reached
     for name in NAMES:
         assert snapshot(output / name) == snapshot(uninterrupted / name)
     assert lines_of(output) == lines_of(uninterrupted)

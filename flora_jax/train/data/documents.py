@@ -5,26 +5,32 @@ Whatever cannot be used is reported with its place and reason. Knows nothing of 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
-import gzip
 import hashlib
 import json
+import logging
 import os
 import re
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from flora_jax.errors import InputError, listing
+from flora_jax.files import is_part
+from flora_jax.jsonl import read_lines
 
 COLUMNS = ("content", "text")
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 # A source file beyond this is generated or data.
 SOURCE_BYTES = 1_000_000
-# Up to so many corrupt lines are borne until the end shows their share of all.
+# With more corrupt lines than this, their share is judged before the end of the source.
 PATIENCE = 10
+# https://bford.info/cachedir/: a directory with such a file holds what a program can make again.
+CACHE_TAG, CACHE_SIGNATURE = "CACHEDIR.TAG", b"Signature: 8a477f597d28d172789f06886806bc55"
+# Libraries that log what they raise as well; a user is told once, in one line.
+CHATTY = ("datasets", "huggingface_hub")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,14 +43,18 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class Corrupt:
-    """What could not be used and why, as "FILE, line 17: not JSON: …".
+    """A part of a source that could not be used: where it is ("FILE, line 17") and why.
 
-    A ``counted`` one is a line or row, which should have been text; a picture among source files is
-    none.
+    A ``counted`` one is a line or row of a table, which should have held text. A picture among source
+    files is not counted.
     """
 
-    place: str
+    where: str
+    reason: str
     counted: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
 
 
 def read_documents(
@@ -55,14 +65,18 @@ def read_documents(
     corrupt: list[str] | None = None,
     suffixes: tuple[str, ...] = (),
     limit_bytes: int | None = None,
+    leave_out: Collection[Path] = (),
 ) -> Iterator[Document]:
     """The documents of ``source``, always in the same order.
 
     ``source`` is a ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file; a directory that directly holds
-    such files (all are read, by name) or else source files (all below it that are not hidden, by
-    path; only those with one of ``suffixes`` where given); or, where no such path exists, a hub data
+    such files (all are read, by name) or else source files (all below it by path; only those with one
+    of ``suffixes`` where given); or, where no such path exists, a hub data
     set's "train" split as ``owner/name``, ``owner/name:configuration`` or ``owner/name:data/dir``
     (with a slash). The text is in ``column``, by default ``content`` or else ``text``.
+
+    A walk over source files leaves out what is hidden, caches (``__pycache__``, directories with a
+    ``CACHEDIR.TAG``), output that is half written, and the paths of ``leave_out`` with all below them.
 
     Lines and rows that are no UTF-8, no JSON object or have no such text are skipped, as are source
     files that are binary, no UTF-8 or over 1 MB: each is added to ``corrupt`` with its place and
@@ -78,9 +92,9 @@ def read_documents(
     if limit_bytes is not None and limit_bytes <= 0:
         return
     documents = read = 0
-    skipped: list[str] = []
-    counted: list[str] = []
-    for found in _read(source, column, suffixes):
+    skipped: list[Corrupt] = []
+    counted: list[Corrupt] = []
+    for found in _read(source, column, _Walk(suffixes, _resolved(leave_out))):
         if isinstance(found, Document):
             documents += 1
             yield found
@@ -89,26 +103,41 @@ def read_documents(
                 if read >= limit_bytes:
                     break
             continue
-        skipped.append(found.place)
+        skipped.append(found)
         if corrupt is not None:
-            corrupt.append(found.place)
+            corrupt.append(str(found))
         if found.counted:
-            counted.append(found.place)
+            counted.append(found)
             if len(counted) > PATIENCE or max_corrupt <= 0:
                 _judge(source, counted, documents, max_corrupt)
     _judge(source, counted, documents, max_corrupt)
     if not documents:
-        raise InputError(listing(f"{source}: no documents", skipped, most=5))
+        head = f"{source}: no documents"
+        raise InputError(_of_each_reason(head, skipped) if skipped else head)
 
 
-def _judge(source: str | Path, counted: list[str], documents: int, share: float) -> None:
+def _judge(source: str | Path, counted: list[Corrupt], documents: int, share: float) -> None:
     lines = documents + len(counted)
     if len(counted) > share * lines:
         head = f"{source}: {len(counted)} of {lines} lines cannot be used, over {share:.3g} of them"
-        raise InputError(listing(head, counted, most=5))
+        raise InputError(_of_each_reason(head, counted))
 
 
-def content_digest(source: str | Path, suffixes: tuple[str, ...] = ()) -> str | None:
+def _of_each_reason(head: str, problems: list[Corrupt]) -> str:
+    """One message: where each reason is found first, and how often it is found elsewhere."""
+    by_reason: dict[str, list[Corrupt]] = {}
+    for problem in problems:
+        by_reason.setdefault(problem.reason, []).append(problem)
+    shown = [
+        f"{first}" + (f" (and {len(others)} more)" if others else "")
+        for first, *others in by_reason.values()
+    ]
+    return listing(head, shown, most=5)
+
+
+def content_digest(
+    source: str | Path, suffixes: tuple[str, ...] = (), leave_out: Collection[Path] = ()
+) -> str | None:
     """SHA-256 (hex) of the names and bytes of the files that ``source`` stands for.
 
     Of a hub data set: of its name and revision; ``None`` where the hub does not tell the revision.
@@ -121,7 +150,7 @@ def content_digest(source: str | Path, suffixes: tuple[str, ...] = ()) -> str | 
         name, _ = _hub_name(source)
         revision = _hub_revision(name)
         return revision and hashlib.sha256(f"{source} {revision}".encode()).hexdigest()
-    files, tables = _files(Path(source), suffixes)
+    files, tables = _files(Path(source), _Walk(suffixes, _resolved(leave_out)))
     for name, file in files:
         try:
             content = str(file.stat().st_size)
@@ -136,14 +165,44 @@ def content_digest(source: str | Path, suffixes: tuple[str, ...] = ()) -> str | 
     return digest.hexdigest()
 
 
-def _read(
-    source: str | Path, column: str | None, suffixes: tuple[str, ...]
-) -> Iterator[Document | Corrupt]:
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """Which files below a directory are source files."""
+
+    suffixes: tuple[str, ...]
+    leave_out: frozenset[Path]
+
+    def enters(self, path: Path) -> bool:
+        return self._passes(path) and path.name != "__pycache__" and not _is_cache(path)
+
+    def takes(self, path: Path) -> bool:
+        named = not self.suffixes or path.suffix in self.suffixes
+        return named and self._passes(path) and path.is_file()
+
+    def _passes(self, path: Path) -> bool:
+        if path.name.startswith(".") or is_part(path):
+            return False
+        return not self.leave_out or path.resolve() not in self.leave_out
+
+
+def _resolved(paths: Collection[Path]) -> frozenset[Path]:
+    return frozenset(path.resolve() for path in paths)
+
+
+def _is_cache(folder: Path) -> bool:
+    try:
+        with (folder / CACHE_TAG).open("rb") as file:
+            return file.read(len(CACHE_SIGNATURE)) == CACHE_SIGNATURE
+    except OSError:
+        return False
+
+
+def _read(source: str | Path, column: str | None, walk: _Walk) -> Iterator[Document | Corrupt]:
     path = Path(source)
     if not path.exists():
         yield from _hub(str(source), column)
         return
-    files, tables = _files(path, suffixes)
+    files, tables = _files(path, walk)
     for name, file in files:
         if not tables:
             yield _source_file(name, file)
@@ -153,7 +212,7 @@ def _read(
             yield from _lines(name, file, column)
 
 
-def _files(path: Path, suffixes: tuple[str, ...]) -> tuple[list[tuple[str, Path]], bool]:
+def _files(path: Path, walk: _Walk) -> tuple[list[tuple[str, Path]], bool]:
     """The files with the names that documents get, in order, and whether they are tables."""
     if not path.is_dir():
         if not path.name.endswith(DATA_SUFFIXES):
@@ -165,9 +224,8 @@ def _files(path: Path, suffixes: tuple[str, ...]) -> tuple[list[tuple[str, Path]
         return [(file.name, file) for file in tables], True
     found = []
     for folder, folders, names in os.walk(path, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files = (Path(folder, name) for name in names if not name.startswith("."))
-        found += [p for p in files if p.is_file() and (not suffixes or p.suffix in suffixes)]
+        folders[:] = [name for name in folders if walk.enters(Path(folder, name))]
+        found += [file for name in names if walk.takes(file := Path(folder, name))]
     return [(file.relative_to(path).as_posix(), file) for file in sorted(found)], False
 
 
@@ -178,42 +236,25 @@ def _refuse(error: OSError) -> None:
 def _source_file(name: str, file: Path) -> Document | Corrupt:
     try:
         if (size := file.stat().st_size) > SOURCE_BYTES:
-            return Corrupt(f"{name}: {size} bytes, at most {SOURCE_BYTES} are read", False)
+            return Corrupt(name, f"{size} bytes, at most {SOURCE_BYTES} are read", False)
         raw = file.read_bytes()
         if b"\0" in raw:
-            return Corrupt(f"{name}: binary, has a zero byte", False)
+            return Corrupt(name, "binary, has a zero byte", False)
         return Document(name, raw.decode("utf-8"))
     except UnicodeDecodeError as error:
-        return Corrupt(f"{name}: not UTF-8 at byte {error.start}", False)
+        return Corrupt(name, f"not UTF-8 at byte {error.start}", False)
     except OSError as error:
-        return Corrupt(f"{name}: {error.strerror}", False)
+        return Corrupt(name, str(error.strerror), False)
 
 
 def _lines(name: str, file: Path, column: str | None) -> Iterator[Document | Corrupt]:
-    number = 0
-    with gzip.open(file) if name.endswith(".gz") else file.open("rb") as lines:
+    for line in read_lines(file):
         try:
-            for line in lines:
-                number += 1
-                if not line.strip():
-                    continue
-                try:
-                    yield Document(f"{name}:{number}", _text(_parse(line.strip()), column))
-                except ValueError as error:
-                    yield Corrupt(f"{name}, line {number}: {error}")
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InputError(f"{file}: damaged after line {number}: {error}") from None
-
-
-def _parse(line: bytes) -> object:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at character {error.pos}") from None
-    except RecursionError:
-        raise ValueError("not JSON that can be read: nested too deeply") from None
+            if line.problem is not None:
+                raise ValueError(line.problem)
+            yield Document(f"{name}:{line.number}", _text(line.value, column))
+        except ValueError as error:
+            yield Corrupt(f"{name}, line {line.number}", str(error))
 
 
 def _text(record: object, column: str | None) -> str:
@@ -238,7 +279,9 @@ def _column(columns: Iterable[str], wanted: str | None) -> str:
             return name
     expected = " or ".join(map(repr, COLUMNS if wanted is None else (wanted,)))
     shown = ", ".join(map(repr, found[:20])) or "none"
-    raise ValueError(f"no column {expected}; the columns are {shown}")
+    raise ValueError(
+        f"no column {expected}; the columns are {shown}; --text-column NAME reads another"
+    )
 
 
 def _parquet(name: str, file: Path, column: str | None) -> Iterator[Document | Corrupt]:
@@ -253,7 +296,40 @@ def _hub(source: str, column: str | None) -> Iterator[Document | Corrupt]:
     if part:
         options = {"data_dir": part.rstrip("/")} if "/" in part else {"name": part}
     broken = f"{source}: no such file or directory, and not reachable as a data set of the hub"
+    _reach_hub(name, broken)
     return _rows(source, column, broken, name, options)
+
+
+def _reach_hub(name: str, broken: str) -> None:
+    """Raises ``InputError`` where the network does not answer: the library would retry for 30 s."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:  # What its caches have may still be read.
+        return
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except HfHubHTTPError:
+        pass  # It answers; reading the data set tells what is wrong.
+    except Exception as error:
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(
+            f"{broken}: {cause}; HF_HUB_OFFLINE=1 reads what is in its cache"
+        ) from None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps libraries from logging the errors that they raise."""
+    loggers = [logging.getLogger(name) for name in CHATTY]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def _rows(
@@ -264,12 +340,13 @@ def _rows(
     datasets.disable_progress_bars()
     number = 0
     try:
-        rows: Any = datasets.load_dataset(path, split="train", streaming=True, **options)
-        if rows.column_names is not None:
-            rows = rows.select_columns([_present(name, rows.column_names, column)])
-        for row in rows:
-            number += 1
-            yield _row(name, number, row, column)
+        with _quiet():
+            rows: Any = datasets.load_dataset(path, split="train", streaming=True, **options)
+            if rows.column_names is not None:
+                rows = rows.select_columns([_present(name, rows.column_names, column)])
+            for row in rows:
+                number += 1
+                yield _row(name, number, row, column)
     except InputError:
         raise
     except Exception as error:  # Files, the network, and several libraries of their own errors.
@@ -288,7 +365,7 @@ def _row(name: str, number: int, row: object, column: str | None) -> Document | 
     try:
         return Document(f"{name}:{number}", _text(row, column))
     except ValueError as error:
-        return Corrupt(f"{name}, row {number}: {error}")
+        return Corrupt(f"{name}, row {number}", str(error))
 
 
 def _hub_name(source: str | Path) -> tuple[str, str]:

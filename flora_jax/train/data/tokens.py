@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from flora_jax.errors import InputError
 from flora_jax.files import whole_path
+from flora_jax.terminal import progress
 from flora_jax.train.data.documents import Document, content_digest, read_documents
 from flora_jax.train.data.packing import PackedTokens
 
@@ -35,8 +36,8 @@ def tokenize(
     *,
     column: str | None = None,
     cache: Path | None = None,
-    limit_bytes: int | None = None,
-    progress: Progress | None = None,
+    leave_out: Collection[Path] = (),
+    watch: Progress | None = None,
     max_corrupt: float = 0.01,
 ) -> tuple[PackedTokens, list[str]]:
     """The documents of ``source`` (see :func:`.documents.read_documents`) as packed tokens, and the
@@ -44,8 +45,9 @@ def tokenize(
 
     ``tokenizer`` is a ``tokenizers.Tokenizer``; each document is closed by ``end_id``. ``cache`` is
     a directory (``None``: nothing is kept) for a file whose name is a hash of the data's content, the
-    tokenizer, ``end_id``, ``column`` and the limits; a damaged one is made anew. A hub data set is
-    kept by its revision, where the hub tells it. ``progress(documents, bytes)`` is called with what
+    tokenizer, ``end_id``, ``column`` and ``max_corrupt``; a damaged one is made anew. A hub data set is
+    kept by its revision, where the hub tells it. Neither ``cache`` nor ``leave_out`` is read where they
+    lie in a directory of source files. ``watch(documents, bytes)`` is called with what
     is tokenised so far; not at all where the cache has it.
 
     Raises:
@@ -54,16 +56,18 @@ def tokenize(
     if tokenizer.truncation is not None or tokenizer.padding is not None:
         raise InputError("the tokenizer is set to cut or to pad, which would spoil documents")
     kept = None
-    if cache is not None and (digest := content_digest(source)) is not None:
-        parts = [FORMAT, digest, tokenizer.to_str(), end_id, column, limit_bytes, max_corrupt]
+    if cache is not None:
+        leave_out = [*leave_out, cache]
+    if cache is not None and (digest := content_digest(source, leave_out=leave_out)) is not None:
+        parts = [FORMAT, digest, tokenizer.to_str(), end_id, column, max_corrupt]
         kept = Path(cache) / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npz"
         if (found := _load_whole(kept)) is not None:
             return found
     skipped: list[str] = []
     documents = read_documents(
-        source, column=column, max_corrupt=max_corrupt, corrupt=skipped, limit_bytes=limit_bytes
+        source, column=column, max_corrupt=max_corrupt, corrupt=skipped, leave_out=leave_out
     )
-    packed = pack(documents, tokenizer, end_id, progress)
+    packed = pack(documents, tokenizer, end_id, watch)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         save_packed(kept, packed, skipped)
@@ -71,7 +75,7 @@ def tokenize(
 
 
 def pack(
-    documents: Iterable[Document], tokenizer: Any, end_id: int, progress: Progress | None = None
+    documents: Iterable[Document], tokenizer: Any, end_id: int, watch: Progress | None = None
 ) -> PackedTokens:
     """The documents' tokens end to end, each closed by ``end_id``; uint16 where all ids fit."""
     highest = max([end_id, *tokenizer.get_vocab().values()])
@@ -84,8 +88,8 @@ def pack(
         pieces += [np.array([*encoding.ids, end_id], dtype) for encoding in encodings]
         names += [document.name for document in texts]
         text_bytes += sum(len(document.text.encode()) for document in texts)
-        if progress is not None:
-            progress(len(names), text_bytes)
+        if watch is not None:
+            watch(len(names), text_bytes)
     # The empty first piece makes every sum of lengths before a document one of the list.
     starts = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)[:-1]
     return PackedTokens(np.concatenate(pieces), starts, tuple(names), text_bytes)
@@ -107,20 +111,10 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 @contextlib.contextmanager
 def tokenizing() -> Iterator[Progress]:
     """A line on the terminal with how much of a source is tokenised, gone at the end."""
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-    from rich.progress import SpinnerColumn, TextColumn
-
-    columns = SpinnerColumn(), TextColumn("{task.description}")
-    console = Console(stderr=True)
-    with Bar(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=None)
-
-        def show(documents: int, size: int) -> None:
-            text = f"tokenised {documents:,} documents, {size / 1e6:.1f} MB"
-            bar.update(task, description=text)
-
-        yield show
+    with progress("reading") as bar:
+        yield lambda documents, size: bar.show(
+            documents, note=f"documents tokenised, {size / 1e6:.1f} MB"
+        )
 
 
 def piece_bytes(tokenizer: Any, size: int = 0) -> np.ndarray:

@@ -89,18 +89,56 @@ def test_a_damaged_table_is_named(data_sets, tmp_path, caplog):
     table.write_bytes(raw[: len(raw) // 2])
     with pytest.raises(InputError, match=r"d\.parquet: damaged \(after row 0\): ArrowInvalid"):
         texts(table)
+    assert not caplog.records
+
+
+def test_a_column_that_no_line_has_is_told_once_with_the_option(tmp_path):
+    path = write_lines(tmp_path / "d.jsonl", [{"code": "a"}] * 3 + [{"code": "b", "x": 1}, b"["])
+    with pytest.raises(InputError) as caught:
+        texts(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: 5 of 5 lines cannot be used")
+    assert "d.jsonl, line 1: no column 'content' or 'text'; the columns are 'code'; " in message
+    assert "--text-column NAME reads another (and 2 more)" in message
+    assert "line 2" not in message
+    assert "line 4: no column" in message
+    assert "line 5: malformed JSON" in message
+
+
+def test_a_walk_leaves_out_caches_half_written_output_and_what_it_is_told_to(tmp_path):
+    files = {
+        "a.py": b"1", "b/c.py": b"2", "out/perl/README.md": b"no", "b/run/card.md": b"no",
+        "b/__pycache__/c.pyc": b"no", "perl.1a2b3c4d.part/README.md": b"no", "x.npz.1a.part": b"no",
+        "cache/CACHEDIR.TAG": b"Signature: 8a477f597d28d172789f06886806bc55\n", "cache/d.py": b"no",
+        "other/CACHEDIR.TAG": b"no signature", "other/e.py": b"3",
+    }  # fmt: skip
+    for name, raw in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(raw)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    leave_out = [tmp_path / "link", tmp_path / "b" / ".." / "b" / "run"]
+    names = [name for name, _ in named(tmp_path, leave_out=leave_out)]
+    assert names == ["a.py", "b/c.py", "other/CACHEDIR.TAG", "other/e.py"]
+    before = content_digest(tmp_path, leave_out=leave_out)
+    (tmp_path / "out" / "metrics.txt").write_text("more")
+    assert content_digest(tmp_path, leave_out=leave_out) == before
+    assert content_digest(tmp_path) != before
 
 
 BAD = [
-    (b"{", "not JSON: Expecting property name enclosed in double quotes at character 1"),
-    (b"[]", "not an object but of type list"),
-    (b"3", "not an object but of type int"),
-    (b'"content"', "not an object but of type str"),
+    (b"{", "malformed JSON: Expecting property name enclosed in double quotes at character 1"),
+    (b"[]", "found a list, expected an object"),
+    (b"3", "found a number, expected an object"),
+    (b'"content"', "found a string, expected an object"),
     (b"\xff", "not UTF-8 at byte 0"),
-    (b"[" * 200_000, "not JSON that can be read: nested too deeply"),
+    (b"[" * 200_000, "malformed JSON: nested too deeply"),
+    (b'{"text": "a", "text": "b"}', "key 'text' is given twice"),
     (b'{"text": "\\ud83d"}', "'text' has half a surrogate pair at 0"),
-    ({"path": "x"}, "no column 'content' or 'text'; the columns are 'path'"),
-    ({}, "no column 'content' or 'text'; the columns are none"),
+    (
+        {"path": "x"},
+        "no column 'content' or 'text'; the columns are 'path'; --text-column NAME reads another",
+    ),
+    ({}, "no column 'content' or 'text'; the columns are none; --text-column NAME reads another"),
     ({"content": None, "text": "a"}, "'content' is of type NoneType, expected a string"),
     ({"text": 3}, "'text' is of type int, expected a string"),
 ]
@@ -135,15 +173,16 @@ def test_more_than_the_share_of_corrupt_lines_stops(corrupt, share, stops, seed,
     else:
         with pytest.raises(InputError) as caught:
             texts(path, max_corrupt=share, corrupt=skipped)
-        for number in numbers[:5]:
-            assert f"d.jsonl.gz, line {number}: not JSON" in str(caught.value)
+        first, *others = numbers
+        assert f"d.jsonl.gz, line {first}: malformed JSON" in str(caught.value)
+        assert not others or f"(and {len(others)} more)" in str(caught.value)
     assert [int(place.split("line ")[1].split(":")[0]) for place in skipped] == numbers
 
 
 def test_a_hopeless_file_stops_before_its_end(tmp_path):
     path = write_lines(tmp_path / "d.jsonl", [{"text": "a"}] * 500 + [b"{"] * 500)
     skipped = []
-    with pytest.raises(InputError, match=r"11 of 511 lines cannot be used.*; and 6 more"):
+    with pytest.raises(InputError, match=r"11 of 511 lines cannot be used.*\(and 10 more\)$"):
         texts(path, corrupt=skipped)
     assert len(skipped) == 11
 
@@ -224,7 +263,7 @@ def test_a_directory_with_data_files_is_read_from_these(data_sets, tmp_path):
         ("a.parquet:1", "0"), ("a.parquet:2", "1"), ("b.jsonl:1", "2"), ("c.jsonl.gz:1", "3"),
     ]  # fmt: skip
     assert len(skipped) == 1
-    assert skipped[0].startswith("b.jsonl, line 2: not JSON")
+    assert skipped[0].startswith("b.jsonl, line 2: malformed JSON")
 
 
 @pytest.mark.parametrize("lines", [[], [b""], [b"{"]])
@@ -233,7 +272,7 @@ def test_no_document_at_all_is_an_error(lines, tmp_path):
     with pytest.raises(InputError, match=r"d\.jsonl: no documents"):
         texts(path, max_corrupt=1.0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"empty: no documents"):
+    with pytest.raises(InputError, match=r"empty: no documents$"):
         texts(tmp_path / "empty")
 
 
@@ -321,6 +360,34 @@ def test_a_hub_that_fails_is_one_error_with_its_cause(after, data_sets, monkeypa
         "bigcode/the-stack-dedup:data/perl: no such file or directory, and not reachable as a data "
         f"set of the hub (after row {after}): ConnectionError: line broke"
     )
+
+
+def test_a_network_that_does_not_answer_is_told_at_once(data_sets, monkeypatch, caplog):
+    import huggingface_hub
+
+    class Api:
+        def dataset_info(self, name, timeout):
+            raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(
+        InputError, match=r"^owner/name: no such file .*: no route to host; HF_HUB_O"
+    ):
+        texts("owner/name")
+    assert not caplog.records
+
+
+def test_a_table_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "d.jsonl", RECORDS)
+    path.chmod(0)
+
+    def refusing(*_):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refusing)
+    with pytest.raises(InputError, match=r"d\.jsonl: cannot be read: Permission denied$"):
+        texts(path)
 
 
 def test_the_hub_is_not_reachable_offline(data_sets):

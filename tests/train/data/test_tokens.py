@@ -105,7 +105,6 @@ def test_whatever_decides_the_tokens_makes_another_file(source, packings, tmp_pa
     changed = [
         lambda: tokenize(source, tokenizer, 1, **options),
         lambda: tokenize(source, tokenizer, 0, column="code", **options),
-        lambda: tokenize(source, tokenizer, 0, limit_bytes=10, **options),
         lambda: tokenize(source, tokenizer, 0, **options | {"max_corrupt": 0.4}),
         lambda: tokenizer.add_tokens(["dos"]) and tokenize(source, tokenizer, 0, **options),
         lambda: (
@@ -128,7 +127,7 @@ def test_without_a_cache_nothing_is_kept(source, packings, tmp_path):
 
 
 def test_a_source_of_unknown_revision_is_not_kept(packings, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "content_digest", lambda source: None)
+    monkeypatch.setattr(module, "content_digest", lambda source, **_: None)
     monkeypatch.setattr(module, "read_documents", lambda source, **_: documents(TEXTS))
     for _ in range(2):
         tokenize("owner/name", byte_tokenizer(), 0, cache=tmp_path / "cache")
