@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flora_jax.adapters.registry import TRAITS
 from flora_jax.cli.common import Overwrite
 from flora_jax.errors import InputError
 from flora_jax.files import require_file
@@ -30,7 +31,7 @@ def layer(
     outputs: Annotated[int | None, typer.Option(help="Features in place of a preset's.")] = None,
     kinds: Annotated[
         str, typer.Option(help="Comma-separated; Eq. 7 needs flora and lora.")
-    ] = "base,lora,flora,ia3,hira",
+    ] = ",".join(("base", *TRAITS)),
     forms: Annotated[
         str, typer.Option(help="Comma-separated.")
     ] = "einsum,vmap,batched,ragged,merged",

@@ -16,7 +16,7 @@ from flora_jax.files import require_file
 from flora_jax.terminal import say
 
 if TYPE_CHECKING:
-    from flora_jax.bench.serving.workload import WorkloadOptions
+    pass
 
 Model = Annotated[str | None, typer.Argument(help=MODEL_HELP)]
 Preset = Annotated[
@@ -107,14 +107,12 @@ def throughput(
     overwrite: Overwrite = False,
 ) -> None:
     """Tokens a second where all requests are there at once, each with a random adapter."""
-    from flora_jax.bench.serving.workload import WorkloadOptions
-
     lines = Run(
         model=model, preset=preset, kind=kind, rank=rank, ranks=ranks, targets=targets, dtype=dtype,
         max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
         decode_steps=decode_steps, resident_adapters=resident_adapters, limits=limits,
         output=output, plot=plot, overwrite=overwrite,
-        workload=WorkloadOptions(
+        workload=dict(
             num_prompts=num_prompts, scale=scale, lengths=lengths, min_total=min_total,
             max_total=max_total, adapter_distribution=adapter_distribution,
             num_adapters=num_adapters, seed=seed,
@@ -163,7 +161,6 @@ def latency(
 ) -> None:
     """Latencies in milliseconds where requests arrive in real time, each with a random adapter."""
     from flora_jax.bench.serving.latency_metrics import parse_goodput
-    from flora_jax.bench.serving.workload import WorkloadOptions
 
     if max_concurrency is not None and max_concurrency < 1:
         raise InputError(f"--max-concurrency is {max_concurrency}, expected at least 1")
@@ -178,7 +175,7 @@ def latency(
         max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
         decode_steps=decode_steps, resident_adapters=resident_adapters, limits=False,
         output=output, plot=plot, overwrite=overwrite,
-        workload=WorkloadOptions(
+        workload=dict(
             num_prompts=num_prompts, scale=scale, lengths=lengths, min_total=min_total,
             max_total=max_total, adapter_distribution=adapter_distribution,
             num_adapters=num_adapters, seed=seed, request_rate=_rate(request_rate),
@@ -215,7 +212,7 @@ class Run:
     output: Path | None
     plot: Path | None
     overwrite: bool
-    workload: WorkloadOptions
+    workload: dict[str, Any]
 
     def measure(
         self, benchmark: Literal["throughput", "latency"], asked: dict[str, Any]
@@ -236,8 +233,9 @@ class Run:
         prepare_jax()
         from flora_jax.bench.receipts import machine, report, shares
         from flora_jax.bench.serving import setup
+        from flora_jax.bench.serving.workload import WorkloadOptions
 
-        options = self.workload
+        options = WorkloadOptions(**self.workload)
         targets = None if self.targets is None else tuple(self.targets.split(","))
         contenders = [
             setup.Contender(self.kind, number, targets)
@@ -279,8 +277,8 @@ class Run:
         for name, value, default in (
             ("targets", self.targets, None),
             ("resident-adapters", self.resident_adapters, None),
-            ("num-adapters", self.workload.num_adapters, None),
-            ("adapter-distribution", self.workload.adapter_distribution, "distinct"),
+            ("num-adapters", self.workload["num_adapters"], None),
+            ("adapter-distribution", self.workload["adapter_distribution"], "distinct"),
         ):
             if value != default:
                 raise InputError(f"--{name} is {value}, expected none with --kind none")

@@ -37,8 +37,8 @@ def throughput(monkeypatch, tmp_path):
     monkeypatch.setitem(script.PLANS, "mini", script.Plan(**PLAN, sequential_ranks=(1,),
                                                           sequential_prompts=3))  # fmt: skip
 
-    def measure(benchmark, model, contender, workload, options, *_):
-        script.calls.append((contender.kind, contender.rank, len(workload.requests)))
+    def measure(model, contender, asked):
+        script.calls.append((contender.kind, contender.rank, len(asked.workload.requests)))
         rate = CAPACITY / (1 + contender.rank)
         names = ("request_throughput", "output_throughput", "total_token_throughput")
         about = {"kind": contender.kind, "rank": contender.rank, "failed": 0}

@@ -59,6 +59,7 @@ def test_an_adapter_of_another_width_is_named_with_both_shapes(kind, tmp_path):
     message = error_of(folder, projections=wider)
     expected = {
         "lora": "lora_B.weight: found shape (12, 2), expected (24, 2)",
+        "dora": "lora_magnitude_vector: found shape (12,), expected (24,)",
         "hira": "hira_A: found shape (2, 8), expected (2, 16)",
         "flora": "flora_A: found shape (2, 12), expected (2, 24)",
         "ia3": "mlp.c_proj.ia3_l: found shape (1, 20), expected (1, 40)",
@@ -157,7 +158,7 @@ def test_a_folder_in_use_is_never_overwritten_and_no_draft_is_left(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="exists already, and is not an empty directory"):
         write_adapter(adapter, tmp_path / "file")
-    with pytest.raises(AdapterError, match="cannot be written"):
+    with pytest.raises(InputError, match="below: cannot be written to"):
         write_adapter(adapter, tmp_path / "file" / "below")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "empty", "file"]
 

@@ -8,6 +8,7 @@ an adapter of its own. A program has as many calls as the platform needs, see ``
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, cast
@@ -248,7 +249,15 @@ class Programs:
         size = self.options.inputs, self.options.outputs
         made = build_bank(named, {TARGET: size}, 1, lambda layer, target: self.base[1])
         pairs = jax.tree.map(jnp.asarray, list_pairs(made, list(named))[TARGET])
-        banks = device_loop.several(made.layers[0][TARGET], self.sets)
+        if KINDS[kind].needs_weight:  # Each set's components belong to its own weight.
+            factors = device_loop.several({n: a.layers for n, a in named.items()}, self.sets)
+            banks = []
+            for layers, (W, _) in zip(factors, self._bases):
+                own = {n: dataclasses.replace(a, layers=layers[n]) for n, a in named.items()}
+                bank = build_bank(own, {TARGET: size}, 1, lambda *_, W=W: W)
+                banks.append(bank.layers[0][TARGET])
+        else:
+            banks = device_loop.several(made.layers[0][TARGET], self.sets)
         self.held += _bytes((pairs, banks))
 
         def ragged(x_BTI: jax.Array, bank: Any, W_IO: Any, bias_O: Any, pairs: Any) -> jax.Array:

@@ -227,7 +227,7 @@ def test_the_command_measures_everything_and_says_on_what(dtype, tmp_path):
         (["--ranks", "1,x"], "--ranks is '1,x', expected numbers"),
         (["--ranks", "4,0"], "--ranks is 4,0, expected different ranks from 1 up"),
         (["--ranks", "4,4"], "--ranks is 4,4, expected different"),
-        (["--kinds", "flora,dora"], "--kinds is flora,dora, expected of base, lora"),
+        (["--kinds", "flora,vera"], "--kinds is flora,vera, expected of base, lora"),
         (["--forms", "bmm"], "--forms is bmm, expected of einsum"),
         (["--dtype", "float8"], "--dtype is float8, expected of float32"),
         (["--quantize", "int2"], "--quantize is int2, expected of none, int8, int4"),
@@ -297,7 +297,7 @@ def test_measured_limits_bound_a_time():
 
 def test_describing_a_machine_and_reading_the_command_line_need_no_jax():
     code = (
-        "import sys, flora_jax.cli.bench; from flora_jax.bench import machine, report; "
+        "import sys, flora_jax.cli.bench; from flora_jax.bench.receipts import machine, report; "
         "found = machine.describe(); machine.versions(); machine.command(); "
         "print(found['devices'], *({'jax', 'jaxlib', 'numpy', 'matplotlib'} & set(sys.modules)))"
     )

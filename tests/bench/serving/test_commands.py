@@ -122,7 +122,7 @@ def test_the_baselines_run(kind, program, tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--kind", "dora"], "--kind is 'dora', expected one of flora, lora"),
+        (["--kind", "vera"], "--kind is 'vera', expected one of lora, flora"),
         (["--rank", "0"], "--rank is 0, expected at least 1"),
         (["--kind", "ia3", "--rank", "2"], "--rank is 2, expected 1 with --kind ia3"),
         (["--kind", "none", "--rank", "2"], "--rank is 2, expected none with --kind none"),
