@@ -1,4 +1,4 @@
-"""What the README shows is run as written."""
+"""What the README and the guides show is run as written."""
 
 import json
 import os
@@ -15,8 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+# The examples' programs compile longer than they run.
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+
+def blocks(language, page="README.md"):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def run(command, directory, **environment):
@@ -30,25 +34,38 @@ def run(command, directory, **environment):
     return done
 
 
-def test_the_library_examples_and_the_command_work_together(tmp_path):
-    # The examples' programs compile longer than they run.
-    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    for source in blocks("python"):
-        run([sys.executable, "-c", source], tmp_path, **quick)
+def test_the_lines_of_python_run_as_they_stand(tmp_path):
+    (source,) = blocks("python")
+    done = run([sys.executable, "-c", source], tmp_path, **QUICK)
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["None", "perl", "lua"]
+
+
+def test_the_lines_of_shell_run_as_they_stand(tmp_path):
+    (tmp_path / "some.py").write_text("x = 1\n" * 500)
     (command,) = [block for block in blocks("sh") if "flora-jax generate" in block]
-    run(["bash", "-euc", command], tmp_path, **quick)
+    run(["bash", "-euc", command], tmp_path, **QUICK)
     lines = (tmp_path / "completions.jsonl").read_text().splitlines()
-    completions = [json.loads(line) for line in lines]
-    assert [c["adapter"] for c in completions] == [None, "mine", "mine", None]
-    # A fresh adapter is the identity: the greedy rows agree.
-    assert completions[0]["token_ids"] == completions[1]["token_ids"]
+    assert [json.loads(line)["adapter"] for line in lines] == ["perl", None]
+    config = json.loads((tmp_path / "runs/mine/mine/adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"]) == ("FLORA", 2)
+
+
+def test_the_guides_requests_are_completed_under_their_adapters(tmp_path):
+    (command,) = [
+        block for block in blocks("sh", "docs/guides/serve.md") if "flora-jax generate" in block
+    ]
+    run(["bash", "-euc", command], tmp_path, **QUICK)
+    lines = (tmp_path / "completions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["adapter"] for line in lines] == [None, "perl", "perl", None]
 
 
 def test_the_training_example_leaves_two_adapters_and_goes_on_when_told_to(tmp_path):
     for name in ("flora_jax", "tests", "convert"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (command,) = [block for block in blocks("sh") if "flora-jax train" in block]
-    cached = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    (command,) = [
+        block for block in blocks("sh", "docs/guides/train.md") if "flora-jax train" in block
+    ]
+    cached = {"XDG_CACHE_HOME": str(tmp_path / "cache"), **QUICK}
     done = run(["bash", "-euc", command], tmp_path, **cached)
     assert "nothing to do" in done.stderr
     lines = (tmp_path / "runs/two/metrics.jsonl").read_text().splitlines()
@@ -56,6 +73,10 @@ def test_the_training_example_leaves_two_adapters_and_goes_on_when_told_to(tmp_p
     for name in ("library", "tests"):
         config = json.loads((tmp_path / "runs/two" / name / "adapter_config.json").read_text())
         assert (config["peft_type"], config["r"]) == ("FLORA", 2)
+
+
+def test_the_readme_is_one_page():
+    assert len(README.splitlines()) <= 120
 
 
 def test_the_demo_checks_every_row_against_itself_alone(tmp_path):
