@@ -19,7 +19,7 @@ class Platform:
     Args:
         name: as ``jax.default_backend()`` has it.
         decode_attention: of :data:`flora_jax.models.cached_attention.IMPLEMENTATIONS`.
-        prompt_attention: the same for pieces of prompts; "cudnn" falls back to "gather" where cuDNN
+        prompt_attention: the same for chunks of prompts; "cudnn" falls back to "gather" where cuDNN
             does not take the dtype or the heads.
         training_attention: of :data:`flora_jax.models.attention.IMPLEMENTATIONS`; "cudnn" falls back
             to "einsum" likewise.
@@ -33,10 +33,10 @@ class Platform:
             does not tell) or "digits" (four bits at a time, no sort).
         values_as_trip_counts: attention's trip count is a value, so one span does for all lengths.
         padded_rows: decode dispatches of up to so many rows have one shape.
-        chunk: tokens of a short piece of a prompt.
-        pieces: short pieces of one prefill dispatch at most.
-        merged_from: tokens of a piece from which explicit weights are cheaper than further products.
-        long_pieces: whether ``chunk · pieces`` tokens of one prompt make a shape of their own.
+        chunk: tokens of a short chunk of a prompt.
+        prefill_chunks: short chunks of one prefill dispatch at most.
+        merged_from: tokens of a chunk from which explicit weights are cheaper than further products.
+        long_chunks: whether ``chunk · prefill_chunks`` tokens of one prompt make a shape of their own.
         few_shapes: fewer, larger shapes instead of the closest.
         steps_while_waiting: of a decode dispatch while prompts wait.
         head_numbers: logits of one chunk of the training loss at most.
@@ -61,9 +61,9 @@ class Platform:
     values_as_trip_counts: bool
     padded_rows: int
     chunk: int
-    pieces: int
+    prefill_chunks: int
     merged_from: int
-    long_pieces: bool
+    long_chunks: bool
     few_shapes: bool
     steps_while_waiting: int
     head_numbers: int
@@ -77,8 +77,8 @@ class Platform:
         """The choices for a job whose requests all run at once, with prompts of up to ``longest`` tokens:
         compiling for the closest shapes would take longer than what they save.
         """
-        long_pieces = self.long_pieces and longest >= self.chunk * self.pieces
-        return dataclasses.replace(self, few_shapes=True, long_pieces=long_pieces)
+        long_chunks = self.long_chunks and longest >= self.chunk * self.prefill_chunks
+        return dataclasses.replace(self, few_shapes=True, long_chunks=long_chunks)
 
     def additive(self, activations: Any) -> Any:
         """The dtype of the bank's additive vectors for a model of such activations."""
@@ -99,9 +99,9 @@ CPU = Platform(
     values_as_trip_counts=True,
     padded_rows=1,
     chunk=64,
-    pieces=4,
+    prefill_chunks=4,
     merged_from=1,
-    long_pieces=True,
+    long_chunks=True,
     few_shapes=False,
     steps_while_waiting=1,
     head_numbers=1 << 24,
@@ -125,10 +125,10 @@ GPU = Platform(
     sampling="digits",  # a top-k of 256 is a full sort there: 15 kernels, 0.15 ms a step
     values_as_trip_counts=False,  # the host would be asked before every trip
     padded_rows=128,  # below some 128 rows a step waits for the weights alone
-    chunk=512,  # a piece of 256 tokens reads 31 GB of weights at 15B for 12 ms of arithmetic
-    pieces=4,
+    chunk=512,  # a chunk of 256 tokens reads 31 GB of weights at 15B for 12 ms of arithmetic
+    prefill_chunks=4,
     merged_from=64,  # equal there at rank 8 on c_attn of 15B
-    long_pieces=False,
+    long_chunks=False,
     few_shapes=True,  # a program takes some 15 s to compile
     steps_while_waiting=4,
     head_numbers=1 << 26,

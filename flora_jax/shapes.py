@@ -4,7 +4,7 @@ A name such as ``x_BTI`` lists its array's axes:
 
     B  rows of the batch (one request each)     T  tokens of this call
     S  positions of the key/value cache         V  vocabulary
-    L  pages of the key/value cache             M  pages of one row, padded
+    L  blocks of the key/value cache            M  blocks of one row, padded
     D  model width                              F  inner width of the MLP
     H  query heads                              G  key/value heads
     Q  query heads per key/value head           K  width of one head

@@ -34,7 +34,7 @@ def stage(own: Stage, words: list[str]) -> None:
         """A rig and its chunk, once through; or why there is none."""
         try:
             options = EngineOptions(
-                max_num_seqs=1, max_model_len=length, chunk=length, pieces=1,
+                max_num_seqs=1, max_model_len=length, chunk=length, prefill_chunks=1,
                 max_num_batched_tokens=length + 1,
             )  # fmt: skip
             rig = engines.Rig(model, text, options, engines.variant(attention, own.rehearse))

@@ -58,15 +58,15 @@ def fails(attention: str, config: AttentionConfig, dtype: Any, length: int) -> s
 
 
 def fails_on_cache(
-    attention: str, config: AttentionConfig, dtype: Any, length: int, span: int, page: int
+    attention: str, config: AttentionConfig, dtype: Any, length: int, span: int, block_size: int
 ) -> str | None:
-    """The same over a cache, for pieces of ``length`` tokens and tables of ``span`` positions.
+    """The same over a cache, for chunks of ``length`` tokens and tables of ``span`` positions.
 
     Results of two rows that end at different places are compared with those of "gather".
     """
     rng = np.random.default_rng(0)
-    width = -(-span // page)
-    shape = (_ROWS * width, page, config.kv_heads, config.head_dim)
+    width = -(-span // block_size)
+    shape = (_ROWS * width, block_size, config.kv_heads, config.head_dim)
     cache = LayerCache(*(jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for _ in "kv"))
     table_BM = rng.permutation(_ROWS * width).reshape(_ROWS, width).astype(np.int32)
     q_shape = (_ROWS, length, config.n_head, config.head_dim)

@@ -1,8 +1,8 @@
-"""The key/value cache: pages of a few positions that rows own, as a pytree that a step donates.
+"""The key/value cache: blocks of a few positions that rows own, as a pytree that a step donates.
 
-Every layer has a pool of pages of its own; a row's table says which page holds which of its positions,
+Every layer has a pool of blocks of its own; a row's table says which block holds which of its positions,
 the same in all layers. Buffers are per layer, not stacked: a scan over a stacked cache makes XLA copy
-and double-buffer it. Who owns which page is the caller's affair. Knows nothing of tokens or adapters.
+and double-buffer it. Who owns which block is the caller's affair. Knows nothing of tokens or adapters.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ NOWHERE = -1
 class Paging:
     """Where the positions of a batch's rows lie, the same in every layer.
 
-    ``table [B, M]``, int32: the page of positions ``m·S`` to ``m·S + S - 1``; a number outside the
-    pool where there is none. ``blocks``: how many key blocks of the table attention looks at, an int32
+    ``table [B, M]``, int32: the block of positions ``m·S`` to ``m·S + S - 1``; a number outside the
+    pool where there is none. ``stretches``: how many stretches of keys attention looks at, an int32
     scalar; ``None`` is all of them, with a trip count that is known when compiling. ``attention``: a name
     of :data:`flora_jax.models.cached_attention.IMPLEMENTATIONS`, static.
     """
 
     table_BM: Any
-    blocks: Any = None
+    stretches: Any = None
     attention: str = dataclasses.field(default="loop", metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
-    """Keys and values of one layer, ``[L, S, G, K]`` each: ``L`` pages of ``S`` positions."""
+    """Keys and values of one layer, ``[L, S, G, K]`` each: ``L`` blocks of ``S`` positions."""
 
     k_LSGK: jax.Array
     v_LSGK: jax.Array
@@ -47,30 +47,32 @@ class LayerCache:
     def write(
         self, k_BTGK: jax.Array, v_BTGK: jax.Array, positions_BT: jax.Array, paging: Paging
     ) -> LayerCache:
-        """Stores keys and values at their positions; those without a page are dropped."""
-        pages, page = self.k_LSGK.shape[:2]
+        """Stores keys and values at their positions; those without a block are dropped."""
+        blocks, block = self.k_LSGK.shape[:2]
         width = paging.table_BM.shape[1]
-        at_BT = positions_BT // page
-        page_BT = jnp.take_along_axis(paging.table_BM, jnp.clip(at_BT, 0, width - 1), axis=1)
-        placed_BT = (positions_BT >= 0) & (at_BT < width) & (page_BT >= 0)
+        at_BT = positions_BT // block
+        block_BT = jnp.take_along_axis(paging.table_BM, jnp.clip(at_BT, 0, width - 1), axis=1)
+        placed_BT = (positions_BT >= 0) & (at_BT < width) & (block_BT >= 0)
         # Numbers past the pool, each once: a scatter of unique places has no order that could matter, and
         # a GPU told to be deterministic needs no sort.
-        nowhere_BT = pages + jnp.arange(page_BT.size, dtype=page_BT.dtype).reshape(page_BT.shape)
-        page_BT = jnp.where(placed_BT, page_BT, nowhere_BT)
-        slot_BT = positions_BT % page
+        nowhere_BT = blocks + jnp.arange(block_BT.size, dtype=block_BT.dtype).reshape(
+            block_BT.shape
+        )
+        block_BT = jnp.where(placed_BT, block_BT, nowhere_BT)
+        slot_BT = positions_BT % block
 
         def put(pool_LSGK: jax.Array, new_BTGK: jax.Array) -> jax.Array:
-            place = pool_LSGK.at[page_BT, slot_BT]
+            place = pool_LSGK.at[block_BT, slot_BT]
             return place.set(new_BTGK, mode="drop", unique_indices=True)
 
         return LayerCache(put(self.k_LSGK, k_BTGK), put(self.v_LSGK, v_BTGK))
 
-    def read(self, page_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values ``[B, M·S, G, K]`` of some pages; zeros where a number is no page."""
-        batch = page_BM.shape[0]
+    def read(self, block_BM: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values ``[B, M·S, G, K]`` of some blocks; zeros where a number is no block."""
+        batch = block_BM.shape[0]
 
         def get(pool_LSGK: jax.Array) -> jax.Array:
-            own = pool_LSGK.at[page_BM].get(mode="fill", fill_value=0)
+            own = pool_LSGK.at[block_BM].get(mode="fill", fill_value=0)
             return own.reshape(batch, -1, *own.shape[3:])
 
         return get(self.k_LSGK), get(self.v_LSGK)
@@ -79,17 +81,17 @@ class LayerCache:
 Cache = list[LayerCache]
 
 
-def init_cache(config: ModelConfig, pages: int, page: int, dtype: Any) -> Cache:
-    """Empty pools of ``pages`` pages of ``page`` positions for every layer."""
-    shape = (pages, page, config.kv_heads, config.head_dim)
+def init_cache(config: ModelConfig, blocks: int, block: int, dtype: Any) -> Cache:
+    """Empty pools of ``blocks`` blocks of ``block`` positions for every layer."""
+    shape = (blocks, block, config.kv_heads, config.head_dim)
     return [
         LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layer)
     ]
 
 
-def contiguous(rows: int, length: int, page: int) -> Paging:
-    """A table that gives each of ``rows`` rows the next pages of a pool, for ``length`` positions."""
-    width = -(-length // page)
+def contiguous(rows: int, length: int, block: int) -> Paging:
+    """A table that gives each of ``rows`` rows the next blocks of a pool, for ``length`` positions."""
+    width = -(-length // block)
     return Paging(jnp.asarray(np.arange(rows * width, dtype=np.int32).reshape(rows, width)))
 
 

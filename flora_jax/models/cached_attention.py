@@ -1,7 +1,7 @@
 """Attention over the paged cache, in one implementation for every way that a platform wants it.
 
 All of them see the cached positions up to each token's own and give ``[B, T, D]`` in the queries' dtype.
-What stands in a page from an earlier owner never reaches a result, not even multiplied by zero (it could
+What stands in a block from an earlier owner never reaches a result, not even multiplied by zero (it could
 be NaN). ``Paging.attention`` names the one to use. Knows nothing of parameters, adapters or platforms.
 """
 
@@ -19,7 +19,7 @@ from flora_jax.models.family import AttentionConfig
 
 # Positions of one step over a cached row's keys. Fixed, and longer rows take more steps, so that what a
 # row sees is added up in the same order whatever the longest row of its batch is.
-KEY_BLOCK = 128
+KEY_STRETCH = 128
 
 
 def attend_cached(
@@ -44,31 +44,31 @@ def _loop(
     positions_BT: jax.Array,
     config: AttentionConfig,
 ) -> jax.Array:
-    """Keys in blocks of :data:`KEY_BLOCK` positions with a running maximum and sum.
+    """Keys in stretches of :data:`KEY_STRETCH` positions with a running maximum and sum.
 
-    Memory does not grow with the length, and a block behind a row's last position changes none of the
-    row's bits. Right for a CPU; a GPU pays nine kernels for every block.
+    Memory does not grow with the length, and a stretch behind a row's last position changes none of the
+    row's bits. Right for a CPU; a GPU pays nine kernels for every stretch.
     """
     batch, length, heads, head_dim = q_BTHK.shape
-    page, groups = cache.k_LSGK.shape[1:3]
+    block, groups = cache.k_LSGK.shape[1:3]
     dtype = q_BTHK.dtype
     wide, scale, late = softmax_options(dtype, config)
     q_BGXK = queries_as_rows(q_BTHK, groups, 1.0 if late else scale)
     width = paging.table_BM.shape[1]
-    pages = min(width, _block_pages(page))
-    blocks = -(-width // pages)
+    blocks = min(width, _blocks_of_stretch(block))
+    stretches = -(-width // blocks)
     table_BM = jnp.pad(
         paging.table_BM,
-        ((0, 0), (0, blocks * pages - width)),
+        ((0, 0), (0, stretches * blocks - width)),
         constant_values=cache.k_LSGK.shape[0],
     )
     last_B = jnp.max(positions_BT, axis=1)
 
     def step(number: int | jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         most_BGX, sum_BGX, out_BGXK = carry
-        start = jnp.asarray(number, jnp.int32) * pages
-        k_BSGK, v_BSGK = cache.read(jax.lax.dynamic_slice_in_dim(table_BM, start, pages, axis=1))
-        at_S = start * page + jnp.arange(pages * page)
+        start = jnp.asarray(number, jnp.int32) * blocks
+        k_BSGK, v_BSGK = cache.read(jax.lax.dynamic_slice_in_dim(table_BM, start, blocks, axis=1))
+        at_S = start * block + jnp.arange(blocks * block)
         v_BSGK = jnp.where((at_S[None] <= last_B[:, None])[:, :, None, None], v_BSGK, 0)
         scores = jnp.einsum("bgxk,bsgk->bgxs", q_BGXK, k_BSGK, preferred_element_type=wide)
         if late:
@@ -94,10 +94,12 @@ def _loop(
         jnp.zeros(rows),
         jnp.zeros((*rows, head_dim)),
     )
-    if blocks == 1:
+    if stretches == 1:
         carry = step(0, carry)
     else:
-        looked_at = blocks if paging.blocks is None else jnp.minimum(paging.blocks, blocks)
+        looked_at = (
+            stretches if paging.stretches is None else jnp.minimum(paging.stretches, stretches)
+        )
         carry = jax.lax.fori_loop(0, looked_at, step, carry)
     _, sum_BGX, out_BGXK = carry
     out_BGXK = out_BGXK / jnp.maximum(sum_BGX, jnp.finfo(jnp.float32).tiny)[..., None]
@@ -192,10 +194,10 @@ def _seen_by_rows(at_S: jax.Array, positions_BT: jax.Array, shared: int) -> jax.
     return jnp.tile(seen_BTS, (1, shared, 1))[:, None]
 
 
-def key_blocks(length: int, page: int) -> int:
-    """How many steps the loop takes over so many positions in pages of such a size."""
-    return -(-length // (_block_pages(page) * page))
+def key_stretches(length: int, block: int) -> int:
+    """How many steps the loop takes over so many positions in blocks of such a size."""
+    return -(-length // (_blocks_of_stretch(block) * block))
 
 
-def _block_pages(page: int) -> int:
-    return max(1, KEY_BLOCK // page)
+def _blocks_of_stretch(block: int) -> int:
+    return max(1, KEY_STRETCH // block)

@@ -86,14 +86,14 @@ def cache_bytes_per_position(setting: Setting) -> int:
     return 2 * config.n_layer * setting.split_kv_heads * config.head_dim * setting.itemsize
 
 
-def pages(setting: Setting) -> int:
+def blocks(setting: Setting) -> int:
     """Pages of the cache, with room for every sequence's whole context."""
-    return setting.max_num_seqs * -(-setting.context // setting.page)
+    return setting.max_num_seqs * -(-setting.context // setting.block_size)
 
 
 def cache_bytes(setting: Setting) -> int:
     """Bytes of the state of the steps: the cache, and a few dozen bytes a row."""
-    cache = pages(setting) * setting.page * cache_bytes_per_position(setting)
+    cache = blocks(setting) * setting.block_size * cache_bytes_per_position(setting)
     return cache + setting.max_num_seqs * _ROW_BYTES
 
 
@@ -147,7 +147,7 @@ def _prefill_temporaries(setting: Setting) -> int:
 
 
 def _padded_context(setting: Setting) -> int:
-    return -(-setting.context // setting.page) * setting.page
+    return -(-setting.context // setting.block_size) * setting.block_size
 
 
 def prefill_tokens(setting: Setting) -> int:
@@ -156,8 +156,8 @@ def prefill_tokens(setting: Setting) -> int:
 
 
 def prefill_rows(setting: Setting) -> int:
-    """Pieces of the largest prefill dispatch."""
-    return GPU.pieces
+    """Chunks of the largest prefill dispatch."""
+    return GPU.prefill_chunks
 
 
 def needed(setting: Setting) -> Bytes:
@@ -194,7 +194,7 @@ def largest(setting: Setting, most: int = 1 << 20) -> Largest:
     left = usable_bytes(setting) - (found.peak - found.cache)
     left -= setting.max_num_seqs * _ROW_BYTES
     positions = max(0, left) // cache_bytes_per_position(setting)
-    return Largest(low, positions // setting.page * setting.page)
+    return Largest(low, positions // setting.block_size * setting.block_size)
 
 
 def memory_fraction(setting: Setting) -> float | None:

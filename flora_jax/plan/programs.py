@@ -45,7 +45,10 @@ class Residents:
 def options_of(setting: Setting, **more: Any) -> EngineOptions:
     """The engine's options."""
     return EngineOptions(
-        max_num_seqs=setting.max_num_seqs, max_model_len=setting.context, page=setting.page, **more
+        max_num_seqs=setting.max_num_seqs,
+        max_model_len=setting.context,
+        block_size=setting.block_size,
+        **more,
     )
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 from flora_jax.plan.roofline import (
     DEFAULT,
     KERNELS_A_TRIP,
-    KEY_BLOCK,
+    KEY_STRETCH,
     Terms,
     Ways,
     Work,
@@ -44,7 +44,7 @@ def prefill(setting: Setting, rows: int, length: int, span: int, ways: Ways = DE
 
     Args:
         setting: model, card, adapters.
-        rows: pieces.
+        rows: chunks.
         length: tokens of each.
         span: positions that attention looks at.
         ways: implementations.
@@ -126,8 +126,8 @@ def _prompt_attention(setting: Setting, rows: int, length: int, span: int, name:
             + (gathered + mask) / card.bandwidth
         )
     if name == "loop":
-        trips = -(-span // KEY_BLOCK)
-        block = 4.0 * tokens * heads * max(KEY_BLOCK, config.head_dim)
+        trips = -(-span // KEY_STRETCH)
+        block = 4.0 * tokens * heads * max(KEY_STRETCH, config.head_dim)
         moved = _LOOP_PASSES * block / card.bandwidth
         return trips * max(moved, 1e-6 * KERNELS_A_TRIP * card.launch_us)
     scores, rate = tokens * heads * span, product_rate(setting)

@@ -41,7 +41,7 @@ from flora_jax.platforms import GPU
 
 Lora = Literal["fused", "bmm"]
 KERNELS_A_TRIP = 9
-KEY_BLOCK = 128
+KEY_STRETCH = 128
 # Further components that a row's sum adds in one pass; beyond two passes, a loop of two kernels.
 _GROUP = 8
 _SUM_KERNELS = 2
@@ -137,7 +137,7 @@ def launches(setting: Setting, span: int, work: Work, ways: Ways = DEFAULT) -> t
     layers = setting.config.n_layer
     kernels, graphs = kernels_a_layer(setting, work, ways), 0.0
     if ways.attention == "loop":
-        trips = -(-span // KEY_BLOCK)
+        trips = -(-span // KEY_STRETCH)
         kernels += trips * KERNELS_A_TRIP
         graphs += 1 + trips if trips > 1 else 0
     groups = sum(

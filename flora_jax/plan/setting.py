@@ -40,7 +40,7 @@ class Setting:
         max_num_seqs: sequences that run at once.
         max_model_len: prompt and output together; the model's positions where it is ``None``.
         resident_adapters: on the device; ``max_num_seqs`` where it is ``None``.
-        page: positions of a cache page.
+        block_size: positions of a block of the cache.
 
     Raises:
         InputError: a value that no engine can have.
@@ -58,7 +58,7 @@ class Setting:
     max_num_seqs: int = 16
     max_model_len: int | None = None
     resident_adapters: int | None = None
-    page: int = 16
+    block_size: int = 16
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEMSIZE:
@@ -146,7 +146,7 @@ class Setting:
 
     @property
     def prompt_attention(self) -> str:
-        """The implementation for pieces of prompts: cuDNN takes 16 bits and heads of up to 128."""
+        """The implementation for chunks of prompts: cuDNN takes 16 bits and heads of up to 128."""
         size = self.config.head_dim
         if GPU.prompt_attention == "cudnn" and (self.itemsize != 2 or size % 8 or size > 128):
             return "gather"

@@ -20,7 +20,7 @@ from flora_jax.mixing.ragged import Pairs
 from flora_jax.models.attention import cudnn_refuses
 from flora_jax.models.attention_trial import fails_on_cache
 from flora_jax.models.cache import Paging
-from flora_jax.models.cached_attention import OTHERWISE, key_blocks
+from flora_jax.models.cached_attention import OTHERWISE, key_stretches
 from flora_jax.models.model import Model, definition_of, leaves_of
 from flora_jax.platforms import Platform
 from flora_jax.serve import steps
@@ -114,7 +114,9 @@ class Device:
         leaf = model.embedding
         self.dtype, self._place = leaf.dtype, _replicated(leaf) if allocate else None
         self.definition, self.leaves = definition_of(model), leaves_of(model)
-        make = partial(init_state, model.config, self.rows, self.blocks, options.page, self.dtype)
+        make = partial(
+            init_state, model.config, self.rows, self.blocks, options.block_size, self.dtype
+        )
         state = self.beside_parameters(make()) if allocate else jax.eval_shape(make)
         self.cache, self.state_rows = state.cache, state.rows
         self._compiler_options = platform.invariant_options if options.batch_invariant else ()
@@ -137,8 +139,8 @@ class Device:
             if name in OTHERWISE:
                 why = cudnn_refuses(config, self.dtype, lattice.short)
                 if why is None and allocate:
-                    page = self.options.page
-                    why = fails_on_cache(name, config, self.dtype, length, span, page)
+                    size = self.options.block_size
+                    why = fails_on_cache(name, config, self.dtype, length, span, size)
             if why is None:
                 return name, "; ".join(reasons) or None
             reasons.append(f"{name}: {why}")
@@ -300,12 +302,16 @@ class Device:
     def _paging(
         self, sequences: Sequence[Scheduled], rows: int, span: int, longest: int, attention: str
     ) -> Paging:
-        width = -(-span // self.options.page)
+        width = -(-span // self.options.block_size)
         table_BM = np.full((rows, width), self.blocks, np.int32)
         for row, sequence in enumerate(sequences):
             own = sequence.blocks[:width]
             table_BM[row, : len(own)] = own
-        trips = np.int32(key_blocks(longest, self.options.page)) if self.lattice.dynamic else None
+        trips = (
+            np.int32(key_stretches(longest, self.options.block_size))
+            if self.lattice.dynamic
+            else None
+        )
         return Paging(table_BM, trips, attention)
 
     def _entries(self, entering: Sequence[Scheduled | None], count: int) -> Entries:

@@ -227,7 +227,7 @@ class Engine:
         own = self._check(request)
         ids, params = request.prompt_token_ids, request.sampling_params
         budget = min(params.max_tokens, self.max_model_len - len(ids))
-        most = self.device.blocks * self.options.page
+        most = self.device.blocks * self.options.block_size
         if len(ids) + budget > most:
             raise InputError(
                 f"{request.label}: {len(ids)} tokens and {budget} more, the cache holds {most}"
@@ -472,7 +472,7 @@ def bounds_of(lattice: Lattice, options: EngineOptions, platform: Platform, bloc
     return Bounds(
         rows=options.max_num_seqs,
         blocks=blocks,
-        block=options.page,
+        block=options.block_size,
         chunk=lattice.short,
         long_chunk=lattice.long,
         chunks=lattice.chunks[-1],

@@ -81,15 +81,15 @@ class Lattice:
         sizes = options.on(platform)
         self.rows = sizes.row_buckets
         self.budget = sizes.max_num_batched_tokens
-        self.chunks = tuple(sorted({1, sizes.pieces}))
+        self.chunks = tuple(sorted({1, sizes.prefill_chunks}))
         if options.batch_invariant:
-            self.chunks = (sizes.pieces,)
+            self.chunks = (sizes.prefill_chunks,)
         self.short = min(sizes.chunk, context)
         self.merged = options.merge_prompts and self.short >= platform.merged_from
         self.long = self.short
-        if platform.long_pieces:
-            self.long = min(sizes.chunk * sizes.pieces, context)
-        self.width = -(-context // options.page)
+        if platform.long_chunks:
+            self.long = min(sizes.chunk * sizes.prefill_chunks, context)
+        self.width = -(-context // options.block_size)
         one_span = self.dynamic or options.batch_invariant
         self.spans = (context,) if one_span else _spans(context, 512)
         self.prompt_spans = self.spans

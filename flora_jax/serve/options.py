@@ -21,16 +21,16 @@ class EngineOptions:
     Args:
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: tokens of one iteration; longer prompts are prefilled over several. A
-            long chunk is never cut, so there may be up to ``chunk · pieces - 1`` more. ``None`` is 2,048,
-            and enough for the largest dispatch of prompts beside all rows.
+            long chunk is never cut, so there may be up to ``chunk · prefill_chunks - 1`` more. ``None``
+            is 2,048, and enough for the largest dispatch of prompts beside all rows.
         max_model_len: prompt and output together; the model's context where it is ``None``.
         cache_tokens: positions of the key/value cache over all sequences; room for ``max_num_seqs``
             sequences of ``max_model_len`` where it is ``None``. With less, sequences are preempted when
             it is full.
-        page: positions of a block of the cache.
-        chunk: tokens of a short chunk of a prompt; a long one has ``chunk · pieces``. ``None`` is what
-            the platform wants.
-        pieces: short chunks of one prefill dispatch at most; ``None`` likewise.
+        block_size: positions of a block of the cache.
+        chunk: tokens of a short chunk of a prompt; a long one has ``chunk · prefill_chunks``. ``None``
+            is what the platform wants.
+        prefill_chunks: short chunks of one prefill dispatch at most; ``None`` likewise.
         decode_steps: tokens a row may draw in one dispatch while nobody waits.
         row_buckets: numbers of rows that a decode dispatch is padded to; ``max_num_seqs`` is always
             one, and ``None`` adds it divided by powers of four where the platform gains by it.
@@ -58,9 +58,9 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     cache_tokens: int | None = None
-    page: int = 16
+    block_size: int = 16
     chunk: int | None = None
-    pieces: int | None = None
+    prefill_chunks: int | None = None
     decode_steps: int = 16
     row_buckets: tuple[int, ...] | None = None
     resident_adapters: int | None = None
@@ -75,10 +75,10 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         least = {
-            "max_num_seqs": 1, "page": 1, "chunk": 1, "pieces": 1, "decode_steps": 1,
+            "max_num_seqs": 1, "block_size": 1, "chunk": 1, "prefill_chunks": 1, "decode_steps": 1,
             "max_num_batched_tokens": self.max_num_seqs + (self.chunk or LEAST_CHUNK),
             "resident_adapters": 1,
-            "max_model_len": 1, "cache_tokens": self.page, "max_components": 1,
+            "max_model_len": 1, "cache_tokens": self.block_size, "max_components": 1,
             "host_adapter_bytes": 0, "adapter_readers": 1, "seed": 0,
         }  # fmt: skip
         for name, bound in least.items():
@@ -96,8 +96,8 @@ class EngineOptions:
     def cache_blocks(self, context: int) -> int:
         """Blocks of the cache of an engine whose longest sequence has ``context`` positions."""
         if self.cache_tokens is not None:
-            return -(-self.cache_tokens // self.page)
-        return self.max_num_seqs * -(-context // self.page)
+            return -(-self.cache_tokens // self.block_size)
+        return self.max_num_seqs * -(-context // self.block_size)
 
     def on(self, platform: Platform) -> Sizes:
         """The sizes that a platform chooses where the options leave it to it."""
@@ -105,10 +105,10 @@ class EngineOptions:
         chunk = self.chunk or platform.chunk
         if budget is not None and self.chunk is None:
             chunk = min(chunk, budget - rows)
-        pieces = self.pieces or platform.pieces
+        together = self.prefill_chunks or platform.prefill_chunks
         if budget is None:
-            budget = max(2048, chunk * pieces + rows)
-        return Sizes(chunk, pieces, budget, self._buckets(platform))
+            budget = max(2048, chunk * together + rows)
+        return Sizes(chunk, together, budget, self._buckets(platform))
 
     def _buckets(self, platform: Platform) -> tuple[int, ...]:
         most = self.max_num_seqs
@@ -124,11 +124,11 @@ class EngineOptions:
 
 
 class Sizes(NamedTuple):
-    """``chunk``, ``pieces`` and ``max_num_batched_tokens`` as they are used, and the numbers of rows that
-    a decode dispatch is padded to, ascending.
+    """``chunk``, ``prefill_chunks`` and ``max_num_batched_tokens`` as they are used, and the numbers of
+    rows that a decode dispatch is padded to, ascending.
     """
 
     chunk: int
-    pieces: int
+    prefill_chunks: int
     max_num_batched_tokens: int
     row_buckets: tuple[int, ...]

@@ -9,6 +9,7 @@ from flora_jax.adapters import KINDS, kind_of
 from flora_jax.adapters.model_adapter import abstract_adapter
 from flora_jax.adapters.registry import TRAITS
 from flora_jax.peft.format import FORMATS
+from tests.helpers.random_adapters import projections_of
 
 PACKAGE = Path(__file__).resolve().parents[2] / "flora_jax"
 CLASSES = {kind.type.__name__ for kind in KINDS.values()}
@@ -84,7 +85,7 @@ def test_a_kinds_modules_are_found_by_its_name(name):
     kind, own_format = KINDS[name], FORMATS[name]
     assert (kind.name, own_format.kind, kind.traits.name) == (name, name, name)
     rank = kind.traits.rank(2)
-    adapter = abstract_adapter(name, {"attn.c_attn": (6, 4)}, 1, rank=rank)
+    adapter = abstract_adapter(name, projections_of({"attn.c_attn": (6, 4)}), 1, rank=rank)
     params = adapter.layers[0]["attn.c_attn"]
     assert kind_of(params) is kind
     assert kind.rank(params) == rank

@@ -18,7 +18,7 @@ CONFIG = StarCoderConfig(
 )  # fmt: skip
 TARGETS = ("attn.c_attn", "mlp.c_proj")
 OPTIONS = EngineOptions(
-    max_num_seqs=4, max_num_batched_tokens=40, chunk=8, pieces=2, page=4, cache_tokens=128,
+    max_num_seqs=4, max_num_batched_tokens=40, chunk=8, prefill_chunks=2, block_size=4, cache_tokens=128,
     decode_steps=5, resident_adapters=2, host_adapter_bytes=20_000, batch_invariant=True,
 )  # fmt: skip
 # Two contents for each name: schedules replace one by the other.

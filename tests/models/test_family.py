@@ -113,7 +113,7 @@ def test_rows_of_one_batch_draw_what_the_whole_model_does_under_their_adapters(m
     adapters = {
         kind: adapter_of(kind, n, targets) for n, kind in enumerate(("lora", "flora", "ia3"))
     }
-    options = EngineOptions(max_num_seqs=5, max_model_len=24, chunk=8, page=4)
+    options = EngineOptions(max_num_seqs=5, max_model_len=24, chunk=8, block_size=4)
     rng = np.random.default_rng(0)
     requests = [
         make_request(

@@ -67,7 +67,7 @@ def test_the_cache_is_what_the_state_adds_up_to(config, rows, context):
     own = plan_of(config, max_num_seqs=rows, max_model_len=context)
     state = jax.eval_shape(
         functools.partial(
-            init_state, config, rows, memory.pages(own), own.page, jnp.dtype(own.dtype)
+            init_state, config, rows, memory.blocks(own), own.block_size, jnp.dtype(own.dtype)
         )
     )
     assert memory.cache_bytes(own) == bytes_of(state)
@@ -139,7 +139,7 @@ def test_what_is_largest_fits_and_one_more_does_not():
         beside = memory.needed(own).peak - memory.cache_bytes(own)
         room = memory.usable_bytes(own) - beside
         each = memory.cache_bytes_per_position(own)
-        assert 0 <= room - positions * each < own.page * each + 1024 * own.max_num_seqs
+        assert 0 <= room - positions * each < own.block_size * each + 1024 * own.max_num_seqs
 
 
 def test_what_does_not_fit_says_so():

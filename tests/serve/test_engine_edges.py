@@ -138,7 +138,7 @@ def test_a_request_without_room_that_is_cancelled_at_once_gets_no_update(engine)
 
 
 def test_every_row_has_room_for_the_longest_sequence_by_default():
-    engine = make_engine(max_model_len=17, page=16, cache_tokens=None)
+    engine = make_engine(max_model_len=17, block_size=16, cache_tokens=None)
     tickets = {
         engine.add(make_request(n, (5,) * 8, max_tokens=9, ignore_eos=True)) for n in range(4)
     }
@@ -149,7 +149,7 @@ def test_every_row_has_room_for_the_longest_sequence_by_default():
     assert engine.stats.preemptions == 0
 
 
-@pytest.mark.parametrize("page", [24, 96, 200])
+@pytest.mark.parametrize("block_size", [24, 96, 200])
 def test_pages_of_any_size_give_the_same_tokens(page):
     """Also where attention's blocks are not 128 positions."""
     model = init_model(dataclasses.replace(CONFIG, n_positions=400), 5)
@@ -157,7 +157,7 @@ def test_pages_of_any_size_give_the_same_tokens(page):
                       max_tokens=60, ignore_eos=True)  # fmt: skip
     found = []
     for size in (16, page):
-        options = dataclasses.replace(OPTIONS, max_num_seqs=1, page=size, cache_tokens=None)
+        options = dataclasses.replace(OPTIONS, max_num_seqs=1, block_size=size, cache_tokens=None)
         found += generate(Engine(model, options=options), [request])
     assert found[0].token_ids == found[1].token_ids
 

@@ -25,7 +25,12 @@ def engine():
         str(n): random_adapter("flora", n, CONFIG.projections(), 1, rank=1) for n in range(4)
     }
     options = EngineOptions(
-        max_num_seqs=4, chunk=8, pieces=2, page=8, decode_steps=STEPS, resident_adapters=4
+        max_num_seqs=4,
+        chunk=8,
+        prefill_chunks=2,
+        block_size=8,
+        decode_steps=STEPS,
+        resident_adapters=4,
     )
     engine = Engine(init_model(CONFIG), {"0": adapters["0"]}, options=options)
     for name in "123":
@@ -202,7 +207,7 @@ def test_mounts_that_hang_fail_their_own_requests_and_no_others(monkeypatch):
         str(n): random_adapter("flora", n, CONFIG.projections(), 1, rank=1) for n in range(2)
     }
     options = EngineOptions(
-        max_num_seqs=4, chunk=8, pieces=2, page=8, resident_adapters=4, adapter_readers=2,
+        max_num_seqs=4, chunk=8, prefill_chunks=2, block_size=8, resident_adapters=4, adapter_readers=2,
         adapter_timeout_s=0.3,
     )  # fmt: skip
     bad = [f"bad {number}" for number in range(3)]
@@ -233,7 +238,9 @@ def test_adapters_are_known_by_name_and_by_where_they_are(tmp_path):
     """In memory or in folders; preloaded without a request, forgotten while a request has them."""
     adapters = {str(n): random_adapter("flora", n, CONFIG.projections(), 1) for n in range(4)}
     write_adapter(adapters["2"], tmp_path / "2")
-    options = EngineOptions(max_num_seqs=2, chunk=8, pieces=2, page=8, resident_adapters=2)
+    options = EngineOptions(
+        max_num_seqs=2, chunk=8, prefill_chunks=2, block_size=8, resident_adapters=2
+    )
     with Engine(init_model(CONFIG), {"0": adapters["0"]}, options=options) as engine:
         assert (engine.config, engine.max_model_len) == (CONFIG, 80)
         engine.register("2", tmp_path / "2")

@@ -120,7 +120,7 @@ def test_every_row_has_the_tokens_of_torch_with_its_adapter_alone(seed, tmp_path
         )
         for index, name in enumerate(names)
     ]
-    options = EngineOptions(max_num_seqs=4, chunk=8, pieces=2, page=4, decode_steps=8)
+    options = EngineOptions(max_num_seqs=4, chunk=8, prefill_chunks=2, block_size=4, decode_steps=8)
     engine = Engine(model, adapters, options=options)
     excused = 0
     for request, completion in zip(requests, generate(engine, requests), strict=True):

@@ -165,7 +165,9 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_requests_alone(alone, tmp_pa
     assert without_id(ended[tickets["flora4"]].completion) == alone(good, content)
 
 
-@pytest.mark.parametrize("changes", [{"chunk": 16, "pieces": 3}, {"page": 16}, {"decode_steps": 1}])
+@pytest.mark.parametrize(
+    "changes", [{"chunk": 16, "prefill_chunks": 3}, {"block_size": 16}, {"decode_steps": 1}]
+)
 def test_the_layout_does_not_change_what_a_prompt_means(alone, changes):
     engine = make_engine(**changes)
     requests = [random_request(seed) for seed in range(30)]

@@ -186,7 +186,7 @@ def test_sixteen_bits_for_additive_vectors_keep_the_logits(monkeypatch):
     config = dataclasses.replace(CONFIG, n_embd=64, n_head=4, n_inner=256, initializer_range=0.1)
     adapter = random_adapter("lora", 3, config.projections(), 2, rank=8, targets=("attn.c_attn",))
     model = init_model(config, 5, jnp.float16)
-    options = EngineOptions(max_num_seqs=2, max_model_len=64, page=4)
+    options = EngineOptions(max_num_seqs=2, max_model_len=64, block_size=4)
     logits, seen, forward = {}, [], steps.forward
 
     def recorded(*arguments, **static):
@@ -214,7 +214,7 @@ def test_sixteen_bits_for_additive_vectors_keep_the_logits(monkeypatch):
 @pytest.mark.parametrize("dtype, reason", [(jnp.float32, "16-bit"), (jnp.float16, "cudnn_masked")])
 def test_attention_over_prompts_falls_back_with_the_reason(dtype, reason):
     """float32 is refused by its name, float16 on a CPU by trying."""
-    options = EngineOptions(max_num_seqs=2, max_model_len=64, page=4)
+    options = EngineOptions(max_num_seqs=2, max_model_len=64, block_size=4)
     engine = Engine(init_model(CONFIG, 5, dtype), options=options, platform=GPU)
     assert engine.device.prompt_attention == "gather"
     assert reason in engine.device.attention_note

@@ -260,7 +260,7 @@ def test_a_batchs_lists_are_those_of_its_slots_whatever_was_listed_before():
     """Also after an eviction gave the same adapters other slots."""
     pool = pool_of(3)
     versions = [pool.register(str(n), flora(n)) for n in range(5)]
-    options = EngineOptions(max_num_seqs=4, page=4, max_num_batched_tokens=99)
+    options = EngineOptions(max_num_seqs=4, block_size=4, max_num_batched_tokens=99)
     lattice = Lattice(pool, options, 64, CPU)
     rng = np.random.default_rng(0)
     seen = set()
@@ -288,7 +288,7 @@ def test_a_batch_costs_the_same_operations_among_8_and_512_resident_adapters():
         versions = [pool.register(str(n), flora(n)) for n in range(4)]
         for version in versions:
             ready(pool, version)
-        options = EngineOptions(max_num_seqs=4, page=4, max_num_batched_tokens=99)
+        options = EngineOptions(max_num_seqs=4, block_size=4, max_num_batched_tokens=99)
         lattice = Lattice(pool, options, 64, CPU)
         device = Device(init_model(CONFIG, 0), pool, lattice, options, CPU)
         shape, pairs = lattice.decode(versions, 32)

@@ -232,7 +232,7 @@ def test_generation_draws_the_tokens_of_the_weights_written_out(method):
         make_request(index, (5 + index, 9, 33, 2), adapter=name, max_tokens=12, ignore_eos=True)
         for index, name in enumerate(names)
     ]  # fmt: skip
-    options = EngineOptions(max_num_seqs=4, chunk=16, pieces=1, page=4)
+    options = EngineOptions(max_num_seqs=4, chunk=16, prefill_chunks=1, block_size=4)
     tokens = [
         [list(c.token_ids) for c in generate(Engine(m, adapters, options=options), requests)]
         for m in (model, dense(model))

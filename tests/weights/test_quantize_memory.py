@@ -60,7 +60,7 @@ def explicit_temporaries(method, layers):
 def decode_temporaries(method, layers):
     """Of a dispatch of four tokens for two rows, a loop on the device."""
     model = quantize_abstract(abstract_model(config(layers)), method)
-    options = EngineOptions(max_num_seqs=2, max_model_len=32, page=8, decode_steps=4)
+    options = EngineOptions(max_num_seqs=2, max_model_len=32, block_size=8, decode_steps=4)
     device = abstract_device(model, options, CPU, {}, 0)
     shape = DecodeShape(2, (0, 0), 32)
     call = device.decode_call(device.nothing(shape), 4, False)
