@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flora_jax.adapters.projections import match_targets
 from flora_jax.adapters.registry import TRAITS
 from flora_jax.errors import InputError
 from flora_jax.files import whole_directory
+from flora_jax.models.starcoder.config import PRESETS
 from flora_jax.train.options import make_options, read_file
 from flora_jax.train.step import make_schedule
 
@@ -25,7 +27,12 @@ def options(**values):
 
 def test_the_defaults_are_the_papers_recipe():
     found = options()
-    assert (found.steps, found.batch_size, found.rank, found.targets) == (1500, 8, 1, ("c_attn",))
+    assert (found.steps, found.batch_size, found.rank, found.targets) == (1500, 8, 1, None)
+    # No targets are PEFT's for LoRA: the paper's on its models.
+    names = PRESETS["mini"].projections().names
+    assert match_targets(names.default_targets("lora"), PRESETS["mini"].projections()) == (
+        "attn.c_attn",
+    )
     assert (found.weight_decay, found.dropout, found.seed) == (0.0, 0.0, 0)
     assert (found.schedule, found.warmup) == ("cosine", 100)
     rates = {kind: options(kind=kind).rate for kind in TRAITS}

@@ -35,6 +35,10 @@ for line in sys.stdin:
     if "wait" in order:
         print(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]), flush=True)
         continue
+    if "ended" in order:
+        kinds = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        print(int(os.waitid(os.P_PID, order["ended"], kinds) is not None), flush=True)
+        continue
     if child := os.fork():
         print(child, flush=True)
         continue
@@ -72,6 +76,13 @@ class Processes:
             arguments=["train", *map(str, arguments)], environment=environment, quick=quick,
             log=str(self.home / "log"),
         )  # fmt: skip
+
+    def wait_until(self, done, process, patience):
+        """Until something is done or the process has ended; at most ``patience`` seconds."""
+        end = time.monotonic() + patience
+        while not done() and not self._ask(ended=process):
+            assert time.monotonic() < end, (self.home / "log").read_text()
+            time.sleep(0.005)
 
     def wait(self, process):
         return self._ask(wait=process), (self.home / "log").read_text()
@@ -113,14 +124,6 @@ def newest(output):
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
-def wait_until(done, patience, log):
-    """Waits for at most ``patience`` seconds; a failure shows the ``log`` of the process."""
-    end = time.monotonic() + patience
-    while not done():
-        assert time.monotonic() < end, log.read_text()
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(kills, home, processes):
     # Without XLA's optimisations a process starts faster; the long test has them.
@@ -129,12 +132,11 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(kills, hom
     began = time.monotonic()
     processes.run(*LONG, "--output", uninterrupted, quick=quick)
     # A busy machine may be several times slower a moment later.
-    wait = functools.partial(
-        wait_until, patience=60 + 10 * (time.monotonic() - began), log=home / "log"
-    )
+    patience = 60 + 10 * (time.monotonic() - began)
     arguments, reached = [*LONG, "--output", output, "--resume"], []
     for number in range(kills):
         process = processes.start(*arguments, quick=quick)
+        wait = functools.partial(processes.wait_until, process=process, patience=patience)
         if number:
             # Some checkpoints after the one before, one perhaps half written.
             wait((output / "metrics.jsonl").exists)
