@@ -41,7 +41,7 @@ def test_the_lines_of_python_run_as_they_stand(tmp_path):
 
 
 def test_the_lines_of_shell_run_as_they_stand(tmp_path):
-    (tmp_path / "some.py").write_text("x = 1\n" * 500)
+    (tmp_path / "flora_jax").symlink_to(ROOT / "flora_jax")
     (command,) = [block for block in blocks("sh") if "flora-jax generate" in block]
     run(["bash", "-euc", command], tmp_path, **QUICK)
     lines = (tmp_path / "completions.jsonl").read_text().splitlines()

@@ -282,7 +282,7 @@ def test_cards_make_sense():
     "changes, message",
     [({"kind": "flora"}, "rank is 0"), ({"kind": "flora", "rank": -1}, "rank is -1"),
      ({"kind": "ia3", "rank": 2}, "expected 1"), ({"rank": 1}, "expected 0"),
-     ({"kind": "dora", "rank": 1}, "kind is 'dora'"), ({"dtype": "float64"}, "dtype is 'float64'"),
+     ({"kind": "vera", "rank": 1}, "kind is 'vera'"), ({"dtype": "float64"}, "dtype is 'float64'"),
      ({"quantize": "int2"}, "quantize is 'int2'"), ({"max_num_seqs": 0}, "max-num-seqs is 0"),
      ({"max_model_len": 0}, "max-model-len is 0"), ({"max_model_len": 9000}, "8192 positions"),
      ({"devices": 0}, "devices is 0"), ({"devices": 5}, "divides the 48 heads"),
