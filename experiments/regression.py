@@ -113,8 +113,8 @@ def measure(
     for program in programs.values():
         jax.block_until_ready(program())
     engines = (base, engine, unmerged)
-    for own_engine in engines:
-        own_engine.compilations.reset()
+    if not sum(own_engine.compilations.reset() for own_engine in engines):
+        raise RunError("no compilation was counted before measuring: the counter does not count")
     with progress("rounds", (rounds + 1) * len(programs)) as bar:
         times = interleaved(programs, rounds, bar.advance)
     if compiled := sum(own_engine.compilations.count for own_engine in engines):

@@ -45,6 +45,7 @@ from flora_jax.bench.receipts import report
 from flora_jax.checkpoints.checkpoint import load_model
 from flora_jax.cli.common import ASSETS, prepare_jax, say
 from flora_jax.cli.program import run_function
+from flora_jax.errors import RunError
 from flora_jax.files import require_file
 from flora_jax.models.family import ModelConfig
 from flora_jax.models.model import Model
@@ -254,7 +255,8 @@ def main(
     model = load_model(ASSETS / "mini", "float32")
     adapters = random_adapters(model.config, seed)
     engine = Engine(model, adapters, options=OPTIONS)
-    engine.warm_up()
+    if not engine.warm_up():
+        raise RunError("no compilation was counted while warming up: the counter does not count")
     memory: dict[str, int] = {"after warm-up": resident_bytes()}
     marks = {count * part // 20: f"after {5 * part} %" for part in (1, 5, 10, 15)}
 

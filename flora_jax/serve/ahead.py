@@ -48,8 +48,10 @@ class Compilations:
     def count(self) -> int:
         return _total - self._before
 
-    def reset(self) -> None:
-        self._before = _total
+    def reset(self) -> int:
+        """Starts again from 0; returns what was counted, so that a caller can see that it counts."""
+        counted, self._before = self.count, _total
+        return counted
 
 
 class Program(NamedTuple):

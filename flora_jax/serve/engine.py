@@ -119,12 +119,15 @@ class Engine:
     ) -> None:
         self.close()
 
-    def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> None:
+    def warm_up(self, progress: Callable[[str, int, int], None] | None = None) -> int:
         """Compiles every program that can be needed; ``progress`` gets the name of one that is there, how
         many are, and of how many. Resets ``compilations``, which stays 0 from here on.
+
+        Returns:
+            How many compilations were counted since the engine was made.
         """
         compile_all(self.device, progress)
-        self.compilations.reset()
+        return self.compilations.reset()
 
     @property
     def config(self) -> ModelConfig:
