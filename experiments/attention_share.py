@@ -8,7 +8,7 @@ program each, the four projections of every block with their additions, attentio
 and mixing by `attend`) and the head. Two passes: prefill, one row of so many tokens and logits for the
 last one; decode, 16 rows of one token that see so many cached positions, with keys and values of their
 own in every layer, contiguous. Shares are of the whole pass; `rest` is what the parts leave of it (layer
-norms, activation function, embedding), below zero where a part is dearer by itself than in the pass.
+norms, activation function, embedding), below zero where a part takes longer by itself than in the pass.
 `arithmetic` is attention's share of the multiplications. Results go to
 experiments/results/attention_share.json and .png.
 

@@ -239,7 +239,7 @@ def check_alone(
         ):  # fmt: skip
             ties += 1
         else:
-            wrong.append(f"request {request.request_id}: {tokens} in company, {expected} alone")
+            wrong.append(f"request {request.request_id}: {tokens} among others, {expected} alone")
     return ties, wrong
 
 

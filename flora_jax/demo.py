@@ -128,4 +128,4 @@ def _check_alone(
     )
     console.print(f"{same} of {len(requests)} rows have the same tokens as when they run alone")
     if same < len(requests):
-        raise RunError("a row's tokens depend on its company")
+        raise RunError("a row's tokens depend on its neighbours")

@@ -61,7 +61,7 @@ def generate(
         int, typer.Option(min=1, max=256, help="Requests that run at once.")
     ] = 16,
     batch_invariant: Annotated[
-        bool, typer.Option(help="A request has the same bits in any company; slower.")
+        bool, typer.Option(help="A request's bits do not depend on its neighbours; slower.")
     ] = False,
     on_error: Annotated[
         Literal["stop", "skip"],

@@ -47,7 +47,8 @@ class EngineOptions:
         merge_prompts: prompts under two or more multiplicative components go through their explicit
             weight, where chunks are long enough for the platform; else by the paper's formula (Eq. 6), as
             decoding does: more products and no weight.
-        batch_invariant: always use the largest shapes, so that a row has the same bits in any company.
+        batch_invariant: always use the largest shapes, so that a row's bits do not depend on its
+            neighbours.
         seed: of requests that have none of their own.
 
     Raises:

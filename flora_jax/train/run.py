@@ -304,7 +304,7 @@ def _read(
 
 
 def adapter_key(seed: int, name: str) -> jax.Array:
-    """Depends on the adapter's own name, so that its company does not change how it starts."""
+    """Depends on the adapter's own name, so that the others of a run do not change how it starts."""
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 

@@ -68,7 +68,7 @@ def test_one_request_takes_what_the_roofline_says():
     assert found.tpot_ms == pytest.approx(after * step_ms / 39)
 
 
-def test_dearer_adapters_serve_fewer_tokens():
+def test_more_expensive_adapters_serve_fewer_tokens():
     asked = arrivals(1, count=60)
     rates = [
         simulation(kind, rank, rows=32, ways=roofline.Ways(lora=lora)).run(asked).output_throughput

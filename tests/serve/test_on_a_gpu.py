@@ -1,4 +1,4 @@
-"""The choices for a GPU, run on a CPU: the same tokens, no company matters, few programs and copies."""
+"""The choices for a GPU, run on a CPU: the same tokens, no neighbour matters, few programs and copies."""
 
 import dataclasses
 

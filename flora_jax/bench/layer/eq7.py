@@ -104,7 +104,7 @@ def predicted_rank(found: Fit, inputs: int, outputs: int) -> float | None:
 
 
 def measured_crossing(flora: Mapping[int, float], lora: Mapping[int, float]) -> Crossing:
-    """The last rank at which FLoRA turns from cheaper to dearer, over the ranks that both have.
+    """The last rank at which FLoRA turns from cheaper to more expensive, over the ranks that both have.
 
     Between two neighbouring ranks the logarithm of the ratio of the times is taken as linear in the
     logarithm of the rank. No rank is given beyond those measured.
@@ -122,9 +122,9 @@ def measured_crossing(flora: Mapping[int, float], lora: Mapping[int, float]) -> 
         )
         return Crossing(None, words, len(turns))
     if not turns:
-        return Crossing(None, "FLoRA is dearer at every rank measured", 0)
+        return Crossing(None, "FLoRA is more expensive at every rank measured", 0)
     after = turns[-1]
     low, high = math.log(ranks[after - 1]), math.log(ranks[after])
     part = -gaps[after - 1] / (gaps[after] - gaps[after - 1])
     rank = math.exp(low + part * (high - low))
-    return Crossing(rank, "FLoRA is dearer from this rank on", len(turns))
+    return Crossing(rank, "FLoRA is more expensive from this rank on", len(turns))

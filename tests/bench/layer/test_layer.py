@@ -106,9 +106,9 @@ def test_the_fit_finds_planted_constants_and_their_crossover(seed):
 
 def test_a_crossing_is_told_only_within_the_measured_ranks():
     level = {rank: 1.0 for rank in RANKS}
-    dearer = eq7.measured_crossing({rank: 2.0 for rank in RANKS}, level)
-    assert (dearer.rank, dearer.changes) == (None, 0)
-    assert "dearer at every rank" in dearer.verdict
+    expensive = eq7.measured_crossing({rank: 2.0 for rank in RANKS}, level)
+    assert (expensive.rank, expensive.changes) == (None, 0)
+    assert "more expensive at every rank" in expensive.verdict
     # Equal at exactly rank 8 on logarithmic axes.
     assert eq7.measured_crossing({r: r / 8 for r in (2, 4, 16)}, level).rank == pytest.approx(8)
     wavy = eq7.measured_crossing({1: 2.0, 2: 0.5, 4: 2.0, 8: 0.5}, level)
