@@ -78,7 +78,7 @@ def test_hours_of_schedules(engine, alone):
 
 @pytest.mark.parametrize("merge_prompts", [True, False])
 def test_in_the_smallest_shapes_only_near_ties_differ(merge_prompts, alone):
-    """Without batch invariance rows are padded as their neighbours ask: differences are counted, and rare."""
+    """Without batch invariance rows are padded as others ask: differences are counted, and rare."""
     engine = make_engine(batch_invariant=False, merge_prompts=merge_prompts)
     found = [result for seed in range(40) for result in run_schedule(engine, seed)]
     differing = sum(completion != alone(request, content) for request, content, completion in found)
