@@ -11,8 +11,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from flora_jax import cli
+from flora_jax.checkpoints import open_checkpoint
 from flora_jax.cli import completions
-from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.peft.read import write_adapter
 from flora_jax.serve.options import EngineOptions
 from tests.helpers.byte_tokenizer import PIECES, byte_tokenizer
@@ -33,7 +33,7 @@ def home(tmp_path_factory):
     torch_model.save_pretrained(home / "bare")
     shutil.copytree(home / "bare", home / "text")
     byte_tokenizer().save(str(home / "text" / "tokenizer.json"))
-    config = StarCoderConfig.from_file(home / "bare" / "config.json")
+    config = open_checkpoint(home / "bare").config
     for name, kind in KINDS.items():
         adapter = random_adapter(kind, 1, config.projections(), 1, rank=2, targets=["mlp.c_proj"])
         write_adapter(adapter, home / name, "tiny/base")
