@@ -29,7 +29,7 @@ from flora_jax.serve.generate import run
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Completion, Request, RequestError, SamplingParams
 from flora_jax.serve.updates import Update
-from flora_jax.shipped import adapter_source, model_source
+from flora_jax.shipped import adapter_source
 
 # A text, its token ids, or a mapping with one of "prompt" and "prompt_token_ids" as in vLLM.
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -60,7 +60,7 @@ class LLM:
         dtype: str | None = None,
         quantize: Literal["int8", "int4"] | None = None,
     ):
-        opened = open_checkpoint(model_source(str(model)))
+        opened = open_checkpoint(model)
         sources = {
             name: source if isinstance(source, ModelAdapter) else adapter_source(source)
             for name, source in (adapters or {}).items()
@@ -235,7 +235,7 @@ def load_model(source: str | Path, dtype: Any = None, **options: Any) -> Model:
     """The model of a checkpoint; "mini" is shipped. For the rest see
     :func:`flora_jax.checkpoints.checkpoint.load_model`.
     """
-    return checkpoint.load_model(model_source(str(source)), dtype, **options)
+    return checkpoint.load_model(source, dtype, **options)
 
 
 def read_adapter(folder: str | Path, model: Model | ModelConfig) -> ModelAdapter:

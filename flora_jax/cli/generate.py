@@ -24,7 +24,6 @@ from flora_jax.cli.common import (
 from flora_jax.cli.completions import Output, open_output
 from flora_jax.errors import InputError
 from flora_jax.jsonl import read_lines
-from flora_jax.shipped import model_source
 from flora_jax.terminal import progress, say
 
 if TYPE_CHECKING:
@@ -139,7 +138,7 @@ def _run(job: Job, sink: Output, name: str) -> None:
     from flora_jax.checkpoints import open_checkpoint
     from flora_jax.serve.request import Limits, Reader, Request
 
-    opened = open_checkpoint(model_source(job.model))
+    opened = open_checkpoint(job.model)
     config, tokenizer = opened.config, opened.tokenizer
     adapters = read_adapters(job.adapters, config)
     limits = Limits(config.n_positions, config.vocab_size, tokenizer)

@@ -49,7 +49,7 @@ class LanguageModel(Protocol):
         """The final normalised activations ``[B, T, D]`` and the cache with these tokens in it.
 
         Without a cache a token sees the earlier positions of its own segment; segment 0 is padding.
-        With one, whose pages ``paging`` gives to the rows, it sees every cached position up to its own;
+        With one, whose blocks ``paging`` gives to the rows, it sees every cached position up to its own;
         padding stands at :data:`flora_jax.models.cache.NOWHERE`: its keys are dropped, and its own
         output means nothing.
 
