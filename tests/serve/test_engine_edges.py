@@ -150,13 +150,13 @@ def test_every_row_has_room_for_the_longest_sequence_by_default():
 
 
 @pytest.mark.parametrize("block_size", [24, 96, 200])
-def test_pages_of_any_size_give_the_same_tokens(page):
-    """Also where attention's blocks are not 128 positions."""
+def test_blocks_of_any_size_give_the_same_tokens(block_size):
+    """Also where attention's own blocks are not 128 positions."""
     model = init_model(dataclasses.replace(CONFIG, n_positions=400), 5)
     request = make_request(0, tuple(np.random.default_rng(0).integers(1, 97, 330).tolist()),
                       max_tokens=60, ignore_eos=True)  # fmt: skip
     found = []
-    for size in (16, page):
+    for size in (16, block_size):
         options = dataclasses.replace(OPTIONS, max_num_seqs=1, block_size=size, cache_tokens=None)
         found += generate(Engine(model, options=options), [request])
     assert found[0].token_ids == found[1].token_ids

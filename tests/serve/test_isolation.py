@@ -171,7 +171,7 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_requests_alone(alone, tmp_pa
 def test_the_layout_does_not_change_what_a_prompt_means(alone, changes):
     engine = make_engine(**changes)
     requests = [random_request(seed) for seed in range(30)]
-    requests = [r for r in requests if not r.temperature]
+    requests = [r for r in requests if not r.sampling_params.temperature]
     for name in NAMES:
         engine.register(name, CONTENTS[name, 0])
     for request, completion in zip(requests, generate(engine, requests), strict=True):
