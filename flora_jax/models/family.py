@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 # in values only.
 FAMILIES: dict[str, str] = {
     "gpt_bigcode": "flora_jax.models.starcoder",
+    "starcoder2": "flora_jax.models.starcoder2",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_PARAMETERS = 10**13
