@@ -1,6 +1,7 @@
 """Attention over the paged cache, in one implementation for every way that a platform wants it.
 
-All of them see the cached positions up to each token's own and give ``[B, T, H·K]`` in the queries' dtype.
+All of them see the cached positions up to each token's own and give ``[B, T, H·K]`` in the queries'
+dtype.
 What stands in a block from an earlier owner never reaches a result, not even multiplied by zero (it could
 be NaN). ``Paging.attention`` names the one to use. Knows nothing of parameters, adapters or platforms.
 """

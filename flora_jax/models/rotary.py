@@ -37,8 +37,8 @@ def plain_frequencies(base: float, dim: int) -> np.ndarray:
 class Scaling:
     """How positions are turned: plainly, or changed for longer contexts. This one is plain.
 
-    The fields of a scaling are those of transformers' ``rope_parameters``; ``original_max_position_embeddings``
-    is the context that the model was first trained with.
+    The fields of a scaling are those of transformers' ``rope_parameters``. Among them
+    ``original_max_position_embeddings`` is the context that the model was first trained with.
     """
 
     rope_type: ClassVar[str] = "default"
@@ -212,15 +212,25 @@ def read_rotary(raw: Mapping[str, Any], positions: int, base: float = 10000.0) -
             another, or a rotation of a part of the head only.
     """
     given, where = _given(raw)
-    theta = _one_of({"rope_theta": raw.get("rope_theta"), f"{where}.rope_theta": given.pop("rope_theta", None)})
+    theta = _one_of(
+        {"rope_theta": raw.get("rope_theta"), f"{where}.rope_theta": given.pop("rope_theta", None)}
+    )
     base = _number("rope_theta", base if theta is None else theta)
     part = _one_of(
-        {name: fields.get("partial_rotary_factor") for name, fields in (("config", raw), (where, given))}
+        {
+            name: fields.get("partial_rotary_factor")
+            for name, fields in (("config", raw), (where, given))
+        }
     )
     given.pop("partial_rotary_factor", None)
     if part not in (None, 1.0):
         raise InputError(f"partial_rotary_factor is {part!r}, only 1.0 is supported")
-    kind = _one_of({f"{where}.rope_type": given.pop("rope_type", None), f"{where}.type": given.pop("type", None)})
+    kind = _one_of(
+        {
+            f"{where}.rope_type": given.pop("rope_type", None),
+            f"{where}.type": given.pop("type", None),
+        }
+    )
     kind = "default" if kind is None else kind
     if not isinstance(kind, str) or kind not in SCALINGS:
         raise InputError(f"{where}.rope_type is {kind!r}, expected one of {', '.join(SCALINGS)}")

@@ -54,7 +54,9 @@ def rotation(positions_BT: jax.Array, rotary: Rotary, head_dim: int, dtype: Any)
     turned = positions_BT[:, :, None, None].astype(jnp.float32)
     radians = turned * rotary.frequencies(head_dim)[None, None, None]
     amplitude = jnp.float32(rotary.scaling.amplitude())
-    return (jnp.cos(radians) * amplitude).astype(dtype), (jnp.sin(radians) * amplitude).astype(dtype)
+    return (jnp.cos(radians) * amplitude).astype(dtype), (jnp.sin(radians) * amplitude).astype(
+        dtype
+    )
 
 
 def rotate(x_BTHK: jax.Array, turn: Rotation) -> jax.Array:
