@@ -127,10 +127,11 @@ def test_a_configuration_is_written_as_transformers_reads_it(changes):
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_he"),
         ({"num_attention_heads": 5}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0, expected a positive integer"),
-        ({"head_dim": 7}, "head_dim 7 is not a multiple of the pairs that are turned, 2"),
+        ({"head_dim": 7}, "head_dim is 7, expected an even number"),
         ({"norm_epsilon": 0}, "norm_epsilon is 0, expected above 0"),
         ({"rope_scaling": {"type": "longrope"}}, "rope_type is 'longrope'"),
         ({"n_inner": 3}, "fields of unknown effect: n_inner=3"),
+        ({"rotary": {}}, "fields of unknown effect: rotary={}"),
     ],
 )
 def test_an_unsupported_configuration_is_refused_by_name(change, message):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from flora_jax.adapters.projections import ModuleNames, Projections
+from flora_jax.errors import InputError
 from flora_jax.models.config_fields import (
     ACTIVATIONS,
     Fields,
@@ -39,6 +40,7 @@ _FIELDS = Fields(
     )
     | ROTARY_FIELDS,
     kept=("attention_dropout", "embedding_dropout", "residual_dropout"),
+    derived=frozenset(("rotary",)),
 )
 # Sizes by name, and what they are sizes of.
 _SIZES = {
@@ -107,7 +109,11 @@ class StarCoder2Config:
             "num_attention_heads", self.num_attention_heads,
             "num_key_value_heads", self.num_key_value_heads,
         )  # fmt: skip
-        check_multiple("head_dim", self.head_dim, "the pairs that are turned,", 2)
+        if self.head_dim % 2:
+            raise InputError(
+                f"config: head_dim is {self.head_dim}, expected an even number: rotary positions turn "
+                "pairs"
+            )
         check_positive("norm_epsilon", self.norm_epsilon)
         check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
         if self.sliding_window is not None:
@@ -184,6 +190,7 @@ class StarCoder2Config:
                 check_multiple("hidden_size", width, "num_attention_heads", heads)
                 values["head_dim"] = width // heads
             positions = values.get("max_position_embeddings", cls.max_position_embeddings)
+            check_size("max_position_embeddings", positions, "positions")
             return cls(**values, rotary=read_rotary(raw, positions))
 
     def to_dict(self) -> dict[str, Any]:
