@@ -129,7 +129,6 @@ FAMILY_WORDS = (
     "starcoder",
     "gate_proj",
     "embed_tokens",
-    "llama",
 )
 REGISTRY = "flora_jax.models.family"
 
@@ -183,7 +182,7 @@ def test_a_family_knows_nothing_of_another(folder):
         'TARGET = "attn.c_attn"',
         "def f(model: StarCoder): ...",
         "def f(wte): ...",
-        "def f(config):\n    return config.rotary if llama else None",
+        "def f(params):\n    return params.embed_tokens",
         'def f():\n    """Says nothing."""\n    return f"{1}transformer.h"',
     ],
 )
