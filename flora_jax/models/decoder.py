@@ -100,7 +100,7 @@ class Decoder(nnx.Module):
         """The parts, under whatever names the family's checkpoints have."""
         raise NotImplementedError
 
-    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """What enters the first block, ``[B, T, D]``; positions may lie outside the model's."""
         return self.parts().embedding_VD[tokens_BT]
 
@@ -128,7 +128,7 @@ class Decoder(nnx.Module):
             assert paging is not None
             seen = paging
         places = Places(positions_BT, seen, self.rotation(positions_BT))
-        x_BTD = self.embed(tokens_BT, positions_BT)
+        x_BTD = self.embedded(tokens_BT, positions_BT)
         layers: list[LayerCache] = []
         parts = self.parts()
         for number, block in enumerate(parts.blocks):

@@ -120,7 +120,7 @@ class StarCoder(Decoder):
         own = None if self.config.tie_word_embeddings else self.lm_head[...]
         return Parts(self.wte.embedding[...], self.h, self.ln_f, own)
 
-    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The tokens' embedding and that of their positions."""
         at_BT = jnp.clip(positions_BT, 0, self.config.n_positions - 1)
         return self.wte.embedding[...][tokens_BT] + self.wpe.embedding[...][at_BT]
