@@ -31,6 +31,7 @@ FAMILIES: dict[str, str] = {
     "mistral": "flora_jax.models.llama",
     "qwen2": "flora_jax.models.llama",
     "qwen3": "flora_jax.models.llama",
+    "starcoder2": "flora_jax.models.starcoder2",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_PARAMETERS = 10**13

@@ -31,7 +31,7 @@ def tiny_torch_model(seed: int = 0, **overrides: Any) -> GPTBigCodeForCausalLM:
 
 
 def redrawn(model: Any, seed: int) -> Any:
-    """The torch model of any family with random parameters: norms' scales near one, the rest near zero."""
+    """The torch model of any family with random parameters: norms' scales near one, others near zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
