@@ -159,7 +159,8 @@ class Launches:
 
     Args:
         layer: kernels of a layer, its products among them, by implementation of attention.
-        rounded_saves: by projection how many fewer where its result is rounded in the product.
+        rounded_saves: by projection how many fewer where its result is rounded in the product; none
+            where it is not named.
         other: of the rest of a step.
     """
 
