@@ -15,7 +15,7 @@ from flora_jax.errors import InputError
 from flora_jax.mixing.bank import Count, empty_layers, patch, write
 from flora_jax.models.family import presets
 from flora_jax.models.starcoder.config import PRESETS
-from flora_jax.plan import memory, programs, summary
+from flora_jax.plan import memory, programs, roofline, summary
 from flora_jax.plan.ahead import compile_lowered, one_device
 from flora_jax.plan.cards import CARDS
 from flora_jax.plan.launches import Program
@@ -105,6 +105,8 @@ def test_models_with_several_key_heads_fit_and_copy_no_weight(preset):
     found = summary.compile_decode(own)
     print(preset, found)
     assert_is_lean(found, own, gathered_bytes(own))
+    modelled, _ = roofline.launches(own, own.context, roofline.whole_work(own, 32))
+    assert modelled == pytest.approx(found["launches"], rel=0.1)
     once = own.family.launches.other
     assert once + (found["launches"] - once) / 2 * layers <= most
     held = memory.needed(own)
