@@ -23,6 +23,7 @@ from flora_jax.models.sharding import named_leaves, partition_specs
 from flora_jax.models.starcoder2 import FAMILY
 from flora_jax.models.starcoder2.config import PRESETS, StarCoder2Config
 from flora_jax.models.starcoder2.names import hf_tensors
+from flora_jax.platforms import platform
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
@@ -307,7 +308,10 @@ def test_rows_draw_what_the_whole_model_does_under_their_adapters_beyond_the_win
         kind: random_adapter(kind, n, config.projections(), 2, rank=2, targets=targets)
         for n, kind in enumerate(("lora", "flora", "ia3"))
     }
-    options = EngineOptions(max_num_seqs=4, max_model_len=24, chunk=8, block_size=4)
+    # As for one batch: few shapes of programs, whose compiling is the test's time.
+    options = EngineOptions(
+        max_num_seqs=4, max_model_len=24, chunk=8, block_size=4, row_buckets=(4,)
+    )
     rng = np.random.default_rng(0)
     requests = [
         make_request(
@@ -315,7 +319,7 @@ def test_rows_draw_what_the_whole_model_does_under_their_adapters_beyond_the_win
         )
         for n, name in enumerate((None, *adapters))
     ]
-    with Engine(model, adapters, options=options) as engine:
+    with Engine(model, adapters, options=options, platform=platform().for_one_batch(13)) as engine:
         completions = list(generate(engine, requests))
     for request, completion in zip(requests, completions, strict=True):
         layers = None if request.adapter is None else adapters[request.adapter].layers
