@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from flora_jax.cli.common import (
-    ASSETS,
     MODEL_HELP,
     dtype_of,
     named_adapters,
@@ -15,7 +14,7 @@ from flora_jax.cli.common import (
     read_adapters,
 )
 from flora_jax.errors import InputError
-from flora_jax.shipped import model_source
+from flora_jax.shipped import ASSETS, model_source
 
 
 def info(
@@ -29,7 +28,7 @@ def info(
     from flora_jax.cli.info_rows import describe_rows
 
     table = Table(show_header=False, box=None)
-    for name, value in describe_rows(model_source(path)):
+    for name, value in describe_rows(path):
         table.add_row(Text(name, style="bold"), Text(value))
     Console().print(table)
 

@@ -195,9 +195,7 @@ def build(config: Any, dtype: Any, seed: int) -> Echo:
 
 FAMILY = Family(
     title="Echo",
-    model_type="echo",
     config=EchoConfig.from_dict,
-    names=NAMES,
     tensors=tensors,
     blocks="blocks",
     embedding="embed",
