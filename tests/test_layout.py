@@ -127,14 +127,15 @@ FAMILY_WORDS = (
     "gpt_bigcode",
     "starcoder",
 )
-REGISTRY = "flora_jax.models.family"
+# Tables by names that families have.
+REGISTRIES = ("flora_jax.models.family", "flora_jax.models.gguf_names")
 
 
 def family_words(root):
     """Where code outside a family's own folder names what is the family's; docstrings may."""
     found = []
     for path, name in modules(root):
-        if starts_with(name, "flora_jax.models.starcoder") or name == REGISTRY:
+        if starts_with(name, "flora_jax.models.starcoder") or name in REGISTRIES:
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         silent = {

@@ -103,7 +103,9 @@ def judge(model: Path, prompts: Sequence[Sequence[int]], answers: Sequence[Any])
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    same, ties, differing = 0, [], []
+    same = 0
+    ties: list[dict[str, Any]] = []
+    differing: list[dict[str, Any]] = []
     smallest = float("inf")
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         ids = [*prompt, *answer.token_ids]

@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from flora_jax.errors import InputError
 from flora_jax.files import whole_directory
 from flora_jax.models.family import DTYPES, FAMILIES, read_family_config
+from flora_jax.models.gguf_names import (
+    BYTE_LEVEL,
+    OTHER_FACTORS,
+    ROTARY_FACTORS,
+    ROTARY_NAMES,
+    SENTENCEPIECE,
+    SPLITS,
+    Split,
+    read_rotary,
+)
+from flora_jax.models.rotary import Rotary
 
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
@@ -37,32 +45,8 @@ _FIELDS = {
     "feed_forward_length": "intermediate_size",
     "vocab_size": "vocab_size",
 }
-_ROPE = (
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scaling.attn_factor",
-    "rope.scaling.factor",
-    "rope.scaling.finetuned",
-    "rope.scaling.original_context_length",
-    "rope.scaling.type",
-)
 # Of a model with experts, or one that is not causal; 0 and False say that this is none.
 _NO_EFFECT = ("expert_count", "expert_used_count", "pooling_type")
-# How frequencies are scaled is said by a tensor of factors, one for each of a head's pairs.
-_ROPE_FACTORS = "rope_freqs.weight"
-_LLAMA3 = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-
-# By ``tokenizer.ggml.pre``, as llama.cpp has them: each digit apart, then GPT-2's split.
-_DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-# GPT-2's split alone.
-_GPT2 = ("gpt-2", "phi-2")
-# A split of their own, which transformers has; the first also take a piece whole that is a token.
-_WHOLE_PIECES = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
-_OTHER_SPLITS = ("qwen2", "deepseek-r1-qwen", "dbrx", "smaug-bpe")
 
 
 def is_gguf(source: str) -> bool:
@@ -107,11 +91,13 @@ def convert_gguf(file: str | Path, directory: str | Path, dtype: str | None = No
     types = {tensor.tensor_type.name for tensor in reader.tensors}
     wanted = dtype or _own_dtype(types)
     with whole_directory(directory) as part:
-        count = sum(int(tensor.n_elements) for tensor in reader.tensors)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        weights = {name: int(t.n_elements) for name, t in tensors.items() if name != ROTARY_FACTORS}
+        count = sum(weights.values())
         _check_room(part, count * (4 if wanted == "float32" else 2), directory)
-        config = _config(path, facts, {t.name: t for t in reader.tensors})
+        config = _config(path, facts, tensors)
         tokenizer = _tokenizer(path, facts, config)
-        _write_model(path, config, wanted, part)
+        _write_model(path, config, wanted, part, count)
         tokenizer.save_pretrained(part)
 
 
@@ -163,7 +149,7 @@ def _config(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, Any]) ->
     }
     own = {name: value for name, value in own.items() if name not in _NO_EFFECT or value}
     for name, value in own.items():
-        if name not in _FIELDS and name not in _ROPE and name != "attention.value_length":
+        if name not in (*_FIELDS, *ROTARY_NAMES, "attention.value_length"):
             raise InputError(f"{path}: {architecture}.{name} is {value!r}, which is not known here")
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
@@ -181,7 +167,7 @@ def _config(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, Any]) ->
             raise InputError(
                 f"{path}: {architecture}.{name} is {own[name]}, expected a head's width, {head}"
             )
-    config.rope_parameters = _rope_parameters(path, architecture, own, tensors, config)
+    config.rope_parameters = _rotary(path, own, tensors, head).to_dict()["rope_parameters"]
     config.eos_token_id = _end_tokens(facts)
     read_family_config(_written(config), f"{path}: as config.json")
     return config
@@ -194,49 +180,15 @@ def _end_tokens(facts: Mapping[str, Any]) -> Any:
     return ids[0] if len(ids) == 1 else ids or None
 
 
-def _rope_parameters(
-    path: Path, architecture: str, own: Mapping[str, Any], tensors: Mapping[str, Any], config: Any
-) -> dict[str, Any]:
-    """The positions' settings, which transformers' reader leaves out but for the base."""
-    base = float(own.get("rope.freq_base", 10_000.0))  # llama.cpp's default.
-    kind = own.get("rope.scaling.type", "none")
-    plain = {"rope_type": "default", "rope_theta": base}
-    if _ROPE_FACTORS in tensors:
-        if kind != "none":
-            raise InputError(f"{path}: has {_ROPE_FACTORS} and rope.scaling.type {kind!r}")
-        return plain | _llama3(path, np.array(tensors[_ROPE_FACTORS].data, np.float64), base)
-    for name in tensors:
-        if name.startswith("rope_"):
-            raise InputError(f"{path}: has the tensor {name}, which is not known here")
-    if kind == "none":
-        return plain
-    if kind not in ("linear", "yarn"):
-        raise InputError(
-            f"{path}: {architecture}.rope.scaling.type is {kind!r}, expected none, linear or yarn"
-        )
-    factor = float(own["rope.scaling.factor"])
-    found = plain | {"rope_type": kind, "factor": factor}
-    if kind == "yarn":
-        found["original_max_position_embeddings"] = int(own["rope.scaling.original_context_length"])
-        if (own_factor := own.get("rope.scaling.attn_factor")) is not None:
-            found["attention_factor"] = float(own_factor) * (0.1 * math.log(factor) + 1.0)
-    return found
-
-
-def _llama3(path: Path, factors: np.ndarray, base: float) -> dict[str, Any]:
-    """What the factors of a head's pairs come from, checked against them."""
-    factor = float(factors.max())
-    low, high, context = _LLAMA3.values()
-    turns = context / (2 * math.pi * base ** (np.arange(factors.size) / factors.size))
-    between = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    expected = 1 / ((1 - between) / factor + between)
-    if not np.allclose(factors, expected, rtol=1e-3):
-        worst = int(np.argmax(abs(factors / expected - 1)))
-        raise InputError(
-            f"{path}: {_ROPE_FACTORS}[{worst}] is {factors[worst]:g}, expected {expected[worst]:g} as of "
-            f"Llama 3 with factor {factor:g}; other scalings are not known here"
-        )
-    return {"rope_type": "llama3", "factor": factor, **_LLAMA3}
+def _rotary(path: Path, own: Mapping[str, Any], tensors: Mapping[str, Any], dim: int) -> Rotary:
+    """The positions' settings, of which transformers' reader takes the base at most."""
+    if other := [name for name in tensors if name.startswith(OTHER_FACTORS)]:
+        raise InputError(f"{path}: has the tensor {other[0]}, which is not known here")
+    factors = tensors.get(ROTARY_FACTORS)
+    try:
+        return read_rotary(own, None if factors is None else factors.data, dim)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _written(config: Any) -> dict[str, Any]:
@@ -247,15 +199,18 @@ def _written(config: Any) -> dict[str, Any]:
     return raw
 
 
-def _write_model(path: Path, config: Any, dtype: str, part: Path) -> None:
+def _write_model(path: Path, config: Any, dtype: str, part: Path, count: int) -> None:
+    """Writes config.json and the weights, which have to be ``count`` numbers: all of the file's."""
     import torch
+    import transformers
     from huggingface_hub import save_torch_state_dict
-    from transformers import AutoModelForCausalLM, GgufConfig
 
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, config=config, dtype=getattr(torch, dtype),
-        quantization_config=GgufConfig(dequantize=True),
-    )  # fmt: skip
+    # Newer readers would hold some blocks as they are.
+    unpacked = getattr(transformers, "GgufConfig", None)
+    options = {} if unpacked is None else {"quantization_config": unpacked(dequantize=True)}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, config=config, dtype=getattr(torch, dtype), **options
+    )
     state = model.state_dict()
     if config.tie_word_embeddings:
         # One storage under two names: the file has it once.
@@ -263,6 +218,11 @@ def _write_model(path: Path, config: Any, dtype: str, part: Path) -> None:
         for name, tensor in state.items():
             seen.setdefault(tensor.data_ptr(), name)
         state = {name: state[name] for name in seen.values()}
+    if (found := sum(tensor.numel() for tensor in state.values())) != count:
+        raise InputError(
+            f"{path}: its tensors have {count:,} numbers, transformers' model {found:,}: some would be "
+            "left out"
+        )
     raw = _written(config) | {"architectures": [type(model).__name__], "dtype": dtype}
     (part / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     save_torch_state_dict(state, part)
@@ -308,9 +268,8 @@ def _tokenizer(path: Path, facts: Mapping[str, Any], config: Any) -> Any:
 
 
 def _adds_bos(facts: Mapping[str, Any]) -> bool:
-    if facts["tokenizer.ggml.model"] == "llama":
-        return True
-    return facts.get("tokenizer.ggml.pre") in _WHOLE_PIECES
+    split = SPLITS.get(facts.get("tokenizer.ggml.pre", ""), Split())
+    return facts["tokenizer.ggml.model"] == SENTENCEPIECE or split.whole
 
 
 def _mend_byte_level(path: Path, facts: Mapping[str, Any], backend: Any) -> None:
@@ -318,20 +277,19 @@ def _mend_byte_level(path: Path, facts: Mapping[str, Any], backend: Any) -> None
     from tokenizers import pre_tokenizers
 
     pre = facts.get("tokenizer.ggml.pre")
-    known = (*_DIGITS_APART, *_GPT2, *_WHOLE_PIECES, *_OTHER_SPLITS)
-    if pre not in known:
+    if pre not in SPLITS:
         raise InputError(
-            f"{path}: tokenizer.ggml.pre is {pre!r}, expected one of {', '.join(known)}"
+            f"{path}: tokenizer.ggml.pre is {pre!r}, expected one of {', '.join(SPLITS)}"
         )
-    if pre in _DIGITS_APART or pre in _GPT2:
+    split = SPLITS[pre]
+    if not split.own:
         bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         digits = pre_tokenizers.Digits(individual_digits=True)
-        backend.pre_tokenizer = (
-            bytes_ if pre in _GPT2 else pre_tokenizers.Sequence([digits, bytes_])
-        )
+        both = pre_tokenizers.Sequence([digits, bytes_])
+        backend.pre_tokenizer = both if split.digits_apart else bytes_
     elif "Split" not in str(backend.pre_tokenizer):
         raise InputError(f"{path}: this transformers does not know tokenizer.ggml.pre {pre!r}")
-    if pre in _WHOLE_PIECES:
+    if split.whole:
         model = backend.model
         model.ignore_merges = True
         backend.model = model
@@ -346,8 +304,8 @@ def _mend_sentencepiece(path: Path, facts: Mapping[str, Any], backend: Any) -> N
 
 # By ``tokenizer.ggml.model``.
 _TOKENIZERS: dict[str, Callable[[Path, Mapping[str, Any], Any], None]] = {
-    "gpt2": _mend_byte_level,
-    "llama": _mend_sentencepiece,
+    BYTE_LEVEL: _mend_byte_level,
+    SENTENCEPIECE: _mend_sentencepiece,
 }
 
 

@@ -167,6 +167,11 @@ def test_yarn_and_a_quantised_tensor_are_read(model, tmp_path):
         ({"llama.attention.value_length": 4}, {}, "value_length is 4, expected a head's width, 8"),
         ({"split.count": 3}, {}, "is one of 3 parts, expected one file"),
         ({}, {"rope_factors_long.weight": np.ones(4)}, "has the tensor rope_factors_long.weight"),
+        (
+            {},
+            {"blk.0.attn_q.bias": np.ones(32)},
+            "27,296 numbers, transformers' model 27,264: some would be left out",
+        ),
     ],
 )
 def test_what_would_be_left_out_is_refused_by_name(facts, tensors, named, model, tmp_path):
