@@ -433,6 +433,35 @@ def test_info_prints_a_base_name_as_it_is(program, home, tmp_path):
     assert "a[/b] [red]c" in out
 
 
+def test_the_demo_shows_any_model_under_the_base_and_under_every_adapter(program):
+    words = ["--adapter", "loris=loris", "--prompt", "ab", "--max-tokens", "2"]
+    code, out, err = program("demo", "text", *words)
+    assert (code, err) == (0, "")
+    said = " ".join(out.split())
+    assert "2 rows of one batch, 2 adapters" in said
+    assert "loris" in said
+    assert "2 of 2 rows have the same tokens as when they run alone" in said
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["bare", "--prompt", "a"], "the checkpoint has no tokenizer.json"),
+        (["text", "--prompt", "a" * 90], "the prompt has 91 tokens, the context 48"),
+        (
+            ["text", "--language", "lua"],
+            "--language is 'lua', which is of 'mini' without --adapter",
+        ),
+        (["text", "--language", "c"], "--language is 'c', expected one of d, perl"),
+        (["text", "--adapter", "wide=wide"], "wide"),
+    ],
+)
+def test_a_demo_that_cannot_be_ends_in_one_line(words, named, program):
+    code, out, err = program("demo", *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert named in err
+
+
 @pytest.mark.parametrize(
     "path, named",
     [("./none", "none"), ("no-config", "config.json"), ("broken", "broken"), ("llama", "llama")],
