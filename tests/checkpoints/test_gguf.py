@@ -130,7 +130,7 @@ def test_llama_3s_positions_end_tokens_and_whole_pieces_are_kept(model, tmp_path
     opened = open_checkpoint(tmp_path / "hf")
     assert set(opened.config.eos_token_ids) == {0, 2}
     assert opened.tokenizer.encode("xyz").ids == [1, TOKENS.index("xyz")]
-    factors[-1] *= 1.1
+    factors[0] *= 1.1
     odd = write_gguf(tmp_path / "odd.gguf", model, facts, {"rope_freqs.weight": factors})
     with pytest.raises(InputError, match=r"odd.gguf: rope_freqs.weight\[\d\] is .*, expected"):
         convert_gguf(odd, tmp_path / "none")
