@@ -144,7 +144,7 @@ def test_yarn_and_a_quantised_tensor_are_read(model, tmp_path):
     raw = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert raw["rope_parameters"] == {
         "rope_type": "yarn", "rope_theta": 50_000.0, "factor": 4.0,
-        "original_max_position_embeddings": 16,
+        "original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True,
     }  # fmt: skip
     assert raw["dtype"] == "float32"
     name = "model.layers.0.mlp.down_proj.weight"
