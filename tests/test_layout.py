@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from flora_jax import shapes
+from flora_jax.models.family import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 # A module may import its own room and rooms of lower rank; rooms of one rank know nothing of each
@@ -126,6 +127,8 @@ FAMILY_WORDS = (
     "n_embd",
     "gpt_bigcode",
     "starcoder",
+    "gate_proj",
+    "embed_tokens",
 )
 # Tables by names that families have.
 REGISTRIES = ("flora_jax.models.family", "flora_jax.models.gguf_names")
@@ -135,7 +138,7 @@ def family_words(root):
     """Where code outside a family's own folder names what is the family's; docstrings may."""
     found = []
     for path, name in modules(root):
-        if starts_with(name, "flora_jax.models.starcoder") or name in REGISTRIES:
+        if name in REGISTRIES or any(starts_with(name, folder) for folder in FAMILIES.values()):
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
         silent = {
@@ -161,7 +164,14 @@ def family_words(root):
 def test_only_a_familys_folder_names_what_is_its_own():
     assert family_words(ROOT) == []
     registry = (ROOT / "flora_jax/models/family.py").read_text(encoding="utf-8")
-    assert sum("starcoder" in line for line in registry.splitlines()) == 1
+    named = [line for line in registry.splitlines() if any(w in line for w in FAMILIES)]
+    assert len(named) == len(FAMILIES)
+
+
+@pytest.mark.parametrize("folder", sorted(set(FAMILIES.values())))
+def test_a_family_knows_nothing_of_another(folder):
+    others = [other for other in set(FAMILIES.values()) if other != folder]
+    assert [other for other in others if users_of(ROOT, other, folder)] == []
 
 
 @pytest.mark.parametrize(
@@ -173,6 +183,7 @@ def test_only_a_familys_folder_names_what_is_its_own():
         'TARGET = "attn.c_attn"',
         "def f(model: StarCoder): ...",
         "def f(wte): ...",
+        "def f(params):\n    return params.embed_tokens",
         'def f():\n    """Says nothing."""\n    return f"{1}transformer.h"',
     ],
 )

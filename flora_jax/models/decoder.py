@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flora_jax.models.attention import Visible, visible
+from flora_jax.models.attention import Visible, attend_visible, visible
 from flora_jax.models.cache import Cache, LayerCache, Paging
+from flora_jax.models.cached_attention import attend_cached
+from flora_jax.models.family import AttentionConfig
 from flora_jax.models.model import Adapters, LayerAdapters, Remat
 from flora_jax.weights.product import PROJECTED, product
 from flora_jax.weights.transposed import Transposed
@@ -37,6 +39,33 @@ class Places:
     positions_BT: jax.Array
     seen: Visible | Paging
     rotation: Any = None
+
+
+def attend_in(
+    places: Places,
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    cache: LayerCache | None,
+    config: AttentionConfig,
+    window: int | None = None,
+) -> tuple[jax.Array, LayerCache | None]:
+    """Attention of a layer's tokens over what they see, ``[B, T, H·K]``, and the cache with them in it.
+
+    Args:
+        places: of the tokens.
+        qkv: queries ``[B, T, H, K]``, keys and values ``[B, T, G, K]``.
+        cache: the layer's; ``None`` without one.
+        config: of the model.
+        window: how many of the last positions a token of this layer sees, its own among them; ``None``
+            is all.
+    """
+    q_BTHK, k_BTGK, v_BTGK = qkv
+    seen, positions_BT = places.seen, places.positions_BT
+    if cache is None:
+        assert isinstance(seen, Visible)
+        return attend_visible(q_BTHK, k_BTGK, v_BTGK, seen, config, window), None
+    assert isinstance(seen, Paging)
+    cache = cache.write(k_BTGK, v_BTGK, positions_BT, seen)
+    return attend_cached(q_BTHK, cache, seen, positions_BT, config, window), cache
 
 
 class Block(Protocol):
@@ -71,7 +100,7 @@ class Decoder(nnx.Module):
         """The parts, under whatever names the family's checkpoints have."""
         raise NotImplementedError
 
-    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """What enters the first block, ``[B, T, D]``; positions may lie outside the model's."""
         return self.parts().embedding_VD[tokens_BT]
 
@@ -99,7 +128,7 @@ class Decoder(nnx.Module):
             assert paging is not None
             seen = paging
         places = Places(positions_BT, seen, self.rotation(positions_BT))
-        x_BTD = self.embed(tokens_BT, positions_BT)
+        x_BTD = self.embedded(tokens_BT, positions_BT)
         layers: list[LayerCache] = []
         parts = self.parts()
         for number, block in enumerate(parts.blocks):

@@ -31,6 +31,7 @@ FAMILIES: dict[str, str] = {
     "mistral": "flora_jax.models.llama",
     "qwen2": "flora_jax.models.llama",
     "qwen3": "flora_jax.models.llama",
+    "starcoder2": "flora_jax.models.starcoder2",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_PARAMETERS = 10**13
@@ -158,7 +159,8 @@ class Launches:
 
     Args:
         layer: kernels of a layer, its products among them, by implementation of attention.
-        rounded_saves: by projection how many fewer where its result is rounded in the product.
+        rounded_saves: by projection how many fewer where its result is rounded in the product; none
+            where it is not named.
         other: of the rest of a step.
     """
 
@@ -187,6 +189,8 @@ class Family:
         build: ``(config, dtype, seed)`` gives the ``flax.nnx`` model with random parameters.
         presets: shapes for experiments with random weights.
         launches: for :mod:`flora_jax.plan`.
+        positions: the configuration's field that says how long a sequence may be.
+        limit: why a model has no more positions than it has, where that is not plain; else "".
     """
 
     title: str
@@ -201,6 +205,8 @@ class Family:
     build: Callable[[Any, Any, int], LanguageModel]
     presets: Mapping[str, ModelConfig]
     launches: Launches
+    positions: str = "max_position_embeddings"
+    limit: Callable[[Any], str] = lambda config: ""
 
     def is_kernel(self, path: str) -> bool:
         """Whether a parameter of this dotted path is a projection's kernel: these are quantised."""
@@ -243,6 +249,17 @@ Config = TypeVar("Config", bound=ModelConfig)
 def changed(config: Config, **fields: Any) -> Config:
     """The configuration with other values of some fields, checked as at first."""
     return cast(Config, dataclasses.replace(cast(Any, config), **fields))
+
+
+def with_positions(config: Config, positions: int) -> Config:
+    """The configuration of a model with random weights for longer sequences."""
+    return changed(config, **{family_of(config).positions: positions})
+
+
+def positions_in_words(config: ModelConfig) -> str:
+    """How long a sequence may be, for messages, and why no longer where that is not plain."""
+    why = family_of(config).limit(config)
+    return f"{config.n_positions} positions" + (f" ({why})" if why else "")
 
 
 def parameters(config: ModelConfig) -> int:

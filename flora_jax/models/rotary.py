@@ -44,6 +44,8 @@ class Scaling:
     rope_type: ClassVar[str] = "default"
     # Whether the factor is the ratio of the two contexts where none is given.
     factor_follows: ClassVar[bool] = False
+    # Why a sequence can't be longer than :meth:`longest` says, where that is not plain.
+    limit: ClassVar[str] = ""
 
     def frequencies(self, base: float, dim: int) -> np.ndarray:
         """Radians per position, float32 ``[dim/2]``."""
@@ -79,6 +81,9 @@ class Dynamic(Scaling):
     """
 
     rope_type: ClassVar[str] = "dynamic"
+    limit: ClassVar[str] = (
+        "rope_type is dynamic: beyond the original context its base follows the longest row of a batch"
+    )
     factor: float
     original_max_position_embeddings: int
 

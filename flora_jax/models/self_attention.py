@@ -12,10 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flora_jax.models.attention import Visible, attend_visible
-from flora_jax.models.cache import LayerCache, Paging
-from flora_jax.models.cached_attention import attend_cached
-from flora_jax.models.decoder import Places
+from flora_jax.models.cache import LayerCache
+from flora_jax.models.decoder import Places, attend_in
 from flora_jax.models.family import ModelConfig
 from flora_jax.models.layers import RMSNorm, linear, project
 from flora_jax.models.model import LayerAdapters
@@ -114,12 +112,6 @@ class SelfAttention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         q_BTHK, k_BTGK = rotate(q_BTHK, places.rotation), rotate(k_BTGK, places.rotation)
-        seen, positions_BT = places.seen, places.positions_BT
-        if cache is not None:
-            assert isinstance(seen, Paging)
-            cache = cache.write(k_BTGK, v_BTGK, positions_BT, seen)
-            mixed_BTI = attend_cached(q_BTHK, cache, seen, positions_BT, config, self.window)
-        else:
-            assert isinstance(seen, Visible)
-            mixed_BTI = attend_visible(q_BTHK, k_BTGK, v_BTGK, seen, config, self.window)
+        qkv = q_BTHK, k_BTGK, v_BTGK
+        mixed_BTI, cache = attend_in(places, qkv, cache, config, self.window)
         return project(mixed_BTI, self.o_proj, adapters, "self_attn.o_proj"), cache

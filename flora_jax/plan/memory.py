@@ -131,7 +131,7 @@ def _prefill_temporaries(setting: Setting) -> int:
     heads, positions = config.n_head // setting.devices, _padded_context(setting)
     width = config.hidden_size
     attention = 2 * rows * positions * config.kv_heads * config.head_dim * size
-    attention += 2 * tokens * width * size
+    attention += 2 * tokens * config.n_head * config.head_dim * size
     if setting.prompt_attention == "cudnn":
         attention += tokens * positions * size
     else:

@@ -152,7 +152,7 @@ def kernels_a_layer(setting: Setting, work: Work, ways: Ways) -> float:
     counted = setting.family.launches
     kernels = counted.layer[ways.attention]
     for target, (inputs, outputs) in setting.config.projections().items():
-        kernels -= counted.rounded_saves[target] * rounded(setting, target, ways)
+        kernels -= counted.rounded_saves.get(target, 0) * rounded(setting, target, ways)
         if work.further.get(target):
             kernels += 0.5
             if trips := _loops(setting, target):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from flora_jax.adapters.projections import match_targets
 from flora_jax.adapters.registry import TRAITS
 from flora_jax.errors import InputError
-from flora_jax.models.family import Family, ModelConfig, family_of
+from flora_jax.models.family import Family, ModelConfig, family_of, positions_in_words
 from flora_jax.plan.cards import Card
 from flora_jax.platforms import GPU
 
@@ -85,8 +85,8 @@ class Setting:
             )
         if self.context > self.config.n_positions:
             raise InputError(
-                f"--max-model-len is {self.context}, {self.name} has {self.config.n_positions} "
-                "positions"
+                f"--max-model-len is {self.context}, {self.name} has "
+                f"{positions_in_words(self.config)}"
             )
         if self.config.n_head % self.devices:
             raise InputError(

@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 
 from flora_jax.errors import InputError, RunError
 from flora_jax.mixing.bank import Prepared
-from flora_jax.models.family import ModelConfig
+from flora_jax.models.family import ModelConfig, positions_in_words
 from flora_jax.models.model import Model
 from flora_jax.models.transpose import for_decoding
 from flora_jax.platforms import Platform
@@ -492,9 +492,7 @@ def _longest_sequence(config: ModelConfig, options: EngineOptions) -> int:
         raise InputError(f"the model has {len(config.eos_token_ids)} end tokens, at most {most}")
     context = options.max_model_len or config.n_positions
     if context > config.n_positions:
-        raise InputError(
-            f"max_model_len is {context}, the model has {config.n_positions} positions"
-        )
+        raise InputError(f"max_model_len is {context}, the model has {positions_in_words(config)}")
     return context
 
 

@@ -23,7 +23,7 @@ from flora_jax.checkpoints import Opened, open_checkpoint
 from flora_jax.checkpoints.digest import model_digest
 from flora_jax.errors import InputError
 from flora_jax.files import directory_lock
-from flora_jax.models.family import ModelConfig
+from flora_jax.models.family import ModelConfig, positions_in_words
 from flora_jax.models.model import Model
 from flora_jax.models.sharding import make_mesh
 from flora_jax.train.choice import choose
@@ -249,7 +249,7 @@ def _open(options: TrainOptions) -> Opened:
     config = base.config
     if options.seq_len > config.n_positions:
         raise InputError(
-            f"seq_len is {options.seq_len}, the model's context has {config.n_positions} positions"
+            f"seq_len is {options.seq_len}, the model's context has {positions_in_words(config)}"
         )
     projections = config.projections()
     for target in _targets(options, config):

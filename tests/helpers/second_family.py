@@ -8,14 +8,12 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from flora_jax.adapters.projections import ModuleNames, Projections
-from flora_jax.models.attention import attend_visible, visible
-from flora_jax.models.cached_attention import attend_cached
+from flora_jax.models.decoder import Decoder, Parts, attend_in
 from flora_jax.models.family import Family, Launches, Tensor
-from flora_jax.weights.product import apply, product
+from flora_jax.models.layers import RMSNorm, linear, project
 
 NAMES = ModuleNames(
     blocks="model.layers",
@@ -92,11 +90,11 @@ def tensors(config):
     for n in range(config.n_layer):
         for norm in ("norm_in", "norm_out"):
             name = f"model.layers.{n}.{norm}.weight"
-            table[f"blocks.{n}.{norm}"] = Tensor(name, (width,), False)
+            table[f"blocks.{n}.{norm}.scale"] = Tensor(name, (width,), False)
         for target, (inputs, outputs) in config.projections().items():
             name = f"model.layers.{n}.{target}.weight"
             table[f"blocks.{n}.{target}.kernel"] = Tensor(name, (outputs, inputs), True)
-    table["norm"] = Tensor("model.norm.weight", (width,), False)
+    table["norm.scale"] = Tensor("model.norm.weight", (width,), False)
     table["head_DV"] = Tensor("lm_head.weight", (vocabulary, width), True)
     return table
 
@@ -105,88 +103,56 @@ def redundant(tensor, config):
     yield f"{tensor.name} is unexpected"
 
 
-def _norm(x_BTD, scale):
-    wide = x_BTD.astype(jnp.float32)
-    size = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + 1e-5)
-    return (wide * size * scale[...].astype(jnp.float32)[None, None]).astype(x_BTD.dtype)
-
-
 class Mixer(nnx.Module):
     def __init__(self, config, linear):
         self.q_proj, self.k_proj = linear("mixer.q_proj"), linear("mixer.k_proj")
         self.v_proj, self.o_proj = linear("mixer.v_proj"), linear("mixer.o_proj")
 
+    def __call__(self, x_BTD, places, cache, adapters, config):
+        qkv = tuple(
+            project(x_BTD, holder, adapters, f"mixer.{name}_proj").reshape(
+                *x_BTD.shape[:2], heads, config.head_dim
+            )
+            for name, holder, heads in (
+                ("q", self.q_proj, config.n_head),
+                ("k", self.k_proj, config.kv_heads),
+                ("v", self.v_proj, config.kv_heads),
+            )
+        )
+        mixed_BTD, cache = attend_in(places, qkv, cache, config)
+        return project(mixed_BTD, self.o_proj, adapters, "mixer.o_proj"), cache
+
 
 class Block(nnx.Module):
     def __init__(self, config, dtype, rngs):
-        def linear(target):
-            init = nnx.initializers.normal(config.initializer_range)
-            return nnx.Linear(
-                *config.projections()[target],
-                use_bias=False, kernel_init=init, param_dtype=dtype, rngs=rngs,
-            )  # fmt: skip
+        def own(target):
+            widths = config.projections()[target]
+            return linear(widths, config.initializer_range, dtype, rngs, bias=False)
 
-        self.mixer = Mixer(config, linear)
-        self.up_proj, self.down_proj = linear("up_proj"), linear("down_proj")
-        self.norm_in = nnx.Param(jnp.ones(config.hidden_size, dtype))
-        self.norm_out = nnx.Param(jnp.ones(config.hidden_size, dtype))
+        self.mixer = Mixer(config, own)
+        self.up_proj, self.down_proj = own("up_proj"), own("down_proj")
+        self.norm_in = RMSNorm(config.hidden_size, 1e-5, dtype)
+        self.norm_out = RMSNorm(config.hidden_size, 1e-5, dtype)
 
-    def __call__(self, x_BTD, positions_BT, seen, cache, adapters, config):
-        def project(x, target):
-            linear = self
-            for part in target.split("."):
-                linear = getattr(linear, part)
-            return apply(adapters.get(target), x, linear.kernel[...], None)
-
-        h_BTD = _norm(x_BTD, self.norm_in)
-        q, k, v = (
-            project(h_BTD, f"mixer.{name}_proj").reshape(*h_BTD.shape[:2], heads, config.head_dim)
-            for name, heads in (
-                ("q", config.n_head),
-                ("k", config.kv_heads),
-                ("v", config.kv_heads),
-            )
-        )
-        if cache is None:
-            mixed_BTD = attend_visible(q, k, v, seen, config)
-        else:
-            cache = cache.write(k, v, positions_BT, seen)
-            mixed_BTD = attend_cached(q, cache, seen, positions_BT, config)
-        x_BTD = x_BTD + project(mixed_BTD, "mixer.o_proj")
-        h_BTF = jax.nn.silu(project(_norm(x_BTD, self.norm_out), "up_proj"))
-        return x_BTD + project(h_BTF, "down_proj"), cache
+    def __call__(self, x_BTD, places, cache, adapters, config):
+        mixed_BTD, cache = self.mixer(self.norm_in(x_BTD), places, cache, adapters, config)
+        x_BTD = x_BTD + mixed_BTD
+        h_BTF = jax.nn.silu(project(self.norm_out(x_BTD), self.up_proj, adapters, "up_proj"))
+        return x_BTD + project(h_BTF, self.down_proj, adapters, "down_proj"), cache
 
 
-class Echo(nnx.Module):
+class Echo(Decoder):
     def __init__(self, config, dtype, rngs):
         init = nnx.initializers.normal(config.initializer_range)
         width, vocabulary = config.hidden_size, config.vocab_size
         self.config = config
         self.embed = nnx.Param(init(rngs.params(), (vocabulary, width), dtype))
         self.blocks = nnx.List([Block(config, dtype, rngs) for _ in range(config.n_layer)])
-        self.norm = nnx.Param(jnp.ones(width, dtype))
+        self.norm = RMSNorm(width, 1e-5, dtype)
         self.head_DV = nnx.Param(init(rngs.params(), (width, vocabulary), dtype))
 
-    def hidden(
-        self, tokens_BT, positions_BT, *, cache=None, paging=None, segments_BT=None,
-        adapters=None, remat="none", attention="einsum",
-    ):  # fmt: skip
-        assert remat == "none"
-        seen = visible(positions_BT, segments_BT, attention) if cache is None else paging
-        x_BTD = self.embed[...][tokens_BT]
-        layers = []
-        for number, block in enumerate(self.blocks):
-            own = {} if adapters is None else adapters[number]
-            layer = None if cache is None else cache[number]
-            x_BTD, layer = block(x_BTD, positions_BT, seen, layer, own, self.config)
-            layers.append(layer)
-        return _norm(x_BTD, self.norm), (None if cache is None else layers)
-
-    def head(self):
-        return self.head_DV[...]
-
-    def logits(self, hidden_xD):
-        return product(hidden_xD, self.head_DV[...])
+    def parts(self):
+        return Parts(self.embed[...], self.blocks, self.norm, self.head_DV[...])
 
 
 def build(config: Any, dtype: Any, seed: int) -> Echo:
@@ -204,15 +170,15 @@ FAMILY = Family(
     redundant=redundant,
     axes=(
         ("embed", ("vocab", "embed")),
-        ("blocks.*.norm_in", ("embed",)),
-        ("blocks.*.norm_out", ("embed",)),
+        ("blocks.*.norm_in.scale", ("embed",)),
+        ("blocks.*.norm_out.scale", ("embed",)),
         ("blocks.*.mixer.q_proj.kernel", ("embed", "heads")),
         ("blocks.*.mixer.k_proj.kernel", ("embed", "qkv")),
         ("blocks.*.mixer.v_proj.kernel", ("embed", "qkv")),
         ("blocks.*.mixer.o_proj.kernel", ("heads", "embed")),
         ("blocks.*.up_proj.kernel", ("embed", "mlp")),
         ("blocks.*.down_proj.kernel", ("mlp", "embed")),
-        ("norm", ("embed",)),
+        ("norm.scale", ("embed",)),
         ("head_DV", ("embed", "vocab")),
     ),
     build=build,

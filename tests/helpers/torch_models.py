@@ -1,4 +1,4 @@
-"""Tiny torch GPTBigCode models and PEFT adapters with random weights, and their flax twins.
+"""Tiny torch models and PEFT adapters with random weights, and their flax twins.
 
 Import it as ``from torch_models import …`` (pytest puts this folder on the path).
 """
@@ -14,8 +14,9 @@ import torch
 from flax import nnx
 from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
+from flora_jax.models.family import family_of, read_family_config
 from flora_jax.models.model import Model, abstract_model
-from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.models.sharding import named_leaves
 
 TINY = dict(
     vocab_size=97, n_positions=48, n_embd=32, n_layer=2, n_head=4, n_inner=48, eos_token_id=0
@@ -24,38 +25,39 @@ TINY = dict(
 
 def tiny_torch_model(seed: int = 0, **overrides: Any) -> GPTBigCodeForCausalLM:
     """A float32 model in eval mode; biases and norms are random too, so that none can be missed."""
-    generator = torch.Generator().manual_seed(seed)
     config = GPTBigCodeConfig(**{**TINY, "bos_token_id": 0, "pad_token_id": None, **overrides})
     config._attn_implementation = "eager"
-    model = GPTBigCodeForCausalLM(config).eval()
+    return redrawn(GPTBigCodeForCausalLM(config).eval(), seed)
+
+
+def redrawn(model: Any, seed: int) -> Any:
+    """The torch model of any family with random parameters: norms' scales near one, others near zero."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            centre = 1.0 if ".ln_" in name and name.endswith("weight") else 0.0
+            centre = 1.0 if value.ndim == 1 and name.endswith("weight") else 0.0
             spread = value.shape[-1] ** -0.5 if value.ndim == 2 else 0.1
             value.copy_(centre + spread * torch.randn(value.shape, generator=generator))
     return model
 
 
-def to_flax(torch_model: GPTBigCodeForCausalLM) -> Model:
-    """The same weights as our model, in float32."""
-    config = StarCoderConfig.from_dict(torch_model.config.to_dict())
+def to_flax(torch_model: Any) -> Model:
+    """The same weights as our model of its family, in float32."""
+    config = read_family_config(torch_model.config.to_dict(), "config.json")
     model = abstract_model(config)
     weights = {name: value.detach().numpy() for name, value in torch_model.named_parameters()}
+    leaves, structure = named_leaves(model.params)
+    table = family_of(config).tensors(config)
+    assert set(weights) == {tensor.name for tensor in table.values()}
 
-    def twin(path: tuple[Any, ...], wanted: Any) -> Any:
-        names = [str(part) for part in path]
-        *parents, leaf = names
-        if names == ["lm_head"]:
-            value = weights["lm_head.weight"].T
-        else:
-            torch_leaf = "bias" if leaf == "bias" else "weight"
-            value = weights[".".join(["transformer", *parents, torch_leaf])]
-            value = value.T if leaf == "kernel" else value
-        assert value.shape == wanted.shape, (names, value.shape, wanted.shape)
-        return wanted.replace(jnp.asarray(value))
+    def twin(path: str, wanted: Any) -> jax.Array:
+        value = weights[table[path].name]
+        value = value.T if table[path].transposed else value
+        assert value.shape == wanted.shape, (path, value.shape, wanted.shape)
+        return jnp.asarray(value)
 
-    flat = [(path, twin(path, wanted)) for path, wanted in nnx.to_flat_state(model.params)]
-    return Model(config, model.graph, nnx.from_flat_state(flat))
+    twins = [twin(path, wanted) for path, wanted in leaves.items()]
+    return Model(config, model.graph, jax.tree.unflatten(structure, twins))
 
 
 def flax_logits(model: Model, tokens_BT: np.ndarray, adapters: Any = None) -> np.ndarray:

@@ -19,11 +19,12 @@ TINY = StarCoderConfig(vocab_size=97, n_positions=48, n_embd=32, n_layer=2, n_he
 
 # The number of devices is fixed when JAX starts, hence a process of its own for all checks.
 EIGHT_DEVICES = """
-import dataclasses, itertools, json, sys, tempfile
+import dataclasses, json, sys, tempfile
 from pathlib import Path
 import jax, numpy as np
 from flax import nnx
 from flora_jax.checkpoints.checkpoint import load_model, save_hf, save_orbax
+from flora_jax.models.llama.config import LlamaConfig
 from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.models.model import abstract_model
 from flora_jax.models.sharding import make_mesh, named_leaves, shardings
@@ -31,13 +32,20 @@ from flora_jax.models.sharding import make_mesh, named_leaves, shardings
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 base = StarCoderConfig(vocab_size=96, n_positions=32, n_embd=64, n_layer=1, n_head=8, n_inner=128)
+# Queries and keys of as many devices' heads, biases and norms of heads.
+llama = LlamaConfig(
+    model_type="qwen3", vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+    num_attention_heads=8, num_key_value_heads=4, head_dim=16, qkv_bias=True, output_bias=True,
+    qk_norm=True, windows=(5,),
+)
+cases = [
+    (base, "h.0.mlp.c_fc.kernel", (1, 8)),
+    (dataclasses.replace(base, multi_query=False), "h.0.mlp.c_fc.kernel", (2, 4)),
+    (dataclasses.replace(base, tie_word_embeddings=False), "h.0.mlp.c_fc.kernel", (2, 3)),
+    (llama, "layers.0.mlp.up_proj.kernel", (2, 4)),
+]
 results = []
-seeds = itertools.count()
-for multi_query, tied, (data, tensor) in [
-    (True, True, (1, 8)), (False, True, (2, 4)), (True, False, (2, 3)),
-]:
-    seed = next(seeds)
-    config = dataclasses.replace(base, multi_query=multi_query, tie_word_embeddings=tied)
+for seed, (config, split, (data, tensor)) in enumerate(cases):
     # Every parameter is random: GPT-2's biases start at zero, which would hide one added twice.
     rng = np.random.default_rng(seed)
     model = abstract_model(config)
@@ -62,7 +70,7 @@ for multi_query, tied, (data, tensor) in [
             path for (path, leaf), place in zip(leaves.items(), jax.tree.leaves(wanted))
             if not leaf.sharding.is_equivalent_to(place, leaf.ndim)
         ]
-        kernel = leaves["h.0.mlp.c_fc.kernel"]
+        kernel = leaves[split]
         results.append({
             "error": float(np.max(np.abs(got - expected)) / np.max(np.abs(expected))),
             "misplaced": misplaced, "tensor": tensor,
@@ -86,7 +94,7 @@ def eight_devices():
 
 
 def test_tensor_parallel_logits_equal_those_of_one_device(eight_devices):
-    assert len(eight_devices) == 5
+    assert len(eight_devices) == 6
     for result in eight_devices:
         assert result["error"] < 2e-6, result
 

@@ -1,6 +1,7 @@
 """``flora-jax plan`` as its users meet it: one JSON object or tables out, or one line and exit code 2."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 import subprocess
@@ -11,12 +12,14 @@ import pytest
 
 from flora_jax import cli
 from flora_jax.errors import InputError
+from flora_jax.models.family import presets
 from flora_jax.models.starcoder.config import PRESETS
 from flora_jax.plan import ahead, memory, roofline, summary
 from flora_jax.plan.cards import CARDS
 from flora_jax.plan.setting import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
+OTHERS = [name for name in presets() if name not in PRESETS]
 MINI = ROOT / "flora_jax" / "assets" / "mini"
 
 
@@ -56,8 +59,9 @@ def test_json_is_one_object_and_nothing_else():
     assert "decode" not in found
 
 
-@pytest.mark.parametrize("gpu", list(CARDS))
-@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize(
+    "preset, gpu", [*itertools.product(PRESETS, CARDS), *((p, "h100") for p in OTHERS)]
+)
 def test_every_preset_plans_for_every_card(program, preset, gpu):
     code, out, err = program(preset, "--gpu", gpu, "--json")
     found = json.loads(out)

@@ -1,4 +1,6 @@
-"""StarCoder 15B's real programs, compiled for an H100 ahead of time: launches, memory, donation."""
+"""Real programs of StarCoder 15B, and of two that share keys among fewer queries, compiled for an H100
+ahead of time: launches, memory, donation.
+"""
 
 import dataclasses
 import functools
@@ -11,8 +13,9 @@ import pytest
 
 from flora_jax.errors import InputError
 from flora_jax.mixing.bank import Count, empty_layers, patch, write
+from flora_jax.models.family import presets
 from flora_jax.models.starcoder.config import PRESETS
-from flora_jax.plan import programs, summary
+from flora_jax.plan import memory, programs, summary
 from flora_jax.plan.ahead import compile_lowered, one_device
 from flora_jax.plan.cards import CARDS
 from flora_jax.plan.launches import Program
@@ -27,6 +30,9 @@ MIB = 1 << 20
 WHOLE = 40
 # By kind and rank the most launches of a decode step: 40 layers, 32 rows, 2,048 positions.
 MOST = {("none", 0): 620, ("flora", 8): 680, ("lora", 8): 720}
+# By preset the layers, and the most launches of a decode step in which 32 rows each have a LoRA of rank 8
+# on q_proj and v_proj.
+KIN = {"llama-3-8b": (32, 800), "qwen2.5-7b": (28, 700)}
 CUDNN = "jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version"
 
 
@@ -50,11 +56,11 @@ def cache_bytes(own):
     return cache_bytes_per_position(own) * own.max_num_seqs * own.context
 
 
-def assert_is_lean(found, own):
+def assert_is_lean(found, own, gathered=0):
     assert found["donated"] >= cache_bytes(own)
     assert found["copies_of_weights"] == 0
     assert found["loops_in_a_step"] == 0
-    assert found["temporaries"] <= 64 * MIB
+    assert found["temporaries"] <= gathered + 64 * MIB
     assert found["arguments"] + found["temporaries"] < own.card.memory_bytes
 
 
@@ -75,6 +81,46 @@ def test_all_forty_layers_have_as_few(kind, rank):
     found = summary.compile_decode(own)
     assert_is_lean(found, own)
     assert 12 * WHOLE < found["launches"] <= MOST[kind, rank]
+
+
+def kin(preset, layers):
+    """The same rows under adapters on a model of the Llama family."""
+    config = dataclasses.replace(presets()[preset], num_hidden_layers=layers, windows=())
+    return Setting(
+        preset, config, CARDS["h100"],
+        dtype="bfloat16", kind="lora", rank=8, max_num_seqs=32, max_model_len=2048,
+    )  # fmt: skip
+
+
+def gathered_bytes(own):
+    """Keys and values of all rows of one layer, which attention puts in a row before it reads them."""
+    return cache_bytes(own) // own.config.n_layer
+
+
+@pytest.mark.parametrize("preset", KIN)
+def test_models_with_several_key_heads_fit_and_copy_no_weight(preset):
+    """Compiled at 2 layers; the others add as much each. What the plan says of all is held to that."""
+    layers, most = KIN[preset]
+    own, whole = kin(preset, 2), kin(preset, layers)
+    found = summary.compile_decode(own)
+    print(preset, found)
+    assert_is_lean(found, own, gathered_bytes(own))
+    once = own.family.launches.other
+    assert once + (found["launches"] - once) / 2 * layers <= most
+    held = memory.needed(own)
+    assert found["arguments"] == pytest.approx(held.weights + held.cache + held.bank, rel=0.01)
+    assert found["temporaries"] <= held.temporaries
+    assert memory.fits(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", KIN)
+def test_all_their_layers_fit(preset):
+    layers, most = KIN[preset]
+    own = kin(preset, layers)
+    found = summary.compile_decode(own)
+    assert_is_lean(found, own, gathered_bytes(own))
+    assert 12 * layers < found["launches"] <= most
 
 
 def compiled_prompts(layers, kind, rank, monkeypatch):

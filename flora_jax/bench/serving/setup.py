@@ -20,7 +20,7 @@ from flora_jax.bench.serving.drive import run_latency, run_throughput
 from flora_jax.bench.serving.workload import Workload, WorkloadOptions, longest, make_workload
 from flora_jax.checkpoints import Opened, open_checkpoint
 from flora_jax.errors import InputError
-from flora_jax.models.family import ModelConfig, changed, presets
+from flora_jax.models.family import ModelConfig, presets, with_positions
 from flora_jax.models.model import Model, init_model
 from flora_jax.models.transpose import for_decoding
 from flora_jax.serve.engine import Engine
@@ -118,7 +118,7 @@ def plan_workload(base: Base, options: WorkloadOptions, adapted: bool) -> tuple[
                 f"--max-total is {options.max_total}, and the longest request has {most} tokens, "
                 f"expected at most the {config.n_positions} positions of {base.opened.directory}"
             )
-        base = base._replace(config=changed(config, n_positions=most))
+        base = base._replace(config=with_positions(config, most))
     return workload, base
 
 

@@ -37,4 +37,5 @@ FAMILY = Family(
         rounded_saves={},
         other=6,
     ),
+    limit=lambda config: config.rotary.scaling.limit,
 )

@@ -38,4 +38,5 @@ FAMILY = Family(
         rounded_saves={"attn.c_attn": 1, "attn.c_proj": 1, "mlp.c_fc": 2, "mlp.c_proj": 2},
         other=6,
     ),
+    positions="n_positions",
 )

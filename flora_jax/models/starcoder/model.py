@@ -9,10 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flora_jax.models.attention import Visible, attend_visible
-from flora_jax.models.cache import LayerCache, Paging
-from flora_jax.models.cached_attention import attend_cached
-from flora_jax.models.decoder import Decoder, Parts, Places
+from flora_jax.models.cache import LayerCache
+from flora_jax.models.decoder import Decoder, Parts, Places, attend_in
 from flora_jax.models.layers import ACTIVATIONS, LayerNorm, linear, project
 from flora_jax.models.model import LayerAdapters
 from flora_jax.models.starcoder.config import StarCoderConfig
@@ -54,15 +52,8 @@ class Attention(nnx.Module):
         adapters: LayerAdapters,
         config: StarCoderConfig,
     ) -> tuple[jax.Array, LayerCache | None]:
-        q, k, v = split_qkv(project(x_BTD, self.c_attn, adapters, "attn.c_attn"), config)
-        seen, positions_BT = places.seen, places.positions_BT
-        if cache is not None:
-            assert isinstance(seen, Paging)
-            cache = cache.write(k, v, positions_BT, seen)
-            mixed_BTD = attend_cached(q, cache, seen, positions_BT, config)
-        else:
-            assert isinstance(seen, Visible)
-            mixed_BTD = attend_visible(q, k, v, seen, config)
+        qkv = split_qkv(project(x_BTD, self.c_attn, adapters, "attn.c_attn"), config)
+        mixed_BTD, cache = attend_in(places, qkv, cache, config)
         return project(mixed_BTD, self.c_proj, adapters, "attn.c_proj"), cache
 
 
@@ -129,7 +120,7 @@ class StarCoder(Decoder):
         own = None if self.config.tie_word_embeddings else self.lm_head[...]
         return Parts(self.wte.embedding[...], self.h, self.ln_f, own)
 
-    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    def embedded(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """The tokens' embedding and that of their positions."""
         at_BT = jnp.clip(positions_BT, 0, self.config.n_positions - 1)
         return self.wte.embedding[...][tokens_BT] + self.wpe.embedding[...][at_BT]
