@@ -226,6 +226,8 @@ def _write_model(path: Path, config: Any, dtype: str, part: Path, count: int) ->
     raw = _written(config) | {"architectures": [type(model).__name__], "dtype": dtype}
     (part / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     save_torch_state_dict(state, part)
+    for file in part.glob("*.safetensors"):  # Made for its owner alone.
+        shutil.copymode(part / "config.json", file)
     ends = {"eos_token_id": config.eos_token_id, "bos_token_id": config.bos_token_id}
     text = json.dumps({name: ids for name, ids in ends.items() if ids is not None}, indent=2)
     (part / "generation_config.json").write_text(text + "\n")
@@ -276,7 +278,7 @@ def _mend_byte_level(path: Path, facts: Mapping[str, Any], backend: Any) -> None
     """How a byte-level tokenizer splits text before its merges."""
     from tokenizers import pre_tokenizers
 
-    pre = facts.get("tokenizer.ggml.pre")
+    pre: Any = facts.get("tokenizer.ggml.pre")
     if pre not in SPLITS:
         raise InputError(
             f"{path}: tokenizer.ggml.pre is {pre!r}, expected one of {', '.join(SPLITS)}"

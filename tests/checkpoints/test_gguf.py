@@ -75,7 +75,8 @@ def test_this_package_and_transformers_load_the_directory_and_agree(model, made)
     assert np.abs(logits - expected).max() <= 2e-4 * np.abs(expected).max()
     assert opened.config.eos_token_ids == (2,)
     assert opened.config.n_positions == 64
-    assert not (made / "hf" / "config.json").read_text().count("gguf")
+    assert "gguf" not in (made / "hf" / "config.json").read_text()
+    assert len({file.stat().st_mode for file in (made / "hf").iterdir()}) == 1
 
 
 def test_ids_are_those_of_llama_cpps_rules_on_digits_blanks_and_accents(made):
