@@ -1,9 +1,10 @@
-"""The first thing a newcomer runs: the embedded model and its adapters, another one in every row."""
+"""The first thing a newcomer runs: a model and its adapters, another one in every row."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,14 +12,15 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from flora_jax.adapters.model_adapter import ModelAdapter
-from flora_jax.checkpoints import open_checkpoint
+from flora_jax.checkpoints import Opened, open_checkpoint
 from flora_jax.errors import RunError
 from flora_jax.models.family import ModelConfig
+from flora_jax.models.transpose import for_decoding
 from flora_jax.peft.read import read_adapter
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.request import Completion, Request, SamplingParams
+from flora_jax.serve.request import Limits, Request, SamplingParams
 
 # The same function's head in each language, by the name of its adapter.
 PROMPTS = {
@@ -33,6 +35,24 @@ PROMPTS = {
 KINDS = ("flora", "lora", "ia3")
 
 
+# What a model of one's own is asked: with a chat template, and without.
+QUESTIONS = (
+    "What is a rainbow? Answer in one sentence.",
+    "Name three large rivers.",
+    "Write a Python function that reverses a list.",
+)
+HEADS = ("def reverse(items):\n", "The three largest rivers are", "# Reads a file line by line.\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of the batch: a prompt, its text as people read it, and the adapter's name."""
+
+    shown: str
+    token_ids: tuple[int, ...]
+    adapter: str | None
+
+
 def shipped_adapters(assets: Path, config: ModelConfig) -> dict[str, ModelAdapter]:
     """The embedded adapters by ``kind/language``."""
     return {
@@ -44,88 +64,154 @@ def shipped_adapters(assets: Path, config: ModelConfig) -> dict[str, ModelAdapte
     }
 
 
-def run_demo(assets: Path, *, language: str, max_tokens: int, seed: int) -> None:
-    """Prints the completions side by side, the speed, and each row against itself alone.
-
-    One batch: every language under the base and under its own FLoRA, and the prompt of ``language``
-    under the other kinds as well.
+def run_embedded(assets: Path, *, language: str, max_tokens: int, seed: int) -> None:
+    """Shows the embedded model: every language under the base and under its own FLoRA, and the prompt of
+    ``language`` under the other kinds as well.
 
     Raises:
-        RunError: a row's tokens differ from those it has without company.
+        RunError: see :func:`run_demo`.
     """
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.7, seed=seed)
-    console = Console()
-    source = assets / "mini"
-    opened = open_checkpoint(source)
-    config, tokenizer = opened.config, opened.tokenizer
-    model = opened.load("float32")
-    assert tokenizer is not None
-    adapters = shipped_adapters(assets, config)
-    wanted = [
-        (name, adapter)
+    opened = open_checkpoint(assets / "mini")
+    limits = _limits(opened)
+    rows = [
+        Row(PROMPTS[name], limits.encode(PROMPTS[name]), adapter)
         for name in PROMPTS
         for adapter in (None, *(f"{kind}/{name}" for kind in KINDS[: 3 if name == language else 1]))
     ]
-    requests = [
-        Request(tokenizer.encode(PROMPTS[name]).ids, params, adapter) for name, adapter in wanted
+    console = Console()
+    adapters = shipped_adapters(assets, opened.config)
+    with _batch(opened, adapters, rows, max_tokens, seed) as batch:
+        texts = dict(zip(((r.shown, r.adapter) for r in rows), batch.texts(), strict=True))
+        wide = [Column(name, overflow="fold") for name in ("prompt", "base", "its FLoRA of rank 1")]
+        table = Table("language", *wide, show_lines=True)
+        for name, prompt in PROMPTS.items():
+            own = (texts[prompt, adapter] for adapter in (None, f"flora/{name}"))
+            table.add_row(name, Text(prompt.rstrip()), *own)
+        console.print(table)
+        table = Table(f"{language} under", Column("completion", overflow="fold"), show_lines=True)
+        for adapter in (None, *(f"{kind}/{language}" for kind in KINDS)):
+            table.add_row(adapter or "no adapter", texts[PROMPTS[language], adapter])
+        console.print(table)
+        console.print(
+            "The embedded model has seen a few million tokens only: mind how the adapters change its "
+            "text, not whether the text is right."
+        )
+        batch.report(console)
+
+
+def run_demo(
+    opened: Opened,
+    adapters: Mapping[str, ModelAdapter],
+    prompts: Sequence[str],
+    *,
+    max_tokens: int,
+    seed: int,
+    dtype: str | None,
+) -> None:
+    """Shows any model: every prompt under the base and under every adapter, all in one batch.
+
+    Args:
+        opened: the model; where it has a chat template a prompt is what a user says.
+        adapters: by name.
+        prompts: texts; without any, some of :data:`QUESTIONS` or :data:`HEADS`.
+        max_tokens: of a row.
+        seed: of every row.
+        dtype: of the weights; ``None`` is the checkpoint's own.
+
+    Raises:
+        InputError: the model has no tokenizer, or a prompt does not fit its context.
+        RunError: a row's tokens differ from those it has without company.
+    """
+    chats = opened.chat.template is not None
+    limits = _limits(opened)
+
+    def encode(prompt: str) -> tuple[int, ...]:
+        if chats:
+            return limits.encode_messages([{"role": "user", "content": prompt}])
+        return limits.encode(prompt)
+
+    rows = [
+        Row(prompt, encode(prompt), adapter)
+        for prompt in prompts or (QUESTIONS if chats else HEADS)
+        for adapter in (None, *adapters)
     ]
-    longest = max(len(request.prompt_token_ids) for request in requests) + max_tokens
-    engine = Engine(
-        model,
-        adapters,
-        tokenizer=tokenizer,
-        # A row alone has the bits it has among others only in one shape of its batch.
-        options=EngineOptions(
-            max_model_len=min(longest, config.n_positions), batch_invariant=True, seed=seed
-        ),
+    for row in rows:
+        limits.check(Request(row.token_ids))
+    console = Console()
+    with _batch(opened, adapters, rows, max_tokens, seed, dtype) as batch:
+        wide = [Column(name, overflow="fold") for name in ("prompt", "completion")]
+        table = Table(wide[0], "adapter", wide[1], show_lines=True)
+        for row, text in zip(rows, batch.texts(), strict=True):
+            table.add_row(Text(row.shown.rstrip()), row.adapter or "none", text)
+        console.print(table)
+        batch.report(console)
+
+
+def _limits(opened: Opened) -> Limits:
+    config = opened.config
+    return Limits(config.n_positions, config.vocab_size, opened.tokenizer, opened.chat)
+
+
+def _batch(
+    opened: Opened,
+    adapters: Mapping[str, ModelAdapter],
+    rows: Sequence[Row],
+    max_tokens: int,
+    seed: int,
+    dtype: str | None = "float32",
+) -> Batch:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.7, seed=seed)
+    requests = [Request(row.token_ids, params, row.adapter) for row in rows]
+    longest = max(request.reach for request in requests)
+    # A row alone has the bits it has among others only in one shape of its batch.
+    options = EngineOptions(
+        max_model_len=min(longest, opened.config.n_positions), batch_invariant=True, seed=seed
     )
-    started = time.perf_counter()
-    completions = list(generate(engine, requests))
-    first = time.perf_counter() - started
-    started = time.perf_counter()
-    again = list(generate(engine, requests))
-    seconds = time.perf_counter() - started
-    if [c.token_ids for c in again] != [c.token_ids for c in completions]:
-        raise RunError("the same batch gave other tokens the second time")
-
-    _show(console, dict(zip(wanted, completions, strict=True)), language)
-    tokens = sum(len(c.token_ids) for c in completions)
-    console.print(
-        f"{len(requests)} rows of one batch, {len({name for _, name in wanted})} adapters (the base "
-        f"among them), {tokens} tokens: {tokens / seconds:.0f} tokens/s; {first:.1f} s the first "
-        "time, with compilation"
-    )
-    _check_alone(console, engine, requests, completions)
+    model = for_decoding(opened.load(dtype), consume=True)
+    return Batch(Engine(model, adapters, tokenizer=opened.tokenizer, options=options), requests)
 
 
-def _show(
-    console: Console, found: Mapping[tuple[str, str | None], Completion], language: str
-) -> None:
-    def cell(name: str, adapter: str | None) -> Text:
-        return Text((found[name, adapter].text or "").rstrip())
+class Batch:
+    """The requests, completed together twice: the second time without compilation."""
 
-    wide = [Column(name, overflow="fold") for name in ("prompt", "base", "its FLoRA of rank 1")]
-    table = Table("language", *wide, show_lines=True)
-    for name, prompt in PROMPTS.items():
-        table.add_row(name, Text(prompt.rstrip()), cell(name, None), cell(name, f"flora/{name}"))
-    console.print(table)
-    table = Table(f"{language} under", Column("completion", overflow="fold"), show_lines=True)
-    for adapter in (None, *(f"{kind}/{language}" for kind in KINDS)):
-        table.add_row(adapter or "no adapter", cell(language, adapter))
-    console.print(table)
-    console.print(
-        "The embedded model has seen a few million tokens only: mind how the adapters change its text, "
-        "not whether the text is right."
-    )
+    def __init__(self, engine: Engine, requests: list[Request]):
+        self._engine, self._requests = engine, requests
+        started = time.perf_counter()
+        self._completions = list(generate(engine, requests))
+        self._first_s = time.perf_counter() - started
+        started = time.perf_counter()
+        again = list(generate(engine, requests))
+        self._seconds = time.perf_counter() - started
+        if [c.token_ids for c in again] != [c.token_ids for c in self._completions]:
+            raise RunError("the same batch gave other tokens the second time")
 
+    def __enter__(self) -> Batch:
+        return self
 
-def _check_alone(
-    console: Console, engine: Engine, requests: list[Request], completions: list[Completion]
-) -> None:
-    same = sum(
-        next(generate(engine, [request])).token_ids == completion.token_ids
-        for request, completion in zip(requests, completions, strict=True)
-    )
-    console.print(f"{same} of {len(requests)} rows have the same tokens as when they run alone")
-    if same < len(requests):
-        raise RunError("a row's tokens depend on its neighbours")
+    def __exit__(self, *_: object) -> None:
+        self._engine.close()
+
+    def texts(self) -> list[Text]:
+        """The completions, for a table."""
+        return [Text((one.text or "").rstrip()) for one in self._completions]
+
+    def report(self, console: Console) -> None:
+        """Prints the speed, and each row against itself alone.
+
+        Raises:
+            RunError: a row's tokens differ from those it has without company.
+        """
+        tokens = sum(len(one.token_ids) for one in self._completions)
+        count = len(self._requests)
+        console.print(
+            f"{count} rows of one batch, {len({one.adapter for one in self._requests})} adapters (the "
+            f"base among them), {tokens} tokens: {tokens / self._seconds:.0f} tokens/s; "
+            f"{self._first_s:.1f} s the first time, with compilation"
+        )
+        same = sum(
+            next(generate(self._engine, [request])).token_ids == completion.token_ids
+            for request, completion in zip(self._requests, self._completions, strict=True)
+        )
+        console.print(f"{same} of {count} rows have the same tokens as when they run alone")
+        if same < count:
+            raise RunError("a row's tokens depend on its neighbours")

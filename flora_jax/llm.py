@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -31,6 +32,8 @@ from flora_jax.serve.request import Completion, Request, RequestError, SamplingP
 from flora_jax.serve.updates import Update
 from flora_jax.shipped import adapter_source
 
+# Messages, each with a "role" and a "content".
+Conversation = Sequence[Mapping[str, str]]
 # A text, its token ids, or a mapping with one of "prompt" and "prompt_token_ids" as in vLLM.
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -72,6 +75,7 @@ class LLM:
         self.engine = Engine(
             for_decoding(loaded, consume=True), sources, tokenizer=opened.tokenizer, options=options
         )
+        self._limits = dataclasses.replace(self.engine.limits, chat=opened.chat)
         self._streams = 0
         self._closed = False
 
@@ -119,9 +123,73 @@ class LLM:
             InputError: a prompt, a parameter or an adapter that cannot be served; nothing has run then.
             RunError: a prompt failed while it ran; another stream is still open; or the LLM is closed.
         """
+        self._check_open()
+        requests = self._requests(
+            _listed(prompts), self._token_ids, sampling_params, adapters, "prompt"
+        )
+        return self._answer(requests, stream, "prompt")
+
+    @overload
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapters: str | Sequence[str | None] | None = None,
+        add_generation_prompt: bool = True,
+        stream: Literal[False] = False,
+    ) -> list[Completion]: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapters: str | Sequence[str | None] | None = None,
+        add_generation_prompt: bool = True,
+        stream: Literal[True],
+    ) -> Iterator[Update]: ...
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapters: str | Sequence[str | None] | None = None,
+        add_generation_prompt: bool = True,
+        stream: bool = False,
+    ) -> list[Completion] | Iterator[Update]:
+        """Answers conversations, all in one batch, as the model's chat template writes them.
+
+        Args:
+            messages: a conversation or a list of them: messages with a ``role`` ("system", "user",
+                "assistant") and a ``content``.
+            sampling_params: as in :meth:`generate`.
+            adapters: as in :meth:`generate`.
+            add_generation_prompt: has the model begin an answer; else it goes on after the last message.
+            stream: as in :meth:`generate`.
+
+        Raises:
+            InputError: as in :meth:`generate`; a malformed message; or the model has no chat template.
+            RunError: as in :meth:`generate`.
+        """
+        self._check_open()
+        encode = self._limits.encode_messages
+        requests = self._requests(
+            _conversations(messages), lambda one: encode(one, add_generation_prompt),
+            sampling_params, adapters, "conversation",
+        )  # fmt: skip
+        return self._answer(requests, stream, "conversation")
+
+    def _check_open(self) -> None:
         if self._closed:
             raise RunError("this LLM is closed")
-        requests = self._requests(_listed(prompts), sampling_params, adapters)
+
+    def _answer(
+        self, requests: list[Request], stream: bool, title: str
+    ) -> list[Completion] | Iterator[Update]:
+        """Runs them; ``title`` is what messages call one."""
         updates = self._run(requests)
         if stream:
             return updates
@@ -130,7 +198,7 @@ class LLM:
             for update in updates:
                 assert update.index is not None
                 if update.error is not None:
-                    raise RunError(f"prompt {update.index}: {update.error}")
+                    raise RunError(f"{title} {update.index}: {update.error}")
                 if update.completion is not None:
                     completions[update.index] = update.completion
         return [completions[index] for index in range(len(requests))]
@@ -153,10 +221,13 @@ class LLM:
 
     def _requests(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Any],
+        encode: Callable[[Any], Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         adapters: str | Sequence[str | None] | None,
+        title: str,
     ) -> list[Request]:
+        """A request of each prompt, whose tokens ``encode`` gives; messages call it by ``title``."""
         count = len(prompts)
         params = _each("sampling_params", sampling_params, SamplingParams, count)
         names = _each("adapters", adapters, str, count)
@@ -167,11 +238,10 @@ class LLM:
                 if name is not None and name not in known:
                     given = ", ".join(sorted(known)) or "none"
                     raise RequestError(f"unknown adapter {name!r}, given: {given}")
-                ids = self._token_ids(prompt)
-                request = Request(ids, own or SamplingParams(), name, fold_in=index)
-                self.engine.limits.check(request)
+                request = Request(encode(prompt), own or SamplingParams(), name, fold_in=index)
+                self._limits.check(request)
             except RequestError as error:
-                raise RequestError(f"prompt {index}: {error}") from None
+                raise RequestError(f"{title} {index}: {error}") from None
             found.append(request)
         return found
 
@@ -181,8 +251,8 @@ class LLM:
                 fields = ", ".join(map(str, prompt)) or "nothing"
                 raise RequestError(f"found {fields}, expected 'prompt' or 'prompt_token_ids'")
             ((field, value),) = prompt.items()
-            return self.engine.limits.encode(value) if field == "prompt" else value
-        return self.engine.limits.encode(prompt) if isinstance(prompt, str) else prompt
+            return self._limits.encode(value) if field == "prompt" else value
+        return self._limits.encode(prompt) if isinstance(prompt, str) else prompt
 
     def close(self) -> None:
         """Lets go of the engine; a second time does nothing."""
@@ -213,6 +283,15 @@ def _listed(prompts: Any) -> Sequence[Prompt]:
     if prompts and isinstance(prompts[0], numbers.Integral):
         return [prompts]
     return prompts
+
+
+def _conversations(messages: Any) -> Sequence[Any]:
+    """The conversations as a list; messages alone are one."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise InputError(
+            f"messages is {type(messages).__name__}, expected a list of messages or of conversations"
+        )
+    return [messages] if messages and isinstance(messages[0], Mapping) else messages
 
 
 def _each(name: str, given: Any, kind: type, count: int) -> list[Any]:

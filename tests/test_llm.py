@@ -22,10 +22,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def llm():
+def llm(tmp_path_factory):
+    """The shipped model, with a chat template beside it."""
+    folder = tmp_path_factory.mktemp("model")
+    for file in (ROOT / "flora_jax/assets/mini").iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}{{ ' {' if add_generation_prompt }}"
+    )
     adapters = {"perl": "flora/perl", "ruby": Path("lora/ruby")}
     options = EngineOptions(max_num_seqs=4, max_model_len=64)
-    with flora_jax.LLM("mini", adapters=adapters, options=options) as llm:
+    with flora_jax.LLM(folder, adapters=adapters, options=options) as llm:
         yield llm
 
 
@@ -69,6 +76,39 @@ def test_one_prompt_alone_one_name_and_token_ids_are_accepted(llm):
     assert two[0].token_ids == alone.token_ids
     assert len(two[1].token_ids) == 2
     assert llm.generate([]) == []
+
+
+def said(text):
+    return [{"role": "user", "content": text}]
+
+
+def test_a_conversation_is_answered_as_its_template_writes_it(llm):
+    whole = llm.generate(["sub f {", "def f( {"], FEW, adapters=["perl", None])
+    found = llm.chat([said("sub f"), said("def f(")], FEW, adapters=["perl", None])
+    assert [c.token_ids for c in found] == [c.token_ids for c in whole]
+    (alone,) = llm.chat(said("sub f"), FEW, adapters="perl")
+    assert alone.token_ids == whole[0].token_ids
+    (bare,) = llm.chat(said("sub f {"), FEW, adapters="perl", add_generation_prompt=False)
+    assert bare.token_ids == whole[0].token_ids
+    texts = [update.text for update in llm.chat(said("sub f"), FEW, adapters="perl", stream=True)]
+    assert "".join(texts) == whole[0].text
+    assert llm.chat([]) == []
+
+
+@pytest.mark.parametrize(
+    "messages, named",
+    [
+        ("hi", "messages is str, expected a list of messages or of conversations"),
+        ([said("a"), []], "conversation 1: messages is empty"),
+        ([said("a"), "b"], "conversation 1: messages is str, expected a list of objects"),
+        ([{"role": "user"}], r"conversation 0: messages\[0\]: content is missing"),
+        (said("a" * 65), "conversation 0: the prompt has .* tokens, the context 64"),
+    ],
+)
+def test_a_malformed_conversation_is_refused_before_anything_runs(llm, messages, named):
+    with pytest.raises(InputError, match=named):
+        llm.chat(messages, stream=True)
+    assert not llm.engine.has_work
 
 
 def test_a_stream_has_the_text_of_every_prompt_in_parts(llm):
@@ -155,6 +195,8 @@ def test_an_existing_path_wins_over_a_shipped_name(tmp_path, monkeypatch):
         assert (completion.text, len(completion.token_ids)) == (None, 4)
         with pytest.raises(InputError, match="prompt 0: the checkpoint has no tokenizer"):
             llm.generate("text")
+        with pytest.raises(InputError, match="conversation 0: mini: has no chat template"):
+            llm.chat(said("text"))
 
 
 def test_the_program_has_a_version_and_short_help():

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from flora_jax.checkpoints import orbax_io
+from flora_jax.checkpoints.chat import Chat, load_chat
 from flora_jax.checkpoints.describe import (
     MARKER,
     VERSION,
@@ -85,6 +86,15 @@ class Opened:
             InputError: its file is damaged, or has ids that the model has no embedding for.
         """
         return load_tokenizer(self.directory, self.config.vocab_size)
+
+    @functools.cached_property
+    def chat(self) -> Chat:
+        """The chat template beside the weights, which says so where there is none.
+
+        Raises:
+            InputError: its file is damaged.
+        """
+        return load_chat(self.directory, self.source)
 
     @property
     def format(self) -> str:

@@ -61,7 +61,12 @@ def _resolve(text: str, directory: Path, weights: bool) -> Path:
             )
         directory = _fetch(text, weights)
     elif not directory.is_dir():
-        raise CheckpointError(f"{text}: is a file, expected a directory with config.json")
+        hint = (
+            f"; flora-jax convert {text} DIR --to hf makes one"
+            if directory.suffix == ".gguf"
+            else ""
+        )
+        raise CheckpointError(f"{text}: is a file, expected a directory with config.json{hint}")
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{text}: not a checkpoint: no config.json in it")
     return directory

@@ -1,4 +1,4 @@
-"""``flora-jax convert``: a model between Hugging Face's files and our orbax directories."""
+"""``flora-jax convert``: a model between Hugging Face's files, our orbax directories and GGUF files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ _TITLES: dict[Layout, str] = {"hf": "Hugging Face files", "flax": "a converted d
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    source: Annotated[
+        str, typer.Argument(metavar="MODEL|FILE.gguf", help=f"{MODEL_HELP[:-1]}; or a GGUF file.")
+    ],
     output: Annotated[Path, typer.Argument(help="A directory that is new or empty.")],
     to: Annotated[
         Layout,
@@ -28,11 +30,20 @@ def convert(
         str | None, typer.Option(help="float32, bfloat16 or float16; MODEL's own by default.")
     ] = None,
 ) -> None:
-    """Writes a model in another layout, bit for bit, or in another dtype; its tokenizer goes along."""
+    """Writes a model in another layout, bit for bit, or in another dtype; its tokenizer goes along.
+
+    A GGUF file (extra 'gguf') becomes Hugging Face files, by default in float32 where it is quantised.
+    """
     from flora_jax.checkpoints.checkpoint import open_checkpoint, save_hf, save_orbax
     from flora_jax.checkpoints.describe import parameter_dtype
+    from flora_jax.checkpoints.gguf import convert_gguf, is_gguf
 
     require_new(output)
+    if is_gguf(source):
+        if to != "hf":
+            raise InputError(f"{source}: a GGUF file becomes {_TITLES['hf']} first: --to hf")
+        convert_gguf(source, output, dtype)
+        return
     opened = open_checkpoint(source)
     changes = parameter_dtype(dtype, opened.config).name != opened.config.dtype
     if opened.format == _FORMATS[to] and not changes:

@@ -137,7 +137,7 @@ def _run(job: Job, sink: Output, name: str) -> None:
     opened = open_checkpoint(job.model)
     config, tokenizer = opened.config, opened.tokenizer
     adapters = read_adapters(job.adapters, config)
-    limits = Limits(config.n_positions, config.vocab_size, tokenizer)
+    limits = Limits(config.n_positions, config.vocab_size, tokenizer, opened.chat)
     reader = Reader(limits, adapters, job.defaults, job.keep_last)
     requests: list[Request] = []
     errors: dict[int, str] = {}

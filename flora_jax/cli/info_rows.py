@@ -38,6 +38,7 @@ def _model_rows(path: str) -> Iterator[Row]:
     yield "cache", f"{cache_bytes_per_token(config, config.dtype):,} bytes a token"
     tokenizer = opened.tokenizer
     yield "tokenizer", "none" if tokenizer is None else f"{tokenizer.get_vocab_size():,} pieces"
+    yield "chat template", opened.chat.where if opened.chat.template is not None else "none"
     for target, (inputs, outputs) in config.projections().items():
         yield f"target {target}", f"{inputs:,} -> {outputs:,}"
 

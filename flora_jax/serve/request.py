@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from flora_jax.errors import InputError
 from flora_jax.jsonl import Line, kind_of
+
+if TYPE_CHECKING:
+    from flora_jax.checkpoints.chat import Chat
 
 RequestId = int | str
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -142,11 +145,13 @@ class Limits:
         context: positions of the longest sequence, prompt and output together.
         vocab_size: token ids lie below it.
         tokenizer: a ``tokenizers.Tokenizer``, or ``None``: then there is no text.
+        chat: the model's chat template; without it there are no conversations.
     """
 
     context: int
     vocab_size: int
     tokenizer: Any | None = None
+    chat: Chat | None = None
 
     def check(self, request: Request) -> None:
         """Whether the model can serve a request.
@@ -189,12 +194,36 @@ class Limits:
         """
         if not isinstance(text, str):
             raise RequestError(f"prompt is {type(text).__name__}, expected a string")
+        return self._encode("prompt", text, add_special_tokens=True)
+
+    def encode_messages(self, messages: Any, add_generation_prompt: bool = True) -> tuple[int, ...]:
+        """The tokens of a conversation, as the model's chat template writes it.
+
+        Args:
+            messages: a list of objects with a ``role`` and a ``content``, both strings.
+            add_generation_prompt: ends with the head of the assistant's next message.
+
+        Raises:
+            RequestError: they are no such list, the template refuses them, or there is no template or no
+                tokenizer.
+        """
+        messages = _messages(messages)
+        if self.chat is None:
+            raise RequestError("messages need a chat template, and there is none here")
+        try:
+            text = self.chat.render(messages, add_generation_prompt)
+        except InputError as error:
+            raise RequestError(str(error)) from None
+        # The template has written them all.
+        return self._encode("messages", text, add_special_tokens=False)
+
+    def _encode(self, field: str, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         if self.tokenizer is None:
             raise RequestError(
-                "the checkpoint has no tokenizer.json: give prompt_token_ids in place of prompt"
+                f"the checkpoint has no tokenizer.json: give prompt_token_ids in place of {field}"
             )
         try:
-            return tuple(self.tokenizer.encode(text).ids)
+            return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         except TypeError:  # What the binding makes of a lone surrogate such as \ud800.
             raise RequestError("the prompt is not valid Unicode") from None
 
@@ -222,7 +251,8 @@ class Completion:
 
 
 _SETTINGS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
-_FIELDS = _SETTINGS | {"prompt", "prompt_token_ids", "adapter"}
+_PROMPTS = ("prompt", "prompt_token_ids", "messages")
+_FIELDS = _SETTINGS | {*_PROMPTS, "adapter"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,15 +306,24 @@ class Reader:
             raise RequestError(f"unknown adapter {adapter!r}, given: {given}")
         given_settings = {n: raw[n] for n in _SETTINGS if raw.get(n) is not None}
         params = dataclasses.replace(self.defaults, **given_settings)
-        text, ids = raw.get("prompt"), raw.get("prompt_token_ids")
-        if (text is None) == (ids is None):
-            raise RequestError("expected one of 'prompt' and 'prompt_token_ids'")
-        ids = self.limits.encode(text) if ids is None else _token_ids("prompt_token_ids", ids)
+        ids = self._prompt({name: raw[name] for name in _PROMPTS if raw.get(name) is not None})
         if self.keep_last:
             ids = ids[-max(1, self.limits.context - params.max_tokens) :]
         request = Request(ids, params, adapter, request_id=index, fold_in=index)
         self.limits.check(request)
         return request
+
+    def _prompt(self, given: Mapping[str, Any]) -> tuple[int, ...]:
+        """The tokens of whichever of the three is given."""
+        if len(given) != 1:
+            names = ", ".join(given) or "none"
+            raise RequestError(f"expected one of {', '.join(map(repr, _PROMPTS))}, found {names}")
+        ((name, value),) = given.items()
+        if name == "prompt":
+            return self.limits.encode(value)
+        if name == "messages":
+            return self.limits.encode_messages(value)
+        return _token_ids(name, value)
 
 
 def _store(target: Any, **values: Any) -> None:
@@ -318,6 +357,29 @@ def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     if value and min(value) < 0:
         raise RequestError(f"{name} holds {min(value)}, expected integers from 0")
     return tuple(value)
+
+
+def _messages(value: Any) -> list[Mapping[str, str]]:
+    """A conversation, checked."""
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise RequestError(f"messages is {type(value).__name__}, expected a list of objects")
+    if not value:
+        raise RequestError("messages is empty, expected at least one message")
+    for index, message in enumerate(value):
+        name = f"messages[{index}]"
+        if not isinstance(message, Mapping):
+            found = type(message).__name__
+            raise RequestError(f"{name} is {found}, expected an object with role and content")
+        if unknown := [key for key in message if key not in ("role", "content")]:
+            raise RequestError(f"{name} has {unknown[0]!r}, expected role and content")
+        for field in ("role", "content"):
+            text = message.get(field)
+            if not isinstance(text, str):
+                shown = "missing" if field not in message else _short(repr(text))
+                raise RequestError(f"{name}: {field} is {shown}, expected a string")
+        if not message["role"]:
+            raise RequestError(f"{name}: role is empty, expected user, assistant or system")
+    return list(value)
 
 
 def _strings(value: Any) -> tuple[str, ...]:

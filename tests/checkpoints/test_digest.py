@@ -9,8 +9,8 @@ from safetensors.numpy import load_file, save_file
 
 from flora_jax.checkpoints import digest
 from flora_jax.checkpoints.digest import model_digest
-from flora_jax.cli.common import ASSETS
 from flora_jax.errors import InputError
+from flora_jax.shipped import ASSETS
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ def home(tmp_path_factory):
     torch_model.save_pretrained(home / "bare")
     shutil.copytree(home / "bare", home / "text")
     byte_tokenizer().save(str(home / "text" / "tokenizer.json"))
+    (home / "text" / "chat_template.jinja").write_text("{{ messages[0].content }}d")
     config = open_checkpoint(home / "bare").config
     for name, kind in KINDS.items():
         adapter = random_adapter(kind, 1, config.projections(), 1, rank=2, targets=["mlp.c_proj"])
@@ -154,11 +155,15 @@ def test_text_comes_from_the_tokenizer_beside_the_weights(generate):
     stop = next(c for c in reversed(found["text"]) if c.isascii() and found["text"].count(c) == 1)
     place = found["token_ids"].index(found["token_ids"][4])
     stops = [{"stop": [stop]}, {"stop_token_ids": [found["token_ids"][place]]}]
-    at_text, at_token = generate("text", [plain | own for own in stops], "--batch-size", "1")
+    said = {"messages": [{"role": "user", "content": "ab"}], "prompt": None}
+    at_text, at_token, chat = generate(
+        "text", [*(plain | own for own in stops), plain | said], "--batch-size", "1"
+    )
     assert at_text["finish_reason"] == at_token["finish_reason"] == "stop"
     assert at_text["text"] == found["text"].partition(stop)[0]
     assert at_token["token_ids"] == found["token_ids"][: place + 1]
     assert at_token["text"] == tokenizer.decode(found["token_ids"][:place])
+    assert chat == found | {"index": 2}  # What the chat template makes of it is the same text.
 
 
 def test_batch_invariance_has_the_same_shapes_for_every_file(generate, monkeypatch):
@@ -207,6 +212,12 @@ BAD = {
     "adapter without folder": ("bare", [GOOD], ["--adapter", "a="], "'a=', expected NAME=DIR"),
     "adapter without either": ("bare", [GOOD], ["--adapter", "loris"], "expected NAME=DIR"),
     "unknown adapter": ("bare", THIRD, ["--adapter", "a=loris"], "line 3: unknown adapter 'nobody'"),
+    "no template": (
+        "bare",
+        [GOOD, {"messages": [{"role": "user", "content": "a"}]}],
+        [],
+        "line 2: bare: has no chat template",
+    ),
     "empty prompt": ("text", [GOOD, {"prompt": ""}], [], "line 2: the prompt is empty"),
     "long prompt": (
         "bare", [{"prompt_token_ids": [1] * (CONTEXT + 1)}], [],
@@ -382,7 +393,10 @@ def test_info_describes_a_model(program):
     assert f"{CONTEXT} positions" in out
     assert f"{PIECES} pieces" in out
     assert "16 -> 32" in out
-    assert "none" in program("info", "bare")[1]
+    assert "text/chat_template.jinja" in out
+    bare = [line.split() for line in program("info", "bare")[1].splitlines()]
+    assert ["tokenizer", "none"] in bare
+    assert ["chat", "template", "none"] in bare
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -417,6 +431,35 @@ def test_info_prints_a_base_name_as_it_is(program, home, tmp_path):
     code, out, _ = program("info", tmp_path / "odd")
     assert code == 0
     assert "a[/b] [red]c" in out
+
+
+def test_the_demo_shows_any_model_under_the_base_and_under_every_adapter(program):
+    words = ["--adapter", "loris=loris", "--prompt", "ab", "--max-tokens", "2"]
+    code, out, err = program("demo", "text", *words)
+    assert (code, err) == (0, "")
+    said = " ".join(out.split())
+    assert "2 rows of one batch, 2 adapters" in said
+    assert "loris" in said
+    assert "2 of 2 rows have the same tokens as when they run alone" in said
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["bare", "--prompt", "a"], "the checkpoint has no tokenizer.json"),
+        (["text", "--prompt", "a" * 90], "the prompt has 91 tokens, the context 48"),
+        (
+            ["text", "--language", "lua"],
+            "--language is 'lua', which is of 'mini' without --adapter",
+        ),
+        (["text", "--language", "c"], "--language is 'c', expected one of d, perl"),
+        (["text", "--adapter", "wide=wide"], "wide"),
+    ],
+)
+def test_a_demo_that_cannot_be_ends_in_one_line(words, named, program):
+    code, out, err = program("demo", *words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert named in err
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from tests.helpers.byte_tokenizer import END, PIECES, byte_tokenizer
 TOKENIZER = byte_tokenizer()
 PLAIN = SamplingParams()
 GOOD = {"prompt_token_ids": [1, 2]}
+TURN = {"role": "user", "content": "a"}
 
 
 def parse(lines, tokenizer=TOKENIZER, defaults=PLAIN):
@@ -59,12 +60,24 @@ def error_of(*lines, tokenizer=TOKENIZER):
         ({"prompt": "a", "adapter": ["alpha"]}, ["unknown adapter ['alpha']", "alpha, beta"]),
         ({"prompt": "a", "adapter": 0}, ["unknown adapter 0", "alpha, beta"]),
         ({"prompt": ""}, ["prompt is empty"]),
-        ({"prompt": None}, ["one of 'prompt' and 'prompt_token_ids'"]),
+        ({"prompt": None}, ["one of 'prompt', 'prompt_token_ids', 'messages', found none"]),
         ({"prompt": ["a"]}, ["prompt is list", "string"]),
         ({"prompt": "a\ud800"}, ["not valid Unicode"]),
         ({"prompt": "123456789"}, ["9 tokens", "context 8"]),
-        ({"prompt": "a", "prompt_token_ids": [1]}, ["'prompt'", "'prompt_token_ids'"]),
-        ({"max_tokens": 3}, ["'prompt'", "'prompt_token_ids'"]),
+        ({"prompt": "a", "prompt_token_ids": [1]}, ["one of", "found prompt, prompt_token_ids"]),
+        ({"prompt": "a", "messages": []}, ["one of", "found prompt, messages"]),
+        ({"max_tokens": 3}, ["one of", "found none"]),
+        ({"messages": "hi"}, ["messages is str, expected a list of objects"]),
+        ({"messages": []}, ["messages is empty, expected at least one message"]),
+        ({"messages": ["hi"]}, ["messages[0] is str, expected an object with role and content"]),
+        ({"messages": [TURN, {"content": "a"}]}, ["messages[1]: role is missing"]),
+        ({"messages": [{"role": "", "content": "a"}]}, ["messages[0]: role is empty"]),
+        ({"messages": [{"role": 3, "content": "a"}]}, ["role is 3, expected a string"]),
+        ({"messages": [{"role": "user"}]}, ["messages[0]: content is missing"]),
+        ({"messages": [{"role": "user", "content": None}]}, ["content is None, expected a string"]),
+        ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, ["content is [{'text'"]),
+        ({"messages": [TURN | {"name": "x"}]}, ["messages[0] has 'name', expected role and"]),
+        ({"messages": [TURN]}, ["messages need a chat template, and there is none here"]),
         ({"prompt_token_ids": []}, ["prompt is empty"]),
         ({"prompt_token_ids": [1] * 9}, ["9 tokens", "context 8"]),
         ({"prompt_token_ids": "12"}, ["prompt_token_ids is str", "list of integers"]),

@@ -1,0 +1,131 @@
+"""Tiny GGUF files of a Llama with random weights."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+MERGES = ("Ġ Ġ", "ĠĠ Ġ", "1 2", "Ġ 1", "Ġ a", "Ġa b", "a b", "Ã ©", "c Ã©", "ab cÃ©", "Ċ Ċ")
+# One that no merge makes: only a tokenizer that takes whole pieces finds it.
+WHOLE = "xyz"
+CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TOKENS = (
+    *CONTROL,
+    *sorted(pre_tokenizers.ByteLevel.alphabet()),
+    *(merge.replace(" ", "") for merge in MERGES),
+    WHOLE,
+)
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}"
+    "{% endfor %}"
+)
+
+
+def tiny_llama(**changes):
+    """A random Llama whose vocabulary is :data:`TOKENS`."""
+    config = LlamaConfig(
+        **{
+            "vocab_size": len(TOKENS), "hidden_size": 32, "intermediate_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+            "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+            "bos_token_id": 1, "eos_token_id": 2, "rope_theta": 50_000.0,
+        } | changes
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(torch.randn(value.shape) * 0.2 + (value.ndim == 1))
+    return model
+
+
+_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def _tensors(model):
+    """The model's weights as llama.cpp names and orders them: heads' halves interleaved."""
+    config = model.config
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    for name, value in model.model.named_parameters():
+        array = value.detach().numpy()
+        if name.startswith("layers."):
+            _, layer, module = name.removesuffix(".weight").split(".", 2)
+            own = _NAMES[module]
+            if own in heads:
+                halves = array.reshape(heads[own], 2, -1, array.shape[-1])
+                array = halves.swapaxes(1, 2).reshape(array.shape)
+            yield f"blk.{layer}.{own}.weight", array
+        else:
+            yield (
+                {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}[
+                    name
+                ],
+                array,
+            )
+
+
+def write_gguf(path: Path, model, facts=(), tensors=(), quantized=(), architecture="llama"):
+    """Writes the model; ``facts`` replace or add metadata, and ``None`` leaves one out.
+
+    ``tensors`` are added by name; those whose name ends in one of ``quantized`` are held as Q8_0.
+    """
+    import gguf
+
+    config = model.config
+    own = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": 50_000.0,
+        "rope.dimension_count": config.head_dim,
+        "vocab_size": len(TOKENS),
+    }
+    values = {f"{architecture}.{name}": value for name, value in own.items()}
+    values |= {
+        "general.name": "tiny",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": list(TOKENS),
+        "tokenizer.ggml.token_type": [3] * len(CONTROL) + [1] * (len(TOKENS) - len(CONTROL)),
+        "tokenizer.ggml.merges": list(MERGES),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.padding_token_id": 2,
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": TEMPLATE,
+        **dict(facts),
+    }
+    writer = gguf.GGUFWriter(path, architecture)
+    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    adders |= {str: writer.add_string, list: writer.add_array}
+    for name, value in values.items():
+        if value is not None:
+            adders[type(value)](name, value)
+    for name, array in [*_tensors(model), *dict(tensors).items()]:
+        if name.endswith(tuple(quantized)) and quantized:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, np.ascontiguousarray(array, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
