@@ -11,9 +11,9 @@ from flora_jax.mixing.bank import build_bank
 from flora_jax.mixing.pairs import form, list_pairs, row_components
 from flora_jax.mixing.ragged import Ragged, RowWise
 from flora_jax.serve.ahead import Compilations
+from flora_jax.weights.dense import Dense
 from flora_jax.weights.product import explicit
 from flora_jax.weights.quantized import dequantize, quantize
-from flora_jax.weights.transposed import Transposed
 from tests.helpers import oracles
 from tests.helpers.random_adapters import KINDS, random_adapter, random_projection
 
@@ -115,7 +115,7 @@ def test_an_output_of_no_length_is_its_bias_alone(cancelled):
 
 HELD = {
     "dense": lambda W: W,
-    "by outputs": lambda W: Transposed(W.T),
+    "by outputs": lambda W: Dense(W.T),
     "int8": lambda W: quantize(W, "int8"),
     "int4": lambda W: quantize(W, "int4"),
 }
@@ -147,7 +147,7 @@ def test_a_large_weight_is_read_in_slices(monkeypatch):
     (own, *_), _, W, _ = case(5, 3)
     whole = gain(own, W)
     monkeypatch.setattr("flora_jax.adapters.dora.slices", lambda W: 5)
-    for held in (W, Transposed(W.T)):
+    for held in (W, Dense(W.T)):
         np.testing.assert_allclose(gain(own, held), whole, rtol=1e-5)
 
 

@@ -18,8 +18,8 @@ from flora_jax.train import choice
 from flora_jax.train.loss import HeadChunks
 from flora_jax.train.step import StepOptions, init_adapter_state, make_adapter_step, make_scorer
 from flora_jax.weights import product
+from flora_jax.weights.dense import Dense
 from flora_jax.weights.quantized import quantize
-from flora_jax.weights.transposed import Transposed
 from tests.helpers.random_adapters import random_adapter
 from tests.helpers.tiny_training import CONFIG, random_batch, stacked, tiny_model
 
@@ -222,10 +222,10 @@ def test_a_factor_summed_or_multiplied_is_one():
             assert relative(np.asarray(own), np.asarray(right_slope)) < tolerance
 
 
-@pytest.mark.parametrize("held", ["array", "transposed", "int8"])
+@pytest.mark.parametrize("held", ["array", "by outputs", "int8"])
 def test_a_rounded_product_takes_every_weight(held):
     x, W, _ = operands("bfloat16")
-    weight = {"array": W, "transposed": Transposed(W.T)}.get(held)
+    weight = {"array": W, "by outputs": Dense(W.T)}.get(held)
     if held == "int8":
         weight = quantize(W, "int8")
     found = product.rounded(x, weight)

@@ -19,8 +19,8 @@ from flora_jax.models.cache import Cache, LayerCache, Paging
 from flora_jax.models.cached_attention import attend_cached
 from flora_jax.models.model import Adapters, LayerAdapters, Remat
 from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.weights.dense import Dense
 from flora_jax.weights.product import PROJECTED, apply, product
-from flora_jax.weights.transposed import Transposed
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -58,16 +58,20 @@ def layer_norm(x_BTD: jax.Array, norm: LayerNorm, epsilon: float) -> jax.Array:
     return (centred * inverse * scale + bias).astype(x_BTD.dtype)
 
 
-def _linear(inputs: int, outputs: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    """A holder of ``kernel [I, O]`` and ``bias [O]``; the product itself goes through the hook."""
-    init = nnx.initializers.normal(std)
-    return nnx.Linear(inputs, outputs, kernel_init=init, param_dtype=dtype, rngs=rngs)
+class Linear(nnx.Module):
+    """Holds ``kernel``, a :class:`Dense`, and ``bias [O]``; the product itself goes through the hook."""
+
+    def __init__(self, inputs: int, outputs: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(random_dense(inputs, outputs, std, dtype, rngs))
+        self.bias = nnx.Param(nnx.initializers.zeros(rngs.params(), (outputs,), dtype))
 
 
-def _project(
-    x_BTI: jax.Array, linear: nnx.Linear, adapters: LayerAdapters, target: str
-) -> jax.Array:
-    assert linear.bias is not None
+def random_dense(inputs: int, outputs: int, std: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> Dense:
+    """A weight of normally distributed numbers."""
+    return Dense(nnx.initializers.normal(std)(rngs.params(), (inputs, outputs), dtype).T)
+
+
+def _project(x_BTI: jax.Array, linear: Linear, adapters: LayerAdapters, target: str) -> jax.Array:
     return apply(adapters.get(target), x_BTI, linear.kernel[...], linear.bias[...])
 
 
@@ -96,8 +100,8 @@ class Attention(nnx.Module):
     def __init__(self, config: StarCoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         sizes, std = config.projections(), config.initializer_range
         deep = std / (2 * config.n_layer) ** 0.5
-        self.c_attn = _linear(*sizes["attn.c_attn"], std, dtype, rngs)
-        self.c_proj = _linear(*sizes["attn.c_proj"], deep, dtype, rngs)
+        self.c_attn = Linear(*sizes["attn.c_attn"], std, dtype, rngs)
+        self.c_proj = Linear(*sizes["attn.c_proj"], deep, dtype, rngs)
 
     def __call__(
         self,
@@ -123,8 +127,8 @@ class MLP(nnx.Module):
     def __init__(self, config: StarCoderConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
         sizes, std = config.projections(), config.initializer_range
         deep = std / (2 * config.n_layer) ** 0.5
-        self.c_fc = _linear(*sizes["mlp.c_fc"], std, dtype, rngs)
-        self.c_proj = _linear(*sizes["mlp.c_proj"], deep, dtype, rngs)
+        self.c_fc = Linear(*sizes["mlp.c_fc"], std, dtype, rngs)
+        self.c_proj = Linear(*sizes["mlp.c_proj"], deep, dtype, rngs)
 
     def __call__(
         self, x_BTD: jax.Array, adapters: LayerAdapters, config: StarCoderConfig
@@ -177,8 +181,9 @@ class StarCoder(nnx.Module):
         self.h = nnx.List([Block(config, dtype, rngs) for _ in range(config.n_layer)])
         self.ln_f = LayerNorm(config.n_embd, dtype)
         if not config.tie_word_embeddings:
-            shape = (config.n_embd, config.vocab_size)
-            self.lm_head = nnx.Param(nnx.initializers.normal(std)(rngs.params(), shape, dtype))
+            self.lm_head = nnx.Param(
+                random_dense(config.n_embd, config.vocab_size, std, dtype, rngs)
+            )
 
     def hidden(
         self,
@@ -218,12 +223,12 @@ class StarCoder(nnx.Module):
         """The output projection ``[D, V]``, tied to the embedding or its own."""
         if self.config.tie_word_embeddings:
             return self.wte.embedding[...].T
-        return self.lm_head[...]
+        return self.lm_head[...].explicit()
 
     def logits(self, hidden_xD: jax.Array) -> jax.Array:
         """Scores over the vocabulary ``[..., V]`` in float32."""
         if self.config.tie_word_embeddings:
-            return product(hidden_xD, Transposed(self.wte.embedding[...]))
+            return product(hidden_xD, Dense(self.wte.embedding[...]))
         return product(hidden_xD, self.lm_head[...])
 
     def __call__(

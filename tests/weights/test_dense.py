@@ -13,9 +13,8 @@ from flora_jax.mixing.ragged import Ragged, RowWise
 from flora_jax.models.model import init_model
 from flora_jax.models.quantize import quantize_model
 from flora_jax.models.starcoder.config import StarCoderConfig
-from flora_jax.models.transpose import outputs_first
 from flora_jax.weights import product
-from flora_jax.weights.transposed import Transposed, matmul
+from flora_jax.weights.dense import Dense, matmul
 from tests.helpers.random_adapters import KINDS, random_adapter
 
 TARGET, SIZES = "attn.c_attn", {"attn.c_attn": (24, 40)}
@@ -34,7 +33,7 @@ def test_every_form_gives_what_it_gives_with_the_weight_itself(seed, dtype, tole
     bank, names = build_bank(adapters, SIZES, 1), [None, *adapters]
     x = jnp.asarray(rng.normal(size=(len(names), 3, 24)), dtype)
     W, bias = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((24, 40), (40,)))
-    held = Transposed(jnp.asarray(W.T))
+    held = Dense(jnp.asarray(W.T))
     mixed = Ragged(bank.layers[0][TARGET], list_pairs(bank, names)[TARGET])
     hooks = [(None, x), (mixed, x)]
     for row, name in enumerate(names):
@@ -55,13 +54,13 @@ def test_products_of_few_and_of_many_rows_are_those_with_the_weight_itself(rows,
     x, W = (jnp.asarray(rng.normal(size=size), dtype) for size in ((2, rows, 24), (24, 40)))
     expected = np.float64(x) @ np.float64(W)
     for run in (matmul, jax.vmap(matmul, (0, None))):
-        found = jax.jit(run)(x, Transposed(W.T))
+        found = jax.jit(run)(x, Dense(W.T))
         assert found.dtype == jnp.float32
         assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
 def test_only_a_cpu_has_the_weight_first():
-    x, W = jnp.zeros((4, 24)), Transposed(jnp.zeros((40, 24)))
+    x, W = jnp.zeros((4, 24)), Dense(jnp.zeros((40, 24)))
     for platform, barriers in (("cpu", 1), ("cuda", 0), ("tpu", 0)):
         lowered = jax.jit(matmul).trace(x, W).lower(lowering_platforms=(platform,))
         assert lowered.as_text().count("optimization_barrier") == barriers
@@ -71,13 +70,13 @@ def test_merging_gives_the_same_explicit_weight():
     W = jnp.asarray(np.random.default_rng(0).normal(size=(24, 40)), jnp.float32)
     for kind in KINDS:
         params = random_adapter(kind, 1, SIZES, rank=3).layers[0][TARGET]
-        for weight in (W, Transposed(W.T)):
+        for weight in (W, Dense(W.T)):
             found, _ = kind_of(params).merge(params, weight)
             assert found.shape == (24, 40)
         np.testing.assert_allclose(found, kind_of(params).merge(params, W)[0], rtol=1e-6)
-    np.testing.assert_array_equal(product.explicit(Transposed(W.T)), W)
+    np.testing.assert_array_equal(product.explicit(Dense(W.T)), W)
     with pytest.raises(TypeError, match="no parts"):
-        Transposed(W)[0]
+        Dense(W)[0]
 
 
 def test_a_model_by_outputs_has_the_same_logits_and_saves_as_the_same_files(tmp_path):
