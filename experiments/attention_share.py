@@ -46,7 +46,7 @@ def parts_of(model: Any, rows: int, tokens: int, seen: int) -> dict[str, Callabl
     from flax import nnx
 
     from flora_jax.models.attention import attend
-    from flora_jax.models.starcoder.model import layer_norm, split_qkv
+    from flora_jax.models.starcoder.model import split_qkv
     from flora_jax.weights.product import apply
 
     config = model.config
@@ -96,15 +96,15 @@ def parts_of(model: Any, rows: int, tokens: int, seen: int) -> dict[str, Callabl
         x_BTD = whole.wte.embedding[...][tokens_BT] + whole.wpe.embedding[...][None, :1]
         pairs = zip(cached[::2], cached[1::2], strict=True)
         for block, (k_BSGK, v_BSGK) in zip(whole.h, pairs, strict=True):
-            normal_BTD = layer_norm(x_BTD, block.ln_1, config.layer_norm_epsilon)
+            normal_BTD = block.ln_1(x_BTD)
             q_BTHK, k_BTGK, v_BTGK = split_qkv(project(block.attn.c_attn, normal_BTD), config)
             mixed_BTD = attend(q_BTHK, k_BSGK, v_BSGK, mask_BTS, config)
             # In place of storing them, which a donated cache would do where they lie.
             mixed_BTD = (mixed_BTD.reshape(q_BTHK.shape) + k_BTGK + v_BTGK).reshape(x_BTD.shape)
             x_BTD = x_BTD + project(block.attn.c_proj, mixed_BTD)
-            normal_BTD = layer_norm(x_BTD, block.ln_2, config.layer_norm_epsilon)
+            normal_BTD = block.ln_2(x_BTD)
             x_BTD = x_BTD + block.mlp(normal_BTD, {}, config)
-        x_BTD = layer_norm(x_BTD, whole.ln_f, config.layer_norm_epsilon)
+        x_BTD = whole.ln_f(x_BTD)
         return whole.logits(x_BTD[:, -1])
 
     tokens_BT = jax.random.randint(keys[0], (rows, tokens), 1, config.vocab_size)

@@ -41,8 +41,7 @@ import typer
 from flax import nnx
 
 from flora_jax.adapters.model_adapter import ModelAdapter
-from flora_jax.checkpoints.checkpoint import load_model
-from flora_jax.checkpoints.tokenizer import load_tokenizer
+from flora_jax.checkpoints.checkpoint import open_checkpoint
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 from flora_jax.mixing.grouped import grouped_hooks
@@ -63,7 +62,7 @@ RATES = {
 }
 ROWS, LENGTH = 8, 256
 RESULTS = Path(__file__).parent / "results" / "finetune_mini.jsonl"
-MINI = Path(__file__).resolve().parents[1] / "flora_jax" / "assets" / "mini"
+MINI = "mini"
 
 
 class Run(NamedTuple):
@@ -224,9 +223,9 @@ def main(
 ) -> None:
     """Runs what is not yet done of a stage and appends its results."""
     steps = steps or (100 if stage == "sweep" else 250)
-    model = load_model(MINI, "float32")
-    config = model.config
-    tokenizer = load_tokenizer(MINI, config.vocab_size)
+    opened = open_checkpoint(MINI)
+    model, config = opened.load("float32"), opened.config
+    tokenizer = opened.tokenizer
     assert tokenizer is not None
     lengths = piece_bytes(tokenizer)
     held_out: dict[str, PackedTokens] = {}
@@ -243,9 +242,7 @@ def main(
         options = options_of(stage, run, corpora, steps, windows=48)
         directory = output / f"{stage}-{steps}" / run.name
         started = time.monotonic()
-        folders = train(
-            options, directory, resume=True, source=str(MINI), cache=output / "tokens", say=print
-        )
+        folders = train(options, directory, resume=True, cache=output / "tokens", say=print)
         seconds = time.monotonic() - started
         lines = []
         for language in run.languages:

@@ -43,7 +43,7 @@ from flax import nnx
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter, randomise
 from flora_jax.bench.receipts import report
 from flora_jax.checkpoints.checkpoint import load_model
-from flora_jax.cli.common import ASSETS, prepare_jax, say
+from flora_jax.cli.common import prepare_jax, say
 from flora_jax.cli.program import run_function
 from flora_jax.errors import RunError
 from flora_jax.files import require_file
@@ -252,7 +252,7 @@ def main(
     if output is not None:
         require_file(output, overwrite=True)
     prepare_jax()
-    model = load_model(ASSETS / "mini", "float32")
+    model = load_model("mini", "float32")
     adapters = random_adapters(model.config, seed)
     engine = Engine(model, adapters, options=OPTIONS)
     if not engine.warm_up():

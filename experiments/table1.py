@@ -36,7 +36,7 @@ from typing import Any
 
 from flora_jax.checkpoints.digest import model_digest
 from flora_jax.checkpoints.sources import resolve
-from flora_jax.cli.common import ASSETS, dtype_of, prepare_jax, source
+from flora_jax.cli.common import dtype_of, prepare_jax
 from flora_jax.errors import InputError, RunError
 from flora_jax.evaluate.completions import Generation, Sampling, Store
 from flora_jax.evaluate.doctor import examine
@@ -47,6 +47,7 @@ from flora_jax.evaluate.problems import Problem, first, read_problems
 from flora_jax.files import directory_lock
 from flora_jax.sandbox.sandbox import Sandbox
 from flora_jax.serve.registry import digest
+from flora_jax.shipped import ASSETS
 
 try:
     from experiments import table1_report
@@ -122,7 +123,7 @@ def generate(
         if language in languages
     }
     local = Local(
-        resolve(source(preset.model)), problems, adapters, preset.rows, dtype_of(None),
+        resolve(preset.model), problems, adapters, preset.rows, dtype_of(None),
         preset.quantize,
     )  # fmt: skip
     context, weights = local.context(preset.sampling), model_digest(local.directory)
@@ -248,7 +249,7 @@ def _empty(generations: list[Generation]) -> dict[str, float]:
 
 
 def _beyond(preset: Preset, problems: list[Problem]) -> set[tuple[str, str]]:
-    local = Local(resolve(source(preset.model)), problems)
+    local = Local(resolve(preset.model), problems)
     return {(problem.language, problem.name) for problem in local.beyond()}
 
 

@@ -14,13 +14,14 @@ from flora_jax.errors import InputError
 
 _PART = 64 << 20  # Bytes hashed at a time by one thread.
 _BLOCK = 1 << 20
-# What is read beside the weights: sizes and end tokens, and how text becomes tokens.
+# What is read beside the weights: sizes and end tokens, and how text or a chat becomes tokens.
 _COMPANIONS = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "chat_template.jinja",
 )
 
 

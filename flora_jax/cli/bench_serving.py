@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from flora_jax.adapters.registry import TRAITS
-from flora_jax.cli.common import MODEL_HELP, Overwrite, dtype_of, prepare_jax, source
+from flora_jax.cli.common import MODEL_HELP, Overwrite, dtype_of, prepare_jax
 from flora_jax.errors import InputError
 from flora_jax.files import require_file
 from flora_jax.terminal import say
@@ -241,7 +241,7 @@ class Run:
             setup.Contender(self.kind, number, targets)
             for number in _ranks(self.kind, self.rank, self.ranks)
         ]
-        base = setup.find_base(None if self.model is None else source(self.model), self.preset)
+        base = setup.find_base(self.model, self.preset)
         for contender in contenders:
             contender.targets_of(base.config)
         drawn, base = setup.plan_workload(base, options, self.kind != "none")

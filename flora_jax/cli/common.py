@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flora_jax.errors import InputError
-from flora_jax.shipped import ASSETS as ASSETS
-from flora_jax.shipped import adapter_source, model_source
+from flora_jax.shipped import adapter_source
 from flora_jax.terminal import say as say
 
 if TYPE_CHECKING:
@@ -20,11 +19,6 @@ if TYPE_CHECKING:
 
 MODEL_HELP = "Hugging Face directory, converted directory, hub id, or 'mini' (embedded)."
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")]
-
-
-def source(model: str) -> str:
-    """The path of the embedded model where it is asked for by name."""
-    return model_source(model)
 
 
 def named_values(values: list[str], option: str, form: str = "NAME=PATH") -> dict[str, str]:

@@ -68,7 +68,7 @@ class CompletionsFile:
                 found = found if isinstance(found, dict) else {}
                 fields = [name for name in wanted if found.get(name) != wanted[name]]
                 raise InputError(
-                    f"{self._part}: left by a run with another {', '.join(fields)}; the same command "
+                    f"{self._part}: left by a run with other {', '.join(fields)}; the same command "
                     "goes on with it, --overwrite starts anew"
                 )
             self._journal.cut(0)

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 import typer
 
 from flora_jax.cli.common import MODEL_HELP
-from flora_jax.cli.common import source as named
 from flora_jax.errors import InputError
 from flora_jax.files import require_new
 
@@ -34,7 +33,7 @@ def convert(
     from flora_jax.checkpoints.describe import parameter_dtype
 
     require_new(output)
-    opened = open_checkpoint(named(source))
+    opened = open_checkpoint(source)
     changes = parameter_dtype(dtype, opened.config).name != opened.config.dtype
     if opened.format == _FORMATS[to] and not changes:
         other: Layout = "flax" if to == "hf" else "hf"

@@ -114,10 +114,13 @@ class Job:
 
     def facts(self, directory: Path) -> dict[str, Any]:
         """What decides the completions: a job with the same may go on with them."""
+        from flora_jax.checkpoints.digest import model_digest
+        from flora_jax.serve.registry import digest
+
         return {
-            "model": _stamp(directory),
+            "model": model_digest(directory),
             "input": hashlib.sha256(self.input.read_bytes()).hexdigest(),
-            "adapters": {name: _stamp(folder) for name, folder in self.adapters.items()},
+            "adapters": {name: digest(folder) for name, folder in self.adapters.items()},
             "default": dataclasses.asdict(self.defaults),
             "seed": self.seed,
             "dtype": self.dtype,
@@ -125,13 +128,6 @@ class Job:
             "batch": [self.batch_size, self.batch_invariant],
             "truncation": self.keep_last,
         }
-
-
-def _stamp(folder: Path) -> str:
-    """Changes with any file of a folder. Its content is not read: weights are large."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    facts = [(str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return hashlib.sha256(repr((str(folder.resolve()), facts)).encode()).hexdigest()
 
 
 def _run(job: Job, sink: Output, name: str) -> None:

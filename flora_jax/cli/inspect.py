@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from flora_jax.cli.common import ASSETS, MODEL_HELP, prepare_jax, source
+from flora_jax.cli.common import MODEL_HELP, prepare_jax
 from flora_jax.errors import InputError
+from flora_jax.shipped import ASSETS
 
 
 def info(
@@ -21,7 +22,7 @@ def info(
     from flora_jax.cli.info_rows import describe_rows
 
     table = Table(show_header=False, box=None)
-    for name, value in describe_rows(source(path)):
+    for name, value in describe_rows(path):
         table.add_row(Text(name, style="bold"), Text(value))
     Console().print(table)
 

@@ -16,7 +16,6 @@ from flora_jax.cli.common import (
     named_paths,
     named_values,
     prepare_jax,
-    source,
 )
 from flora_jax.errors import InputError
 from flora_jax.terminal import progress, say
@@ -252,7 +251,7 @@ class Generating:
         if engine["quantize"] not in (None, "int8", "int4"):
             raise InputError(f"--quantize is {engine['quantize']!r}, expected int8, int4 or none")
         folders = named_paths([*self.adapters], "adapter", "LANGUAGE=DIR")
-        directory = resolve(source(self.model))
+        directory = resolve(self.model)
 
         prepare_jax()
         from flora_jax.checkpoints.digest import model_digest

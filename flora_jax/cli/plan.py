@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from flora_jax.adapters.registry import TRAITS
-from flora_jax.cli.common import source
 from flora_jax.errors import InputError
 
 
@@ -73,7 +72,7 @@ def plan(
                 f"MODEL|PRESET is {model!r}, expected one of {', '.join(known)}, a checkpoint's "
                 "directory or a hub id (owner/name)"
             )
-        opened = open_checkpoint(source(model))
+        opened = open_checkpoint(model)
         name, config = opened.directory.name, opened.config
     projections = config.projections()
     names = projections.names.default_targets("lora") if targets is None else targets.split(",")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from flora_jax.adapters.registry import TRAITS, options, owners
-from flora_jax.cli.common import MODEL_HELP, cache_directory, named_values, prepare_jax, say, source
+from flora_jax.cli.common import MODEL_HELP, cache_directory, named_values, prepare_jax, say
 from flora_jax.cli.options import takes
 from flora_jax.errors import InputError
 
@@ -156,7 +156,7 @@ def train(command: TrainCommand) -> None:
 
         try:
             folders = run(
-                options, Path(place), resume=again, source=source(options.model),
+                options, Path(place), resume=again,
                 cache=cache_directory() / "tokens", say=say, interrupt=interrupt,
             )  # fmt: skip
         except InterruptedRun as error:

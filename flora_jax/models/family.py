@@ -1,7 +1,8 @@
 """What all other rooms need to know of a family of models: one description, owned by the family.
 
 A family is a folder beside this file with a ``FAMILY`` in its ``__init__``, and a line in
-:data:`FAMILIES`. Knows nothing of arrays: importing it, or reading a configuration, brings no JAX in.
+:data:`FAMILIES` for each ``model_type``. Knows nothing of arrays: importing it, or reading a
+configuration, brings no JAX in.
 """
 
 from __future__ import annotations
@@ -11,31 +12,23 @@ import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 
-from flora_jax.adapters.projections import ModuleNames, Projections
+from flora_jax.adapters.projections import Projections
 from flora_jax.errors import InputError
 from flora_jax.models.axes import MESH_AXES, Rules, logical_axes
 
 if TYPE_CHECKING:
     from flora_jax.models.model import LanguageModel
 
-# By config.json's model_type the module that has the family's FAMILY.
+# By config.json's model_type the module that has the family's FAMILY, one for several where they differ
+# in values only.
 FAMILIES: dict[str, str] = {
     "gpt_bigcode": "flora_jax.models.starcoder",
 }
 DTYPES = ("float32", "bfloat16", "float16")
-# Sizes beyond any model that there is: a configuration with larger ones is damaged, and building it
-# would take the machine's memory before anything else could be wrong.
-LARGEST: Mapping[str, int] = {
-    "layers": 1024,
-    "heads": 4096,
-    "width": 1 << 18,
-    "positions": 1 << 26,
-    "vocabulary": 1 << 24,
-}
 MOST_PARAMETERS = 10**13
 
 
@@ -73,7 +66,9 @@ class ModelConfig(AttentionConfig, Protocol):
     ``others`` are fields of config.json without effect here, to be written again.
     """
 
-    model_type: ClassVar[str]
+    @property
+    def model_type(self) -> str:
+        """config.json's: a key of :data:`FAMILIES`. A family may have several."""
 
     @property
     def vocab_size(self) -> int:
@@ -178,10 +173,8 @@ class Family:
 
     Args:
         title: for people.
-        model_type: config.json's.
         config: reads config.json's object; the second argument says where it stands, for messages.
             ``InputError`` for what it cannot honour.
-        names: of the torch model's modules.
         tensors: by our dotted path every parameter as the files have it, in the model's order.
         blocks: path of the list of blocks; a projection's kernel is ``blocks.layer.target.kernel``.
         embedding: path of the token embedding, whose dtype is the model's and which is never quantised.
@@ -197,9 +190,7 @@ class Family:
     """
 
     title: str
-    model_type: str
     config: Callable[[Mapping[str, Any], str], ModelConfig]
-    names: ModuleNames
     tensors: Callable[[Any], dict[str, Tensor]]
     blocks: str
     embedding: str
@@ -242,21 +233,8 @@ def read_family_config(raw: Mapping[str, Any], where: str) -> ModelConfig:
 
 def presets() -> dict[str, ModelConfig]:
     """The presets of all families by name."""
-    return {name: config for at in FAMILIES.values() for name, config in _load(at).presets.items()}
-
-
-def check_size(name: str, value: Any, kind: str) -> None:
-    """Raises ``InputError`` unless ``value`` is a positive integer that a model may have.
-
-    Args:
-        name: of the field.
-        value: found in a configuration.
-        kind: of :data:`LARGEST`.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"config: {name} is {value!r}, expected a positive integer")
-    if value > LARGEST[kind]:
-        raise InputError(f"config: {name} is {value}, expected at most {LARGEST[kind]}")
+    modules = dict.fromkeys(FAMILIES.values())
+    return {name: config for at in modules for name, config in _load(at).presets.items()}
 
 
 Config = TypeVar("Config", bound=ModelConfig)

@@ -7,6 +7,7 @@ Knows nothing of what a program is for.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata as metadata
 import importlib.util
@@ -153,6 +154,22 @@ def placed(card: Card, tree: Any) -> Any:
     )
 
 
+@contextlib.contextmanager
+def _not_cached() -> Iterator[None]:
+    """Nothing is written to the persistent cache: a program for a card that is not there can't be read
+    back, and compiling it a second time would warn of that.
+    """
+    import jax
+
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
+
+
 def compile_lowered(lower: Callable[[], Any], *, library_products: bool = True) -> Compiled:
     """Compiles what ``lower`` gives, for the card that its arguments are placed on.
 
@@ -163,7 +180,8 @@ def compile_lowered(lower: Callable[[], Any], *, library_products: bool = True) 
         "xla_gpu_cuda_data_dir": str(find_toolkit()),
         "xla_gpu_enable_triton_gemm": not library_products,
     }
-    program = lower().compile(compiler_options=options)
+    with _not_cached():
+        program = lower().compile(compiler_options=options)
     memory = program.memory_analysis()
     return Compiled(
         program.as_text(),

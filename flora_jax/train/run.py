@@ -59,7 +59,6 @@ def train(
     output: str | Path,
     *,
     resume: bool = False,
-    source: str | None = None,
     cache: Path | None = None,
     say: Callable[[str], None] = print,
     interrupt: Interrupt | None = None,
@@ -71,7 +70,6 @@ def train(
         output: new or empty, or with ``resume`` the directory of a run with the same options. No other
             process may use it at the same time.
         resume: go on from the newest checkpoint, or start where there is none.
-        source: where the model is, if not at ``options.model``.
         cache: where tokenised data is kept between runs.
         say: takes notes for the user, a line each.
         interrupt: looked at between two steps and between two batches of validation or of text.
@@ -91,7 +89,7 @@ def train(
             write_curve(output, list(options.data), say)
             say(f"{output}: this run is finished, nothing to do")
             return folders
-        run = prepare(options, output, source=source, cache=cache, say=say, interrupt=interrupt)
+        run = prepare(options, output, cache=cache, say=say, interrupt=interrupt)
         write_results(options, output, run.train(), say)
     return folders
 
@@ -100,7 +98,6 @@ def prepare(
     options: TrainOptions,
     output: Path,
     *,
-    source: str | None = None,
     cache: Path | None = None,
     say: Callable[[str], None] = print,
     interrupt: Interrupt | None = None,
@@ -111,7 +108,7 @@ def prepare(
     of ``output``.
     """
     interrupt = interrupt or Interrupt()
-    base = _open(options, source)
+    base = _open(options)
     mesh = _mesh(options)
     training, validation = _read(options, base, cache, (output,), interrupt)
     quantize = None if options.quantize == "none" else options.quantize
@@ -246,9 +243,9 @@ class Run:
         )
 
 
-def _open(options: TrainOptions, source: str | None) -> Opened:
+def _open(options: TrainOptions) -> Opened:
     """The base without its weights, once the options are known to fit it."""
-    base = open_checkpoint(source or options.model)
+    base = open_checkpoint(options.model)
     config = base.config
     if options.seq_len > config.n_positions:
         raise InputError(

@@ -114,10 +114,10 @@ def _dot(axes: Axes, x_xI: jax.Array, W: jax.Array, dtype: Any) -> jax.Array:
 def _matmul(axes: Axes, x_xI: jax.Array, W: jax.Array) -> jax.Array:
     """The product, accumulated and returned in float32, and both gradients.
 
-    Those of 16-bit arrays a GPU computes from 16-bit arrays. By itself JAX multiplies the float32 gradient
-    of the result with a weight taken to float32: at a half or an eighth of the speed, beside the
-    conversions. Nothing is lost where the result is rounded to 16 bits before anything else: its gradient
-    has 16 bits as well.
+    A GPU computes those of 16-bit arrays from 16-bit arrays. By itself JAX multiplies the float32
+    gradient of the result with a weight taken to float32: at a half or an eighth of the speed, beside
+    the conversions. Nothing is lost where the result is rounded to 16 bits before anything else: its
+    gradient has 16 bits as well.
     """
     rows_first = partial(_dot, axes, dtype=jnp.float32)
     if axes == "io" or math.prod(x_xI.shape[:-1]) >= _MANY:

@@ -329,7 +329,15 @@ def test_the_same_command_goes_on_with_what_a_killed_one_left(
     assert part.read_text().count("\n") == 4
     code, _, err = program(*command, "--temperature", "0.5")
     assert code == 2
-    assert "out.jsonl.part: left by a run with another default" in err
+    assert "out.jsonl.part: left by a run with other default" in err
+    weights = next(Path.cwd().glob("*/adapter_model.safetensors"))
+    before, times = weights.read_bytes(), (weights.stat().st_atime_ns, weights.stat().st_mtime_ns)
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    os.utime(weights, ns=times)  # Size and date tell nothing.
+    code, _, err = program(*command)
+    assert code == 2
+    assert "out.jsonl.part: left by a run with other adapters" in err
+    weights.write_bytes(before)
     added = []
     monkeypatch.setattr(
         completions.CompletionsFile, "add", lambda self, line: added.append(line) or add(self, line)

@@ -50,7 +50,7 @@ def test_lines_are_kept_as_they_come_and_stand_in_order_at_the_end(tmp_path):
 def test_a_part_of_another_job_is_named_and_left_unless_told_to_overwrite(tmp_path):
     path = tmp_path / "out"
     write(path, [0, 1])
-    with pytest.raises(InputError, match=r"out\.part: left by a run with another seed; the same"):
+    with pytest.raises(InputError, match=r"out\.part: left by a run with other seed; the same"):
         write(path, [], {"seed": 1, "model": "a"})
     assert write(path, []) == [0, 1]
     assert write(path, [0], {"seed": 1, "model": "a"}, overwrite=True) == []

@@ -15,7 +15,8 @@ from flora_jax.adapters.projections import ModuleNames, Projections
 from flora_jax.models.attention import attend_visible, visible
 from flora_jax.models.cached_attention import attend_cached
 from flora_jax.models.family import Family, Launches, Tensor
-from flora_jax.weights.product import apply, product
+from flora_jax.models.layers import linear, project, random_weight
+from flora_jax.weights.product import product
 
 NAMES = ModuleNames(
     blocks="model.layers",
@@ -119,28 +120,25 @@ class Mixer(nnx.Module):
 
 class Block(nnx.Module):
     def __init__(self, config, dtype, rngs):
-        def linear(target):
-            init = nnx.initializers.normal(config.initializer_range)
-            return nnx.Linear(
-                *config.projections()[target],
-                use_bias=False, kernel_init=init, param_dtype=dtype, rngs=rngs,
-            )  # fmt: skip
+        def own(target):
+            std = config.initializer_range
+            return linear(config.projections()[target], std, dtype, rngs, bias=False)
 
-        self.mixer = Mixer(config, linear)
-        self.up_proj, self.down_proj = linear("up_proj"), linear("down_proj")
+        self.mixer = Mixer(config, own)
+        self.up_proj, self.down_proj = own("up_proj"), own("down_proj")
         self.norm_in = nnx.Param(jnp.ones(config.hidden_size, dtype))
         self.norm_out = nnx.Param(jnp.ones(config.hidden_size, dtype))
 
     def __call__(self, x_BTD, positions_BT, seen, cache, adapters, config):
-        def project(x, target):
-            linear = self
+        def own(x, target):
+            holder = self
             for part in target.split("."):
-                linear = getattr(linear, part)
-            return apply(adapters.get(target), x, linear.kernel[...], None)
+                holder = getattr(holder, part)
+            return project(x, holder, adapters, target)
 
         h_BTD = _norm(x_BTD, self.norm_in)
         q, k, v = (
-            project(h_BTD, f"mixer.{name}_proj").reshape(*h_BTD.shape[:2], heads, config.head_dim)
+            own(h_BTD, f"mixer.{name}_proj").reshape(*h_BTD.shape[:2], heads, config.head_dim)
             for name, heads in (
                 ("q", config.n_head),
                 ("k", config.kv_heads),
@@ -152,9 +150,9 @@ class Block(nnx.Module):
         else:
             cache = cache.write(k, v, positions_BT, seen)
             mixed_BTD = attend_cached(q, cache, seen, positions_BT, config)
-        x_BTD = x_BTD + project(mixed_BTD, "mixer.o_proj")
-        h_BTF = jax.nn.silu(project(_norm(x_BTD, self.norm_out), "up_proj"))
-        return x_BTD + project(h_BTF, "down_proj"), cache
+        x_BTD = x_BTD + own(mixed_BTD, "mixer.o_proj")
+        h_BTF = jax.nn.silu(own(_norm(x_BTD, self.norm_out), "up_proj"))
+        return x_BTD + own(h_BTF, "down_proj"), cache
 
 
 class Echo(nnx.Module):
@@ -165,7 +163,9 @@ class Echo(nnx.Module):
         self.embed = nnx.Param(init(rngs.params(), (vocabulary, width), dtype))
         self.blocks = nnx.List([Block(config, dtype, rngs) for _ in range(config.n_layer)])
         self.norm = nnx.Param(jnp.ones(width, dtype))
-        self.head_DV = nnx.Param(init(rngs.params(), (width, vocabulary), dtype))
+        self.head_DV = nnx.Param(
+            random_weight((width, vocabulary), config.initializer_range, dtype, rngs)
+        )
 
     def hidden(
         self, tokens_BT, positions_BT, *, cache=None, paging=None, segments_BT=None,
@@ -183,7 +183,7 @@ class Echo(nnx.Module):
         return _norm(x_BTD, self.norm), (None if cache is None else layers)
 
     def head(self):
-        return self.head_DV[...]
+        return self.head_DV[...].explicit()
 
     def logits(self, hidden_xD):
         return product(hidden_xD, self.head_DV[...])
@@ -195,9 +195,7 @@ def build(config: Any, dtype: Any, seed: int) -> Echo:
 
 FAMILY = Family(
     title="Echo",
-    model_type="echo",
     config=EchoConfig.from_dict,
-    names=NAMES,
     tensors=tensors,
     blocks="blocks",
     embedding="embed",

@@ -16,6 +16,7 @@ from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 
 from flora_jax.models.model import Model, abstract_model
 from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.weights.held import reading_of
 
 TINY = dict(
     vocab_size=97, n_positions=48, n_embd=32, n_layer=2, n_head=4, n_inner=48, eos_token_id=0
@@ -46,13 +47,13 @@ def to_flax(torch_model: GPTBigCodeForCausalLM) -> Model:
         names = [str(part) for part in path]
         *parents, leaf = names
         if names == ["lm_head"]:
-            value = weights["lm_head.weight"].T
+            value = weights["lm_head.weight"]
         else:
             torch_leaf = "bias" if leaf == "bias" else "weight"
             value = weights[".".join(["transformer", *parents, torch_leaf])]
-            value = value.T if leaf == "kernel" else value
-        assert value.shape == wanted.shape, (names, value.shape, wanted.shape)
-        return wanted.replace(jnp.asarray(value))
+        made = reading_of(wanted[...], None).make(jnp.asarray(value))
+        assert made.shape == wanted.shape, (names, made.shape, wanted.shape)
+        return wanted.replace(made)
 
     flat = [(path, twin(path, wanted)) for path, wanted in nnx.to_flat_state(model.params)]
     return Model(config, model.graph, nnx.from_flat_state(flat))

@@ -11,8 +11,9 @@ from flax import nnx
 
 from flora_jax.models.attention import attend
 from flora_jax.models.cache import NOWHERE, contiguous, init_cache
+from flora_jax.models.config_fields import ACTIVATIONS
 from flora_jax.models.model import abstract_model, init_model
-from flora_jax.models.starcoder.config import ACTIVATIONS, PRESETS, StarCoderConfig
+from flora_jax.models.starcoder.config import PRESETS, StarCoderConfig
 from flora_jax.models.starcoder.names import hf_tensors
 from tests.helpers.random_adapters import random_adapter
 from tests.helpers.torch_models import (

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from safetensors.numpy import load_file
 
 from flora_jax.adapters import apply, kind_of
 from flora_jax.checkpoints.checkpoint import load_model, save_hf
@@ -11,10 +13,11 @@ from flora_jax.mixing.bank import build_bank
 from flora_jax.mixing.pairs import form, list_pairs, row_components
 from flora_jax.mixing.ragged import Ragged, RowWise
 from flora_jax.models.model import init_model
-from flora_jax.models.quantize import quantize_model
 from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.weights import product
-from flora_jax.weights.dense import Dense, matmul
+from flora_jax.weights.dense import Dense
+from flora_jax.weights.quantized import quantize
+from flora_jax.weights.slices import join_columns
 from tests.helpers.random_adapters import KINDS, random_adapter
 
 TARGET, SIZES = "attn.c_attn", {"attn.c_attn": (24, 40)}
@@ -53,7 +56,7 @@ def test_products_of_few_and_of_many_rows_are_those_with_the_weight_itself(rows,
     rng = np.random.default_rng(rows)
     x, W = (jnp.asarray(rng.normal(size=size), dtype) for size in ((2, rows, 24), (24, 40)))
     expected = np.float64(x) @ np.float64(W)
-    for run in (matmul, jax.vmap(matmul, (0, None))):
+    for run in (product.product, jax.vmap(product.product, (0, None))):
         found = jax.jit(run)(x, Dense(W.T))
         assert found.dtype == jnp.float32
         assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
@@ -62,7 +65,7 @@ def test_products_of_few_and_of_many_rows_are_those_with_the_weight_itself(rows,
 def test_only_a_cpu_has_the_weight_first():
     x, W = jnp.zeros((4, 24)), Dense(jnp.zeros((40, 24)))
     for platform, barriers in (("cpu", 1), ("cuda", 0), ("tpu", 0)):
-        lowered = jax.jit(matmul).trace(x, W).lower(lowering_platforms=(platform,))
+        lowered = jax.jit(product.product).trace(x, W).lower(lowering_platforms=(platform,))
         assert lowered.as_text().count("optimization_barrier") == barriers
 
 
@@ -79,34 +82,64 @@ def test_merging_gives_the_same_explicit_weight():
         Dense(W)[0]
 
 
-def test_a_model_by_outputs_has_the_same_logits_and_saves_as_the_same_files(tmp_path):
+def test_a_models_kernels_are_what_files_have_and_compute_as_arrays_do(tmp_path):
+    """By outputs, the bits of the files; read again they are the same."""
     model = init_model(CONFIG, 3)
-    turned = outputs_first(model)
+    save_hf(model, tmp_path / "one")
+    files = load_file(tmp_path / "one" / "model.safetensors")
+    for layer in range(CONFIG.n_layer):
+        for target in CONFIG.projections():
+            held = model.weight(layer, target)
+            assert isinstance(held, Dense)
+            np.testing.assert_array_equal(
+                held.W_OI, files[f"transformer.h.{layer}.{target}.weight"]
+            )
+    assert jax.tree.all(
+        jax.tree.map(np.array_equal, load_model(tmp_path / "one").params, model.params)
+    )
     tokens = jnp.asarray(np.random.default_rng(0).integers(1, 61, (2, 9)), jnp.int32)
+    plain = jax.tree.map(
+        lambda leaf: product.explicit(leaf),
+        model.params,
+        is_leaf=lambda leaf: isinstance(leaf, Dense),
+    )
+    logits = jax.jit(lambda params: nnx.merge(model.graph, params)(tokens))
+    np.testing.assert_allclose(logits(model.params), logits(plain), atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [3, 600])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 3e-6), ("bfloat16", 2**-7)])
+def test_gradients_are_those_with_the_weight_itself(rows, dtype, tolerance):
+    rng = np.random.default_rng(rows)
+    x, W, slope = (
+        jnp.asarray(rng.normal(size=size), dtype)
+        for size in ((2, rows, 24), (24, 40), (2, rows, 40))
+    )
 
     @jax.jit
-    def logits(params):
-        from flax import nnx
+    def slopes(x, weight):
+        return jax.vjp(product.product, x, weight)[1](slope.astype(jnp.float32))
 
-        return nnx.merge(model.graph, params)(tokens)
+    found = (*slopes(x, Dense(W.T)), *slopes(x, W))
+    dx, dW = (
+        np.float64(slope) @ np.float64(W).T,
+        np.einsum("bri,bro->io", np.float64(x), np.float64(slope)),
+    )
+    for own, right in zip(found, (dx, Dense(dW.T), dx, dW), strict=True):
+        own, right = (leaf.W_OI if isinstance(leaf, Dense) else leaf for leaf in (own, right))
+        assert own.dtype == dtype
+        assert np.abs(np.float64(own) - right).max() <= tolerance * np.abs(right).max()
 
-    np.testing.assert_allclose(logits(turned.params), logits(model.params), atol=1e-5)
-    save_hf(model, tmp_path / "one")
-    save_hf(turned, tmp_path / "other")
-    same = (tmp_path / name / "model.safetensors" for name in ("one", "other"))
-    assert len({path.read_bytes() for path in same}) == 1
-    # Already by outputs: nothing is made again.
-    again = outputs_first(turned)
-    assert jax.tree.all(jax.tree.map(lambda a, b: a is b, turned.params, again.params))
+
+def test_slices_of_the_outputs_are_those_of_the_weight():
+    W = jnp.asarray(np.random.default_rng(0).normal(size=(24, 512)), jnp.float32)
+    for held in (Dense(W.T), product.as_weight(W), quantize(W, "int8"), quantize(W, "int4")):
+        parts = jnp.stack([held.columns(jnp.int32(n), 2).explicit() for n in range(2)])
+        assert parts.shape == (2, 24, 256)
+        np.testing.assert_array_equal(join_columns(parts), held.explicit())
 
 
-def test_consuming_leaves_one_copy_and_quantised_kernels_stay(tmp_path):
-    save_hf(init_model(CONFIG), tmp_path / "model")
-    model = load_model(tmp_path / "model", "float32")
-    before = jax.tree.leaves(model.params)
-    turned = outputs_first(model, consume=True)
-    assert sum(leaf.is_deleted() for leaf in before) == 4 * CONFIG.n_layer
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(turned.params))
-    quantised = quantize_model(init_model(CONFIG), "int8")
-    kept = outputs_first(quantised)
-    assert jax.tree.structure(kept.params) == jax.tree.structure(quantised.params)
+def test_only_what_needs_more_memory_when_it_is_explicit_is_cut_before_a_merge():
+    W = jnp.zeros((24, 512))
+    assert [product.as_weight(own).slices_to_merge for own in (W, Dense(W.T))] == [1, 1]
+    assert quantize(W, "int8").slices_to_merge == 2

@@ -74,7 +74,8 @@ def written_out(W_IO):
 def dense(model):
     """The same model with its quantised weights written out."""
     is_leaf = lambda leaf: isinstance(leaf, Quantized)  # noqa: E731
-    return model._replace(params=jax.tree.map(dequantize, model.params, is_leaf=is_leaf))
+    explicit = lambda leaf: dequantize(leaf) if is_leaf(leaf) else leaf  # noqa: E731
+    return model._replace(params=jax.tree.map(explicit, model.params, is_leaf=is_leaf))
 
 
 def random_model(seed=0, config=CONFIG, dtype=jnp.float32):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flora_jax.models.family import Family, Launches
-from flora_jax.models.starcoder.config import NAMES, PRESETS, StarCoderConfig
+from flora_jax.models.starcoder.config import PRESETS, StarCoderConfig
 from flora_jax.models.starcoder.names import AXES, buffer_problems, hf_tensors
 
 if TYPE_CHECKING:
@@ -22,9 +22,7 @@ def _build(config: StarCoderConfig, dtype: Any, seed: int) -> LanguageModel:
 
 FAMILY = Family(
     title="GPTBigCode (StarCoder)",
-    model_type=StarCoderConfig.model_type,
     config=StarCoderConfig.from_dict,
-    names=NAMES,
     tensors=hf_tensors,
     blocks="h",
     embedding="wte.embedding",

@@ -6,53 +6,41 @@ Knows nothing of arrays. A field it does not know, or a value it cannot honour, 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from flora_jax.adapters.projections import ModuleNames, Projections
 from flora_jax.errors import InputError
-from flora_jax.models.family import DTYPES, check_size
-
-ACTIVATIONS = (
-    "gelu_pytorch_tanh",
-    "gelu_new",
-    "gelu_fast",
-    "gelu",
-    "relu",
-    "silu",
-    "swish",
-    "tanh",
+from flora_jax.models.config_fields import (
+    ACTIVATIONS,
+    Fields,
+    check_choice,
+    check_fields,
+    check_multiple,
+    check_positive,
+    located,
+    read_fields,
+    write_fields,
 )
 
-# Written by transformers into every config.json, without effect on the logits of a forward pass.
-# Dropout probabilities matter only while pre-training with dropout, which nothing here does.
-_WITHOUT_EFFECT = frozenset(
-    "architectures attn_pdrop auto_map bad_words_ids begin_suppress_tokens bos_token_id "
-    "chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty "
-    "do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size "
-    "exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id "
-    "id2label inference_runner initializer_range is_encoder_decoder label2id length_penalty "
-    "max_batch_size max_length max_sequence_length min_length no_repeat_ngram_size num_beam_groups "
-    "num_beams num_key_value_heads num_return_sequences output_attentions output_hidden_states "
-    "output_scores pad_key_length pad_token_id pre_allocate_kv_cache prefix problem_type "
-    "pruned_heads remove_invalid_values repetition_penalty resid_pdrop return_dict "
-    "return_dict_in_generate sep_token_id summary_activation summary_first_dropout "
-    "summary_proj_to_labels summary_type summary_use_proj suppress_tokens task_specific_params "
-    "temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype "
-    "torchscript transformers_version typical_p use_bfloat16 use_cache validate_runner_input "
-    "model_type eos_token_id".split()
+_FIELDS = Fields(
+    model_types=("gpt_bigcode",),
+    # null means 4 * n_embd; and the number of key and value heads follows from multi_query.
+    types={"n_inner": "int | None", "num_key_value_heads": "int | None"},
+    aliases={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
+    # Dropout probabilities matter only while pre-training with dropout, which nothing here does.
+    without_effect=frozenset(
+        "attn_pdrop embd_pdrop inference_runner max_batch_size max_sequence_length pad_key_length "
+        "pre_allocate_kv_cache resid_pdrop summary_activation summary_first_dropout "
+        "summary_proj_to_labels summary_type summary_use_proj validate_runner_input".split()
+    ),
+    kept=("attn_pdrop", "embd_pdrop", "resid_pdrop"),
 )
-# Of these what others read: dropout while they train, and special tokens.
-_KEPT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "bos_token_id", "pad_token_id")
-# Accepted at the one value this implementation computes.
-_ONLY = {"add_cross_attention": False, "is_decoder": False, "quantization_config": None}
-_ALIASES = {
-    "hidden_size": "n_embd",
-    "max_position_embeddings": "n_positions",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
-}
 # Sizes by name, and what they are sizes of.
 _SIZES = {
     "vocab_size": "vocabulary",
@@ -105,28 +93,10 @@ class StarCoderConfig:
     others: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), compare=False)
 
     def __post_init__(self) -> None:
-        for name, kind in _SIZES.items():
-            check_size(name, getattr(self, name), kind)
-        if self.n_embd % self.n_head:
-            raise InputError(
-                f"config: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}"
-            )
-        if not 0 < self.layer_norm_epsilon < math.inf:
-            raise InputError(
-                f"config: layer_norm_epsilon is {self.layer_norm_epsilon}, expected above 0"
-            )
-        for token in self.eos_token_ids:
-            if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < 2**31:
-                raise InputError(f"config: eos_token_id is {token!r}, expected token ids")
-        if self.activation_function not in ACTIVATIONS:
-            raise InputError(
-                f"config: activation_function is {self.activation_function!r}, "
-                f"expected one of {', '.join(ACTIVATIONS)}"
-            )
-        if self.dtype not in DTYPES:
-            raise InputError(
-                f"config: dtype is {self.dtype!r}, expected float32, bfloat16 or float16"
-            )
+        check_fields(self, _SIZES)
+        check_multiple("n_embd", self.n_embd, "n_head", self.n_head)
+        check_positive("layer_norm_epsilon", self.layer_norm_epsilon)
+        check_choice("activation_function", self.activation_function, ACTIVATIONS)
 
     @property
     def head_dim(self) -> int:
@@ -175,72 +145,19 @@ class StarCoderConfig:
             InputError: another architecture, an unknown field, or a value of an unsupported kind;
                 the message starts with ``where``.
         """
-        if raw.get("model_type") != cls.model_type:
-            raise InputError(
-                f"{where}: model_type is {raw.get('model_type')!r}, expected {cls.model_type!r}"
-            )
-        known = {field.name: field for field in dataclasses.fields(cls) if field.name != "others"}
-        values: dict[str, Any] = {}
-        unknown: list[str] = []
-        for key, value in raw.items():
-            name = _ALIASES.get(key, key)
-            if name != key and raw.get(name, value) != value:
-                raise InputError(f"{where}: {key} is {value!r}, but {name} is {raw[name]!r}")
-            if name in ("eos_token_id", "dtype", "torch_dtype", "eos_token_ids"):
-                continue
-            if name in known:
-                values[name] = value
-            elif key in _ONLY:
-                if value != _ONLY[key]:
-                    raise InputError(
-                        f"{where}: {key} is {value!r}, only {_ONLY[key]!r} is supported"
-                    )
-            elif key not in _WITHOUT_EFFECT and not key.startswith("_") and value is not None:
-                unknown.append(f"{key}={value!r}")
-        if unknown:
-            raise InputError(f"{where}: fields of unknown effect: {', '.join(sorted(unknown))}")
-        inner = values.pop("n_inner", None)
-        for name, value in values.items():
-            _check_type(where, name, value, known[name].type)
-        if inner is None:
-            inner = 4 * values.get("n_embd", known["n_embd"].default)
-        values["n_inner"] = inner
-        eos = raw.get("eos_token_id", 50256)
-        values["eos_token_ids"] = (
-            tuple(eos) if isinstance(eos, list) else (eos,) * (eos is not None)
-        )
-        values["others"] = tuple((name, raw[name]) for name in _KEPT if name in raw)
-        values["dtype"] = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-        try:
+        values = read_fields(cls, _FIELDS, raw, where)
+        heads = values.pop("num_key_value_heads", None)
+        if values.get("n_inner") is None:
+            values["n_inner"] = 4 * values.get("n_embd", cls.n_embd)
+        with located(where):
             config = cls(**values)
-            heads = raw.get("num_key_value_heads")
             if heads not in (None, config.kv_heads):
                 raise InputError(f"num_key_value_heads is {heads!r}, expected {config.kv_heads}")
-            return config
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from None
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The same configuration as Hugging Face's config.json has it."""
-        raw = dataclasses.asdict(self)
-        eos = raw.pop("eos_token_ids")
-        first = eos[0] if eos else None
-        del raw["others"]
-        return {
-            "architectures": ["GPTBigCodeForCausalLM"],
-            "model_type": self.model_type,
-            **raw,
-            "bos_token_id": first,
-            "eos_token_id": list(eos) if len(eos) > 1 else first,
-            **dict(self.others),
-        }
-
-
-def _check_type(where: str, name: str, value: Any, annotation: Any) -> None:
-    types: dict[str, Any] = {"int": int, "bool": bool, "str": str, "float": (int, float)}
-    expected = types[str(annotation)]
-    if not isinstance(value, expected) or (annotation != "bool" and isinstance(value, bool)):
-        raise InputError(f"{where}: {name} is {value!r}, expected {annotation}")
+        return write_fields(self, "GPTBigCodeForCausalLM")
 
 
 def _preset(width: int, layers: int, heads: int, positions: int = 8192) -> StarCoderConfig:
