@@ -474,7 +474,9 @@ def test_a_damaged_orbax_directory_is_one_error(tmp_path, tiny):
     with pytest.raises(CheckpointError, match="params: damaged, or not an orbax checkpoint"):
         load_model(tmp_path / "orbax")
     (tmp_path / "orbax" / "flora_jax.json").write_text('{"version": 7}')
-    with pytest.raises(CheckpointError, match="version is 7, expected 1"):
+    with pytest.raises(
+        CheckpointError, match="version is 7, expected 2: convert the checkpoint anew"
+    ):
         describe(tmp_path / "orbax")
 
 

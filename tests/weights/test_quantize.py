@@ -27,7 +27,7 @@ from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
-from flora_jax.weights import slices
+from flora_jax.weights import quantized, slices
 from flora_jax.weights.product import product
 from flora_jax.weights.quantized import Quantized
 from tests.helpers.byte_tokenizer import PIECES, byte_tokenizer
