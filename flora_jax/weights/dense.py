@@ -88,8 +88,10 @@ class Plain(BaseWeight):
         return self.W_IO.dtype
 
     def matmul(self, x_xI: jax.Array) -> jax.Array:
-        """See :meth:`BaseWeight.matmul`."""
-        return _matmul("io", x_xI, self.W_IO)
+        """Of float32 arrays it can be differentiated in both modes."""
+        if _are_halves(x_xI, self.W_IO):
+            return _matmul("io", x_xI, self.W_IO)
+        return _dot("io", x_xI, self.W_IO, jnp.float32)
 
     def rounded(self, x_xI: jax.Array, bias_O: jax.Array | None = None) -> jax.Array:
         """See :meth:`Dense.rounded`."""
@@ -108,6 +110,10 @@ def _dot(axes: Axes, x_xI: jax.Array, W: jax.Array, dtype: Any) -> jax.Array:
     """``x @ W`` with a result of ``dtype``, by default that of the operands."""
     contracted = ((x_xI.ndim - 1,), (axes.index("i"),))
     return jax.lax.dot_general(x_xI, W, (contracted, ((), ())), preferred_element_type=dtype)
+
+
+def _are_halves(x_xI: jax.Array, W: jax.Array) -> bool:
+    return x_xI.dtype == W.dtype and W.dtype.itemsize == 2
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -141,7 +147,7 @@ def _backward(axes: Axes, operands: Any, slope_xO: jax.Array) -> tuple[jax.Array
         return jax.vjp(partial(_dot, axes, dtype=jnp.float32), x_xI, W)[1](slope_xO)
 
     x_xI, W = operands
-    if x_xI.dtype != W.dtype or W.dtype.itemsize != 2:
+    if not _are_halves(x_xI, W):
         return wide(x_xI, W, slope_xO)
     halves = partial(slopes_of_halves, axes)
     return jax.lax.platform_dependent(x_xI, W, slope_xO, cpu=wide, default=halves)

@@ -143,3 +143,12 @@ def test_only_what_needs_more_memory_when_it_is_explicit_is_cut_before_a_merge()
     W = jnp.zeros((24, 512))
     assert [product.as_weight(own).slices_to_merge for own in (W, Dense(W.T))] == [1, 1]
     assert quantize(W, "int8").slices_to_merge == 2
+
+
+def test_a_plain_weight_in_float32_is_differentiated_forwards_too():
+    """As Hessian-vector products of the functional layers need it."""
+    rng = np.random.default_rng(0)
+    sizes = ((3, 4), (4, 5), (3, 4))
+    x_NI, W_IO, direction_NI = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in sizes)
+    _, tangent_NO = jax.jvp(lambda x_NI: product.product(x_NI, W_IO), (x_NI,), (direction_NI,))
+    np.testing.assert_allclose(tangent_NO, direction_NI @ W_IO, rtol=1e-5)
