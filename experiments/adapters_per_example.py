@@ -124,10 +124,9 @@ def pass_programs(
     from flora_jax.mixing.ragged import ragged_hooks
     from flora_jax.models.model import init_model
     from flora_jax.models.starcoder.config import PRESETS
-    from flora_jax.models.transpose import for_decoding
 
     config = PRESETS[preset]
-    model = for_decoding(init_model(config), consume=True)
+    model = init_model(config)
     tokens_B1 = jnp.asarray(
         np.random.default_rng(0).integers(1, config.vocab_size, (rows, 1)), jnp.int32
     )

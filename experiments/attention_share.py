@@ -140,7 +140,6 @@ def main(
     from flora_jax.bench.receipts.timing import interleaved
     from flora_jax.models.model import init_model
     from flora_jax.models.starcoder.config import PRESETS
-    from flora_jax.models.transpose import for_decoding
 
     started = time.perf_counter()
     require_file(output, overwrite=True)
@@ -151,7 +150,7 @@ def main(
     for number in numbers:
         if not 1 < number <= config.n_positions:
             raise InputError(f"--lengths has {number}, expected 2 to {config.n_positions}")
-    model = for_decoding(init_model(config), consume=True)
+    model = init_model(config)
     results: list[dict[str, Any]] = []
     for phase in ("prefill", "decode"):
         for length in numbers:

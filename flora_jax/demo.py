@@ -15,7 +15,6 @@ from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.checkpoints import Opened, open_checkpoint
 from flora_jax.errors import RunError
 from flora_jax.models.family import ModelConfig
-from flora_jax.models.transpose import for_decoding
 from flora_jax.peft.read import read_adapter
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
@@ -167,7 +166,7 @@ def _batch(
     options = EngineOptions(
         max_model_len=min(longest, opened.config.n_positions), batch_invariant=True, seed=seed
     )
-    model = for_decoding(opened.load(dtype), consume=True)
+    model = opened.load(dtype)
     return Batch(Engine(model, adapters, tokenizer=opened.tokenizer, options=options), requests)
 
 

@@ -23,7 +23,6 @@ from flora_jax.checkpoints.checkpoint import open_checkpoint
 from flora_jax.errors import InputError, RunError
 from flora_jax.models.family import ModelConfig
 from flora_jax.models.model import Model
-from flora_jax.models.transpose import for_decoding
 from flora_jax.peft import read
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import run
@@ -72,9 +71,7 @@ class LLM:
             dtype = "float32"  # A CPU computes 16 bits slower than 32.
         loaded = opened.load(dtype, quantize=quantize)
         # The engine under it: for requests that come one by one.
-        self.engine = Engine(
-            for_decoding(loaded, consume=True), sources, tokenizer=opened.tokenizer, options=options
-        )
+        self.engine = Engine(loaded, sources, tokenizer=opened.tokenizer, options=options)
         self._limits = dataclasses.replace(self.engine.limits, chat=opened.chat)
         self._streams = 0
         self._closed = False

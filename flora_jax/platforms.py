@@ -23,7 +23,6 @@ class Platform:
             does not take the dtype or the heads.
         training_attention: of :data:`flora_jax.models.attention.IMPLEMENTATIONS`; "cudnn" falls back
             to "einsum" likewise.
-        weights_by_outputs: hold kernels ``[O, I]`` for decoding.
         rounded_results: projections without room for adapters give the activations' dtype at once.
         additive_dtype: of the bank's additive vectors: float32, or the activations'.
         steps_on_device: a decode dispatch loops over its steps on the device, sampling inside; else the
@@ -52,7 +51,6 @@ class Platform:
     decode_attention: str
     prompt_attention: str
     training_attention: str
-    weights_by_outputs: bool
     rounded_results: bool
     additive_dtype: Literal["float32", "activations"]
     steps_on_device: bool
@@ -90,7 +88,6 @@ CPU = Platform(
     decode_attention="loop",  # memory does not grow with the length; no launches to pay for
     prompt_attention="loop",
     training_attention="einsum",
-    weights_by_outputs=True,  # few rows: a speed-up of up to 1.8x, measured on a Zen 4
     rounded_results=False,  # no 16-bit products to speak of
     additive_dtype="float32",
     steps_on_device=True,
@@ -117,7 +114,6 @@ GPU = Platform(
     decode_attention="gather",  # 15B, 2,048 positions: 6,575 launches a step with the loop
     prompt_attention="cudnn",  # 15B, 2,048 tokens: 7.9 GiB a layer with the loop, 0.9 with cuDNN
     training_attention="cudnn",  # 1B, 8 × 512: scores are a third of all bytes
-    weights_by_outputs=False,
     rounded_results=True,  # cuBLASLt adds the bias and applies GELU: 5 kernels a layer fewer
     additive_dtype="activations",  # LoRA of rank 64: 5 % of a step
     steps_on_device=False,  # the sampler would be 4 to 9 s of compiling in every decode program

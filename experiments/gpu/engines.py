@@ -21,7 +21,6 @@ from flora_jax.mixing.ragged import IDENTITY, NOTHING, TargetBank
 from flora_jax.models.family import ModelConfig
 from flora_jax.models.model import Model
 from flora_jax.models.starcoder.config import PRESETS
-from flora_jax.models.transpose import for_decoding
 from flora_jax.platforms import Platform, platform
 from flora_jax.serve.device import Device
 from flora_jax.serve.lattice import Lattice
@@ -50,7 +49,6 @@ def load(preset: str, layers: int, positions: int, rehearse: bool) -> Model:
         config, n_layer=layers or config.n_layer, n_positions=max(positions, 512)
     )
     model = random_model(config, "float32" if rehearse else "float16")
-    model = for_decoding(model, consume=True, platform=choices(rehearse))
     jax.block_until_ready(model.params)
     return model
 

@@ -23,9 +23,8 @@ def main(say: Callable[[dict[str, Any]], None]) -> None:
     from flora_jax.bench.receipts.machine import limits
     from flora_jax.bench.receipts.shares import least_decode_seconds, least_prefill_seconds
     from flora_jax.checkpoints.checkpoint import load_model
-    from flora_jax.models.transpose import for_decoding
 
-    loaded = for_decoding(load_model(options.model, "float32"), consume=True)
+    loaded = load_model(options.model, "float32")
 
     @functools.cache
     def program(rows: int, tokens: int, steps: int) -> Callable[[], Any]:

@@ -41,7 +41,7 @@ def lively(model: Model, seed: int = 0) -> Model:
     def redraw(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path)
         if "kernel" in name:
-            spread = (deep if "c_proj" in name else 3.0) * leaf.shape[0] ** -0.5
+            spread = (deep if "c_proj" in name else 3.0) * leaf.shape[-1] ** -0.5
         elif "bias" in name:
             spread = 0.02
         else:

@@ -18,13 +18,12 @@ def main(say: Callable[[dict[str, Any]], None]) -> None:
         target=dict(default="attn.c_attn", help="of random adapters"),
     )
     from flora_jax.checkpoints.checkpoint import load_model
-    from flora_jax.models.transpose import for_decoding
     from flora_jax.peft.read import read_adapter
     from flora_jax.serve.engine import Engine, EngineOptions
     from flora_jax.serve.generate import generate as complete
     from flora_jax.serve.request import Request, SamplingParams
 
-    model = for_decoding(load_model(options.model, "float32"), consume=True)
+    model = load_model(options.model, "float32")
     config = model.config
     adapters: dict[str, Any] = {}
     if options.rest.kind == "folders":

@@ -24,7 +24,8 @@ from flora_jax.adapters import lora
 from flora_jax.adapters.kind import Components, Kind, Side, WeightOf, ones, widths_of_sides, zeros
 from flora_jax.shapes import check_shapes
 from flora_jax.weights import product
-from flora_jax.weights.quantized import Quantized, columns, join_columns, slices
+from flora_jax.weights.held import BaseWeight
+from flora_jax.weights.slices import join_columns, slices
 
 # A squared norm below this share of its parts is what rounding leaves of zero.
 _ROUNDING = 1e-6
@@ -49,17 +50,17 @@ class DoRA:
 def _of_weight(down_RI: jax.Array, W_IO: product.Weight) -> tuple[jax.Array, jax.Array]:
     """``‖w_o‖² [O]`` and ``down · W [R, O]``, float32; of a large weight by slices of its outputs."""
 
-    def part(W_Io: Any) -> tuple[jax.Array, jax.Array]:
+    def part(W_Io: BaseWeight) -> tuple[jax.Array, jax.Array]:
         wide_Io = product.explicit(W_Io, jnp.float32)
         return jnp.sum(jnp.square(wide_Io), axis=0), jnp.matmul(
             down_RI, wide_Io, precision="highest"
         )
 
-    held = W_IO if isinstance(W_IO, Quantized) else product.explicit(W_IO)
-    count = slices(held)
+    weight = product.as_weight(W_IO)
+    count = slices(weight.shape)
     if count == 1:
-        return part(held)
-    found = jax.lax.map(lambda number: part(columns(held, number, count)), jnp.arange(count))
+        return part(weight)
+    found = jax.lax.map(lambda number: part(weight.columns(number, count)), jnp.arange(count))
     return jax.tree.map(join_columns, found)
 
 

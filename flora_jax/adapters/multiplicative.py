@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.weights.held import Held
-from flora_jax.weights.product import Weight, explicit, product
+from flora_jax.weights.product import Weight, as_weight, explicit, product
 
 # Components up to which a sum of outer products is less work for a GPU than a float32 product.
 _MOST_SUMMED = 16
@@ -51,9 +50,7 @@ def merge(pre_RI: jax.Array, post_RO: jax.Array, W_IO: Weight) -> jax.Array:
 def merge_as_held(pre_RI: jax.Array, post_RO: jax.Array, W_IO: Weight) -> Weight:
     """The same, by outputs where ``W`` is held so."""
     pre_RI, post_RO = pre_RI.astype(jnp.float32), post_RO.astype(jnp.float32)
-    if isinstance(W_IO, Held):
-        return W_IO.scaled(pre_RI, post_RO, _factor)
-    return (W_IO.astype(jnp.float32) * _factor(pre_RI, post_RO, W_IO.dtype)).astype(W_IO.dtype)
+    return as_weight(W_IO).scaled(pre_RI, post_RO, _factor)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -17,7 +17,7 @@ from typing import Any, get_args
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from flora_jax.checkpoints import orbax_io
 from flora_jax.checkpoints.chat import Chat, load_chat
@@ -48,12 +48,11 @@ from flora_jax.checkpoints.tokenizer import load_tokenizer
 from flora_jax.files import whole_directory
 from flora_jax.models.family import DTYPES, ModelConfig, Tensor, family_of
 from flora_jax.models.model import Model, abstract_model
-from flora_jax.models.quantize import quantize_abstract, quantizer
+from flora_jax.models.quantize import quantize_abstract
 from flora_jax.models.sharding import named_leaves
 from flora_jax.models.sharding import shardings as mesh_shardings
-from flora_jax.weights.product import explicit
-from flora_jax.weights.quantized import Method, Quantized
-from flora_jax.weights.transposed import Transposed
+from flora_jax.weights.held import Reading, reading_of, stored_array
+from flora_jax.weights.quantized import Method
 
 __all__ = [
     "CheckpointError",
@@ -196,50 +195,31 @@ def _load(
             raise CheckpointError("mesh and shardings are both given, expected one")
         shardings = mesh_shardings(abstract, mesh)
     leaves, structure = named_leaves(abstract.params)
-    placed = dict(zip(leaves, _places(shardings), strict=True)) if shardings else {}
-    convert = {
-        path: quantizer(leaf.method, leaf.dtype.name, placed.get(path))
-        for path, leaf in leaves.items()
-        if isinstance(leaf, Quantized)
-    }
-    # A weight lies where its values will, until it is quantised.
-    first = {path: at.values if path in convert else at for path, at in placed.items()}
+    placed = {} if shardings is None else named_leaves(shardings)[0]
+    readings = {path: reading_of(leaf, placed.get(path)) for path, leaf in leaves.items()}
+    shapes = _stored_shapes(config)
     if ours:
-        device = SingleDeviceSharding(jax.local_devices()[0])
-        arrays = orbax_io.restore_params(
-            directory / "params",
-            {path: leaf.shape for path, leaf in leaves.items()},
-            wanted,
-            first or dict.fromkeys(leaves, device),
-            convert,
-        )
+        values = orbax_io.restore_params(directory / "params", shapes, readings, wanted.itemsize)
     else:
-        arrays = _load_hf(stored, config, wanted, first, convert)
-    params = jax.tree.unflatten(structure, [arrays[path] for path in leaves])
+        values = _load_hf(stored, readings)
+    params = jax.tree.unflatten(structure, [values[path] for path in leaves])
     return Model(config, abstract.graph, params)
 
 
-def _places(shardings: Any) -> list[Any]:
-    return jax.tree.leaves(shardings, is_leaf=lambda place: isinstance(place, Quantized))
-
-
-def _load_hf(
-    stored: Mapping[str, StoredTensor],
-    config: ModelConfig,
-    dtype: np.dtype,
-    placed: Mapping[str, Any],
-    convert: Mapping[str, Callable[[jax.Array], Any]],
-) -> dict[str, Any]:
+def _stored_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of every parameter's array in files, ours and Hugging Face's, by dotted path."""
     table = family_of(config).tensors(config)
+    return {path: tensor.shape for path, tensor in table.items()}
 
+
+def _load_hf(stored: Mapping[str, StoredTensor], readings: Mapping[str, Reading]) -> dict[str, Any]:
     def load(path: str) -> Any:
-        own = stored_dtype(stored[path].dtype) if path in convert else dtype
-        host = read_array(stored[path], own, table[path].transposed)
-        array = jax.device_put(host, placed.get(path))
+        reading = readings[path]
+        host = read_array(stored[path], reading.dtype or stored_dtype(stored[path].dtype))
         # A transfer still under way would keep the host's copy beside the next one's.
-        return jax.block_until_ready(convert[path](array) if path in convert else array)
+        return jax.block_until_ready(reading.make(jax.device_put(host, reading.sharding)))
 
-    by_size = sorted(table, key=lambda path: -math.prod(table[path].shape))
+    by_size = sorted(stored, key=lambda path: -math.prod(stored[path].shape))
     return {path: load(path) for path in by_size}
 
 
@@ -292,11 +272,7 @@ def save_hf(
 def _entry(
     wanted: Tensor, leaf: jax.Array
 ) -> tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]:
-    def get() -> np.ndarray:
-        host = np.asarray(leaf)
-        return host.T if wanted.transposed else host
-
-    return wanted.name, wanted.shape, np.dtype(leaf.dtype), get
+    return wanted.name, wanted.shape, np.dtype(leaf.dtype), lambda: np.asarray(leaf)
 
 
 def save_orbax(model: Model, directory: Source, *, companions: Source | None = None) -> None:
@@ -317,18 +293,18 @@ def save_orbax(model: Model, directory: Source, *, companions: Source | None = N
 
 
 def _checked_leaves(model: Model) -> dict[str, jax.Array]:
-    leaves, _ = named_leaves(model.params)
-    leaves = {p: explicit(v) if isinstance(v, Transposed) else v for p, v in leaves.items()}
-    expected = {
-        path: tensor.shape[::-1] if tensor.transposed else tensor.shape
-        for path, tensor in family_of(model.config).tensors(model.config).items()
-    }
+    """The arrays that files have."""
+    leaves: dict[str, jax.Array] = {}
+    for path, leaf in named_leaves(model.params)[0].items():
+        try:
+            leaves[path] = stored_array(leaf)
+        except ValueError as error:
+            raise CheckpointError(
+                f"save: parameter {path} is {error}, expected full precision"
+            ) from None
+    expected = _stored_shapes(model.config)
     for path in expected.keys() | leaves.keys():
         leaf = leaves.get(path)
-        if isinstance(leaf, Quantized):
-            raise CheckpointError(
-                f"save: parameter {path} is {leaf.method}, expected full precision"
-            )
         found = None if leaf is None else (leaf.shape, np.dtype(leaf.dtype))
         if found is None or found[0] != expected.get(path) or found[1] not in FLOATS[:3]:
             seen = "missing" if found is None else f"{found[1]} of shape {found[0]}"

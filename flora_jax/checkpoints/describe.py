@@ -23,7 +23,8 @@ from flora_jax.models.family import (
 )
 
 MARKER = "flora_jax.json"
-VERSION = 1
+# 2: weights by outputs, [O, I]; 1 had [I, O].
+VERSION = 2
 Source = str | os.PathLike[str]
 
 
@@ -92,7 +93,9 @@ def is_ours(directory: Path) -> bool:
     except (ValueError, KeyError, TypeError):
         version = None
     if version != VERSION:
-        raise CheckpointError(f"{marker}: version is {version!r}, expected {VERSION}")
+        raise CheckpointError(
+            f"{marker}: version is {version!r}, expected {VERSION}: convert the checkpoint anew"
+        )
     return True
 
 

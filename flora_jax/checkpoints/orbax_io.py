@@ -6,16 +6,18 @@ Knows nothing of Hugging Face or of configurations. Orbax is imported when first
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from flora_jax.checkpoints.tensor_files import FLOATS, CheckpointError, stored_dtype
 from flora_jax.errors import listing
+from flora_jax.weights.held import Reading
 
 
 def save_params(arrays: Mapping[str, jax.Array], directory: Path) -> None:
@@ -29,22 +31,23 @@ def save_params(arrays: Mapping[str, jax.Array], directory: Path) -> None:
 def restore_params(
     directory: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype,
-    shardings: Mapping[str, Any],
-    convert: Mapping[str, Callable[[jax.Array], Any]] | None = None,
+    readings: Mapping[str, Reading],
+    itemsize: int,
 ) -> dict[str, Any]:
-    """Arrays by dotted path in ``dtype``, each straight into its sharding.
+    """Parameters by dotted path, made of arrays that are restored straight into their shardings.
 
-    Those in ``convert`` are restored as they are stored (float64 as float32) and converted at once.
+    What is read as it is stored (float64 as float32) becomes what it is read for at once. ``itemsize`` is
+    that of most numbers in bytes.
 
     Raises:
         CheckpointError: the directory is damaged; its parameters are not exactly ``shapes`` (all
-            differences in one message); a finite value is too large for ``dtype``.
+            differences in one message); a finite value is too large for its dtype.
     """
     import orbax.checkpoint as ocp
 
     directory = directory.absolute()
-    convert = {} if convert is None else convert
+    overflows = jax.jit(lambda array: jnp.isinf(array).any())
+    device = SingleDeviceSharding(jax.local_devices()[0])
     with ocp.PyTreeCheckpointer() as checkpointer:
         try:
             metadata = checkpointer.metadata(directory).item_metadata
@@ -53,11 +56,11 @@ def restore_params(
             raise _unreadable(directory, error) from None
         _check(directory, found, shapes)
         restored: dict[str, Any] = {}
-        for paths in _batches(shapes, dtype.itemsize):
+        for paths in _batches(shapes, itemsize):
             arguments = {
                 path: ocp.ArrayRestoreArgs(
-                    dtype=stored_dtype(found[path].dtype) if path in convert else dtype,
-                    sharding=shardings[path],
+                    dtype=readings[path].dtype or stored_dtype(found[path].dtype),
+                    sharding=readings[path].sharding or device,
                     global_shape=shapes[path],
                 )
                 for path in paths
@@ -74,12 +77,11 @@ def restore_params(
             except Exception as error:
                 raise _unreadable(directory, error) from None
             for path, array in _flat(part).items():
-                restored[path] = convert[path](array) if path in convert else array
-    overflows = jax.jit(lambda array: jnp.isinf(array).any())
-    for path, array in restored.items():
-        narrows = dtype == np.float16 and found[path].dtype != dtype and path not in convert
-        if narrows and bool(overflows(array)):
-            raise CheckpointError(f"{directory}: {path} has values too large for {dtype}")
+                dtype = readings[path].dtype
+                narrows = dtype == np.float16 and found[path].dtype != dtype
+                if narrows and bool(overflows(array)):
+                    raise CheckpointError(f"{directory}: {path} has values too large for {dtype}")
+                restored[path] = readings[path].make(array)
     return restored
 
 

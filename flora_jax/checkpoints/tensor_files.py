@@ -73,13 +73,13 @@ def stored_dtype(dtype: Any) -> np.dtype:
     return np.dtype(np.float32) if np.dtype(dtype) == np.float64 else np.dtype(dtype)
 
 
-def read_array(stored: StoredTensor, dtype: np.dtype, transposed: bool) -> np.ndarray:
-    """The whole tensor in ``dtype``, its two axes exchanged if ``transposed``.
+def read_array(stored: StoredTensor, dtype: np.dtype) -> np.ndarray:
+    """The whole tensor in ``dtype``.
 
     Raises:
         CheckpointError: a finite value is too large for ``dtype``.
     """
-    out = np.empty(stored.shape[::-1] if transposed else stored.shape, dtype)
+    out = np.empty(stored.shape, dtype)
     for start, block in stored.blocks():
         with np.errstate(over="ignore"):
             cast = block.astype(dtype, copy=False)
@@ -88,10 +88,7 @@ def read_array(stored: StoredTensor, dtype: np.dtype, transposed: bool) -> np.nd
             raise CheckpointError(
                 f"{stored.file}: {stored.name} has values up to {worst:.4g}, too large for {dtype}"
             )
-        if transposed:
-            out[:, start : start + len(cast)] = cast.T
-        else:
-            out[start : start + len(cast)] = cast
+        out[start : start + len(cast)] = cast
     return out
 
 

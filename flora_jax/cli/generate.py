@@ -174,7 +174,6 @@ def _run(job: Job, sink: Output, name: str) -> None:
 def _open(job: Job, opened: Opened, adapters: Mapping[str, Any], requests: list[Request]) -> Engine:
     """The engine for all requests of the job, whichever of them are left."""
     prepare_jax()
-    from flora_jax.models.transpose import for_decoding
     from flora_jax.platforms import platform
     from flora_jax.serve.engine import Engine
     from flora_jax.serve.options import EngineOptions
@@ -193,7 +192,6 @@ def _open(job: Job, opened: Opened, adapters: Mapping[str, Any], requests: list[
         # One batch would wait for shapes longer than for tokens.
         choices = choices.for_one_batch(max(len(r.prompt_token_ids) for r in requests))
         options = dataclasses.replace(options, row_buckets=(rows,))
-    model = for_decoding(model, consume=True)
     engine = Engine(model, adapters, tokenizer=opened.tokenizer, options=options, platform=choices)
     if engine.attention_note is not None:
         say(f"prompts: attention by {engine.attention_note}")

@@ -17,7 +17,6 @@ from flora_jax.checkpoints import Opened, open_checkpoint
 from flora_jax.errors import InputError, RunError
 from flora_jax.evaluate.completions import Generation, Sampling
 from flora_jax.evaluate.problems import Problem
-from flora_jax.models.transpose import for_decoding
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import run as run_requests
 from flora_jax.serve.options import EngineOptions
@@ -96,8 +95,7 @@ class Local:
             max_model_len=self.context(sampling),
             batch_invariant=True,
         )
-        loaded = opened.load(self.dtype, quantize=self.quantize)
-        model = for_decoding(loaded, consume=True)
+        model = opened.load(self.dtype, quantize=self.quantize)
         return Engine(model, self.adapters, tokenizer=tokenizer, options=options)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flora_jax.adapters.kind import kind_of
 from flora_jax.adapters.registry import owners
 from flora_jax.weights import product
-from flora_jax.weights.quantized import Quantized, columns, join_columns, slices
+from flora_jax.weights.slices import columns, join_columns
 
 # Below so many tokens for an adapter, building its explicit weight costs more than it saves.
 _MERGE_TOKENS = 64
@@ -130,21 +130,21 @@ def _explicit(
     CPU they do all the same, as XLA shares what both passes compute; a loop over slices, forward and
     backward, it leaves alone.
     """
-    merge = kind_of(params).merge
+    merge, weight = kind_of(params).merge, product.as_weight(W_IO)
+    count = weight.slices_to_merge
 
     @jax.checkpoint
     def whole(params: Any, x_XI: jax.Array) -> jax.Array:
         multiply = product.rounded if rounded else product.product
-        return multiply(x_XI, merge(params, W_IO)[0])
+        return multiply(x_XI, merge(params, weight)[0])
 
     @jax.checkpoint
     def part(params: Any, x_XI: jax.Array, number: jax.Array) -> jax.Array:
         some = dataclasses.replace(params, up_RO=columns(params.up_RO, number, count))
-        return product.product(x_XI, merge(some, columns(W_IO, number, count))[0])
+        return product.product(x_XI, merge(some, weight.columns(number, count))[0])
 
-    if not isinstance(W_IO, Quantized):
+    if count == 1:
         return product.finish(whole(params, x_XI), bias_O, x_XI.dtype)
-    count = slices(W_IO)
     y_SXo = jax.lax.map(lambda number: part(params, x_XI, number), jnp.arange(count))
     return product.finish(join_columns(y_SXo), bias_O, x_XI.dtype)
 

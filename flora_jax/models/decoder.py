@@ -21,8 +21,9 @@ from flora_jax.models.cache import Cache, LayerCache, Paging
 from flora_jax.models.cached_attention import attend_cached
 from flora_jax.models.family import AttentionConfig
 from flora_jax.models.model import Adapters, LayerAdapters, Remat
-from flora_jax.weights.product import PROJECTED, product
-from flora_jax.weights.transposed import Transposed
+from flora_jax.weights.dense import Dense
+from flora_jax.weights.held import Held
+from flora_jax.weights.product import PROJECTED, explicit, product
 
 
 @jax.tree_util.register_dataclass
@@ -83,12 +84,17 @@ class Block(Protocol):
 
 
 class Parts(NamedTuple):
-    """What the shared pass needs of a model. ``head_DV`` is ``None`` where the embedding is the head."""
+    """What the shared pass needs of a model. ``head`` is ``None`` where the embedding is the head."""
 
     embedding_VD: jax.Array
     blocks: Iterable[Block]
     norm: Callable[[jax.Array], jax.Array]
-    head_DV: jax.Array | None
+    head: Held | None
+
+    @property
+    def head_DV(self) -> Held:
+        """The head, the embedding or its own."""
+        return Dense(self.embedding_VD) if self.head is None else self.head
 
 
 class Decoder(nnx.Module):
@@ -142,13 +148,11 @@ class Decoder(nnx.Module):
 
     def head(self) -> jax.Array:
         """See :class:`~flora_jax.models.model.LanguageModel`."""
-        parts = self.parts()
-        return parts.embedding_VD.T if parts.head_DV is None else parts.head_DV
+        return explicit(self.parts().head_DV)
 
     def logits(self, hidden_xD: jax.Array) -> jax.Array:
         """See :class:`~flora_jax.models.model.LanguageModel`."""
-        embedding_VD, _, _, head_DV = self.parts()
-        return product(hidden_xD, Transposed(embedding_VD) if head_DV is None else head_DV)
+        return product(hidden_xD, self.parts().head_DV)
 
     def __call__(
         self,

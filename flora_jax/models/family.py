@@ -118,11 +118,15 @@ class ModelConfig(AttentionConfig, Protocol):
 
 
 class Tensor(NamedTuple):
-    """A parameter as Hugging Face's files have it; ``transposed`` when ours is its transpose."""
+    """A parameter as Hugging Face's files have it.
+
+    ``by_outputs`` where it stands for a weight ``[I, O]``: files, and the model's
+    :class:`~flora_jax.weights.dense.Dense`, have ``[O, I]``.
+    """
 
     name: str
     shape: tuple[int, ...]
-    transposed: bool
+    by_outputs: bool
 
 
 class Stored(Protocol):

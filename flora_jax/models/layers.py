@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flora_jax.models.model import LayerAdapters
+from flora_jax.weights.dense import Dense
+from flora_jax.weights.held import Held
 from flora_jax.weights.product import apply
 
 # By the names that flora_jax.models.config_fields allows.
@@ -28,10 +30,23 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+class Linear(nnx.Module):
+    """Holds ``kernel``, a weight in whatever way, and ``bias [O]``; :func:`project` computes with it."""
+
+    def __init__(self, kernel: Held, bias_O: jax.Array | None):
+        self.kernel = nnx.Param(kernel)
+        self.bias = None if bias_O is None else nnx.Param(bias_O)
+
+
+def random_weight(widths: tuple[int, int], std: float, dtype: jnp.dtype, rngs: nnx.Rngs) -> Dense:
+    """A weight of ``(inputs, outputs)`` normally distributed numbers, for a projection or a head."""
+    return Dense(nnx.initializers.normal(std)(rngs.params(), widths, dtype).T)
+
+
 def linear(
     widths: tuple[int, int], std: float, dtype: jnp.dtype, rngs: nnx.Rngs, *, bias: bool = True
-) -> nnx.Linear:
-    """A holder of ``kernel [I, O]`` and ``bias [O]``; :func:`project` computes with it.
+) -> Linear:
+    """A linear projection with a random kernel.
 
     Args:
         widths: inputs and outputs.
@@ -40,13 +55,13 @@ def linear(
         rngs: for the kernel.
         bias: whether there is one.
     """
-    init = nnx.initializers.normal(std)
-    return nnx.Linear(*widths, use_bias=bias, kernel_init=init, param_dtype=dtype, rngs=rngs)
+    kernel = random_weight(widths, std, dtype, rngs)
+    return Linear(
+        kernel, nnx.initializers.zeros(rngs.params(), widths[1:], dtype) if bias else None
+    )
 
 
-def project(
-    x_BTI: jax.Array, holder: nnx.Linear, adapters: LayerAdapters, target: str
-) -> jax.Array:
+def project(x_BTI: jax.Array, holder: Linear, adapters: LayerAdapters, target: str) -> jax.Array:
     """A projection under the layer's adapter for ``target``, if it has one: ``[B, T, I] → [B, T, O]``."""
     bias_O = None if holder.bias is None else holder.bias[...]
     return apply(adapters.get(target), x_BTI, holder.kernel[...], bias_O)

@@ -7,7 +7,7 @@ bitsandbytes: they are few, or a token's choice hangs on them. Knows nothing of 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from flora_jax.errors import InputError
 from flora_jax.models.family import family_of
 from flora_jax.models.model import Model
 from flora_jax.models.sharding import named_leaves
-from flora_jax.weights.quantized import Method, Quantized, quantize
+from flora_jax.weights.quantized import Method, Quantized, quantize, quantizer
 
 
 def quantize_model(model: Model, method: Method) -> Model:
@@ -50,13 +50,3 @@ def _map_kernels(model: Model, change: Callable[[Any], Quantized]) -> Model:
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
     return model._replace(params=jax.tree.unflatten(structure, values))
-
-
-@lru_cache
-def quantizer(
-    method: Method, dtype: str, placed: Quantized | None
-) -> Callable[[jax.Array], Quantized]:
-    """A jitted ``quantize``: one program for every shape, so that the same weight always gives the
-    same bits. ``placed`` has a sharding for each of the result's arrays."""
-    fixed = partial(quantize, method=method, dtype=dtype)
-    return jax.jit(fixed) if placed is None else jax.jit(fixed, out_shardings=placed)

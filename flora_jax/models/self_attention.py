@@ -15,7 +15,7 @@ from flax import nnx
 from flora_jax.models.cache import LayerCache
 from flora_jax.models.decoder import Places, attend_in
 from flora_jax.models.family import ModelConfig
-from flora_jax.models.layers import RMSNorm, linear, project
+from flora_jax.models.layers import Linear, RMSNorm, linear, project
 from flora_jax.models.model import LayerAdapters
 from flora_jax.models.rotary import Rotary
 
@@ -103,7 +103,7 @@ class SelfAttention(nnx.Module):
         ``places.rotation`` is that of :func:`rotation`.
         """
 
-        def heads(holder: nnx.Linear, name: str) -> jax.Array:
+        def heads(holder: Linear, name: str) -> jax.Array:
             flat_BTO = project(x_BTD, holder, adapters, f"self_attn.{name}")
             return flat_BTO.reshape(*flat_BTO.shape[:2], -1, config.head_dim)
 

@@ -61,7 +61,7 @@ def weights_bytes(setting: Setting) -> int:
 def _weights_bytes(config: ModelConfig, itemsize: int, quantize: str, devices: int) -> int:
     family, total = family_of(config), 0
     for path, tensor in family.tensors(config).items():
-        shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
+        shape = tensor.shape[::-1] if tensor.by_outputs else tensor.shape
         axes = [MESH_AXES[axis] for axis in logical_axes(path, len(shape), family.axes)]
         method = quantize if family.is_kernel(path) else "none"
         for held, size in _held(shape, itemsize, method):

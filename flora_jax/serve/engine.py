@@ -21,7 +21,6 @@ from flora_jax.errors import InputError, RunError
 from flora_jax.mixing.bank import Prepared
 from flora_jax.models.family import ModelConfig, positions_in_words
 from flora_jax.models.model import Model
-from flora_jax.models.transpose import for_decoding
 from flora_jax.platforms import Platform
 from flora_jax.platforms import platform as platform_of
 from flora_jax.serve.ahead import Compilations, compile_all
@@ -48,8 +47,7 @@ class Engine:
     """A model with adapters, ready to serve; a context manager, which closes it.
 
     Args:
-        model: the base. On a CPU a copy of its kernels is held by outputs, unless it comes from
-            :func:`~flora_jax.models.transpose.for_decoding` already.
+        model: the base.
         adapters: in memory, or folders, by the names that requests use. All are read at once, and what
             they need bounds later ones too, unless ``options`` ask for more.
         tokenizer: a ``tokenizers.Tokenizer``; without one completions have no text.
@@ -74,7 +72,6 @@ class Engine:
         context = _longest_sequence(config, options)
         self.compilations = Compilations()
         self.platform = platform = platform or platform_of()
-        model = for_decoding(model, platform=platform)
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.registry = Registry()
         first: dict[Version, Prepared] = {}

@@ -14,11 +14,17 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from flora_jax.weights.held import Held
+from flora_jax.weights.dense import Plain
+from flora_jax.weights.held import BaseWeight, plus_bias
 
 PROJECTED = "projected"
 # What stands as a base weight [I, O] in every function of a kind.
-Weight = jax.Array | Held
+Weight = jax.Array | BaseWeight
+
+
+def as_weight(W_IO: Weight) -> BaseWeight:
+    """The weight with the methods that all ways to hold one have."""
+    return W_IO if isinstance(W_IO, BaseWeight) else Plain(W_IO)
 
 
 def product(x_xI: jax.Array, W_IO: Weight) -> jax.Array:
@@ -26,67 +32,17 @@ def product(x_xI: jax.Array, W_IO: Weight) -> jax.Array:
 
     A quantised weight gets no gradient.
     """
-    if isinstance(W_IO, Held):
-        return W_IO.matmul(x_xI)
-    if x_xI.dtype == W_IO.dtype and W_IO.dtype.itemsize == 2:
-        return _of_halves(x_xI, W_IO)
-    return _wide(x_xI, W_IO)
-
-
-def _wide(x_xI: jax.Array, W_IO: jax.Array) -> jax.Array:
-    return jnp.matmul(x_xI, W_IO, preferred_element_type=jnp.float32)
-
-
-@jax.custom_vjp
-def _of_halves(x_xI: jax.Array, W_IO: jax.Array) -> jax.Array:
-    """:func:`_wide` of 16-bit arrays, whose gradients a GPU computes from 16-bit arrays as well.
-
-    By itself JAX multiplies the float32 gradient of the result with a weight taken to float32: at a half
-    or an eighth of the speed, beside the conversions. Nothing is lost where the result is rounded to
-    16 bits before anything else: its gradient has 16 bits as well.
-    """
-    return _wide(x_xI, W_IO)
-
-
-def _halves_forward(
-    x_xI: jax.Array, W_IO: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _wide(x_xI, W_IO), (x_xI, W_IO)
-
-
-def _halves_backward(
-    held: tuple[jax.Array, jax.Array], slope_xO: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    def wide(x_xI: jax.Array, W_IO: jax.Array, slope_xO: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.vjp(_wide, x_xI, W_IO)[1](slope_xO)
-
-    return jax.lax.platform_dependent(*held, slope_xO, cpu=wide, default=slopes_of_halves)
-
-
-def slopes_of_halves(
-    x_xI: jax.Array, W_IO: jax.Array, slope_xO: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The gradients of ``x`` and ``W``, each by one product of 16-bit arrays, added up in float32."""
-    slope_xO = slope_xO.astype(x_xI.dtype)
-    flat_XI, flat_XO = (a.reshape(-1, a.shape[-1]) for a in (x_xI, slope_xO))
-    return jnp.einsum("...o,io->...i", slope_xO, W_IO), jnp.einsum("xi,xo->io", flat_XI, flat_XO)
-
-
-_of_halves.defvjp(_halves_forward, _halves_backward)
+    return as_weight(W_IO).matmul(x_xI)
 
 
 def rounded(x_xI: jax.Array, W_IO: Weight) -> jax.Array:
-    """:func:`product` rounded to the dtype of ``x``, of a plain array by the product itself."""
-    if isinstance(W_IO, Held):
-        return product(x_xI, W_IO).astype(x_xI.dtype)
-    return jnp.matmul(x_xI, W_IO)
+    """:func:`product` rounded to the dtype of ``x``, in full precision by the product itself."""
+    return as_weight(W_IO).rounded(x_xI)
 
 
 def explicit(W_IO: Weight, dtype: Any = None) -> jax.Array:
     """The weight as an array ``[I, O]`` in ``dtype`` (by default its own), however it is held."""
-    if isinstance(W_IO, Held):
-        return W_IO.explicit(dtype)
-    return W_IO if dtype is None else W_IO.astype(dtype)
+    return as_weight(W_IO).explicit(dtype)
 
 
 def finish(y_xO: jax.Array, bias_O: jax.Array | None, dtype: jnp.dtype) -> jax.Array:
@@ -94,9 +50,7 @@ def finish(y_xO: jax.Array, bias_O: jax.Array | None, dtype: jnp.dtype) -> jax.A
 
     The result is named :data:`PROJECTED` for policies of rematerialisation.
     """
-    if bias_O is not None:
-        y_xO = y_xO + bias_O.astype(y_xO.dtype).reshape((1,) * (y_xO.ndim - 1) + (-1,))
-    return checkpoint_name(y_xO.astype(dtype), PROJECTED)
+    return checkpoint_name(plus_bias(y_xO, bias_O).astype(dtype), PROJECTED)
 
 
 @singledispatch
@@ -145,9 +99,4 @@ def rounding_others(
 def _rounded(
     adapter: Rounded, x_BTI: jax.Array, W_IO: Weight, bias_O: jax.Array | None = None
 ) -> jax.Array:
-    if isinstance(W_IO, Held):
-        return _base(None, x_BTI, W_IO, bias_O)
-    y_BTO = jnp.matmul(x_BTI, W_IO)
-    if bias_O is not None:
-        y_BTO = y_BTO + bias_O.astype(y_BTO.dtype)[None, None]
-    return checkpoint_name(y_BTO, PROJECTED)
+    return checkpoint_name(as_weight(W_IO).rounded(x_BTI, bias_O), PROJECTED)

@@ -9,25 +9,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from flora_jax.weights.held import Held
+from flora_jax.weights.dense import Dense
+from flora_jax.weights.held import Held, Reading
+from flora_jax.weights.product import Weight, as_weight
+from flora_jax.weights.slices import RUN, columns, slices, slices_of
 
 Method = Literal["int8", "int4"]
 GROUP = 64
 _LEAST_GROUP = 8
 _LARGEST = {"int8": 127, "int4": 7}
-# Products take slices of a weight, dequantised one after the other: of this many bytes at most,
-# which stay in a GPU's second-level cache.
-_SLICE_BYTES = 32 << 20
-# Features that stay together in a slice: contiguous bytes enough for a whole memory access.
-_RUN = 128
-
 # What a product reads: the values of int8, or values and scale of int4.
 Stored = tuple[jax.Array, ...]
 
@@ -66,10 +64,27 @@ class Quantized(Held):
         """The values and scales have the weight's axes, on the inputs shorter ones."""
         return cast(Quantized, jax.tree.map(lambda _: spec, self))
 
+    def reading(self, placed: Any) -> Reading:
+        """Quantised from the precision that is stored, where its values will lie."""
+        make = quantizer(self.method, np.dtype(self.dtype).name, placed)
+        first = None if placed is None else _by_outputs_too(placed.values)
+        return Reading(None, first, lambda W_OI: make(Dense(W_OI)))
 
-def quantize(
-    W_IO: jax.Array, method: Method, *, dtype: Any = None, group: int = GROUP
-) -> Quantized:
+    def stored(self) -> jax.Array:
+        """There is none."""
+        raise ValueError(self.method)
+
+    def columns(self, number: jax.Array, count: int) -> Quantized:
+        """See :meth:`BaseWeight.columns`."""
+        return cast(Quantized, jax.tree.map(lambda leaf: columns(leaf, number, count), self))
+
+    @property
+    def slices_to_merge(self) -> int:
+        """So many that a slice is small in float32."""
+        return slices(self.shape)
+
+
+def quantize(W_IO: Weight, method: Method, *, dtype: Any = None, group: int = GROUP) -> Quantized:
     """The nearest multiples of each group's largest magnitude over 127 (int8) or 7 (int4).
 
     Computed in float32 from ``W``; a group with a NaN or an infinity becomes NaN. ``dtype`` is that of
@@ -84,7 +99,7 @@ def quantize(
     inputs, outputs = W_IO.shape
     most = _LARGEST[method]
     size = inputs if method == "int8" else _group_size(inputs, group)
-    wide_GIO = W_IO.astype(jnp.float32).reshape(inputs // size, size, outputs)
+    wide_GIO = as_weight(W_IO).explicit(jnp.float32).reshape(inputs // size, size, outputs)
     scale_GO = jnp.max(jnp.abs(wide_GIO), axis=1) * (1 / most)
     # Zeros alone have the scale zero.
     steps_GIO = jnp.round(wide_GIO / jnp.where(scale_GO == 0, 1, scale_GO)[:, None])
@@ -97,6 +112,24 @@ def quantize(
     return Quantized(values.reshape(-1, outputs), scale_GO, np.dtype(dtype or W_IO.dtype))
 
 
+@lru_cache
+def quantizer(
+    method: Method, dtype: str, placed: Quantized | None
+) -> Callable[[Weight], Quantized]:
+    """A jitted ``quantize``: one program for every shape, so that the same weight always gives the
+    same bits. ``placed`` has a sharding for each of the result's arrays."""
+    fixed = partial(quantize, method=method, dtype=dtype)
+    return jax.jit(fixed) if placed is None else jax.jit(fixed, out_shardings=placed)
+
+
+def _by_outputs_too(sharding: Any) -> Any:
+    """A sharding of an array ``[I, O]`` for ``[O, I]``; one that splits nothing stays as it is."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    axes = (*sharding.spec, None, None)[:2]
+    return NamedSharding(sharding.mesh, PartitionSpec(*reversed(axes)))
+
+
 def _group_size(inputs: int, group: int) -> int:
     sizes = [n for n in range(_LEAST_GROUP, group + 1, 2) if inputs % n == 0]
     if not sizes:
@@ -107,13 +140,8 @@ def _group_size(inputs: int, group: int) -> int:
     return sizes[-1]
 
 
-def dequantize(W_IO: jax.Array | Quantized, dtype: Any = None) -> jax.Array:
-    """The explicit weight ``[I, O]`` in ``dtype`` (by default its own), rounded once.
-
-    A weight that is not quantised is only cast.
-    """
-    if not isinstance(W_IO, Quantized):
-        return W_IO if dtype is None else W_IO.astype(dtype)
+def dequantize(W_IO: Quantized, dtype: Any = None) -> jax.Array:
+    """The explicit weight ``[I, O]`` in ``dtype`` (by default its own), rounded once."""
     groups, outputs = W_IO.scale_GO.shape
     steps_GIO = W_IO.values.reshape(groups, -1, outputs)
     if W_IO.method == "int4":
@@ -121,34 +149,6 @@ def dequantize(W_IO: jax.Array | Quantized, dtype: Any = None) -> jax.Array:
         steps_GIO = both.astype(jnp.int8) - 8
     wide_GIO = steps_GIO.astype(jnp.float32) * W_IO.scale_GO[:, None]
     return wide_GIO.astype(dtype or W_IO.dtype).reshape(W_IO.shape)
-
-
-def slices(W_IO: jax.Array | Quantized) -> int:
-    """Into how many slices of outputs :func:`columns` cuts a weight so that each is small in float32."""
-    inputs, outputs = W_IO.shape
-    return _slices(4 * inputs * outputs, outputs // math.gcd(outputs, _RUN))
-
-
-def columns(W_IO: Any, number: jax.Array, count: int) -> Any:
-    """Slice ``number`` of ``count`` of the last axis: every ``count``-th run of features.
-
-    Of an array ``[…, O]``, or of a :class:`Quantized`.
-    """
-
-    def cut(leaf: jax.Array) -> jax.Array:
-        *lead, outputs = leaf.shape
-        split = leaf.reshape(*lead, -1, count, math.gcd(outputs, _RUN))
-        part = jax.lax.dynamic_index_in_dim(split, number, split.ndim - 2, keepdims=False)
-        return part.reshape(*lead, outputs // count)
-
-    return jax.tree.map(cut, W_IO)
-
-
-def join_columns(y_Sxo: jax.Array) -> jax.Array:
-    """All slices of :func:`columns`, stacked in front, as one array ``[…, O]``."""
-    count, *lead, width = y_Sxo.shape
-    split = y_Sxo.reshape(count, *lead, -1, math.gcd(count * width, _RUN))
-    return jnp.moveaxis(split, 0, -2).reshape(*lead, count * width)
 
 
 def matmul(x_xI: jax.Array, W_IO: Quantized) -> jax.Array:
@@ -228,8 +228,8 @@ def _at_once_transposed(dy_xO: jax.Array, stored: Stored) -> jax.Array:
 def _by_outputs(x_xI: jax.Array, stored: Stored) -> jax.Array:
     """``x @ W``, slice by slice of output features."""
     outputs = stored[0].shape[1]
-    run = math.gcd(outputs, _RUN)
-    count = _slices(x_xI.shape[-1] * outputs * x_xI.dtype.itemsize, outputs // run)
+    run = math.gcd(outputs, RUN)
+    count = slices_of(x_xI.shape[-1] * outputs * x_xI.dtype.itemsize, outputs // run)
     split = tuple(leaf.reshape(leaf.shape[0], -1, count, run) for leaf in stored)
 
     def one(number: jax.Array) -> jax.Array:
@@ -243,8 +243,8 @@ def _by_inputs(dy_xO: jax.Array, stored: Stored) -> jax.Array:
     """``dy @ W.T``, slice by slice of input features; a run of int4 is a group."""
     rows, outputs = stored[0].shape
     inputs = rows if len(stored) == 1 else 2 * rows
-    units = rows // math.gcd(rows, _RUN) if len(stored) == 1 else stored[1].shape[0]
-    count = _slices(inputs * outputs * dy_xO.dtype.itemsize, units)
+    units = rows // math.gcd(rows, RUN) if len(stored) == 1 else stored[1].shape[0]
+    count = slices_of(inputs * outputs * dy_xO.dtype.itemsize, units)
     split = tuple(
         leaf.reshape(units // count, count, leaf.shape[0] // units, outputs) for leaf in stored
     )
@@ -254,15 +254,6 @@ def _by_inputs(dy_xO: jax.Array, stored: Stored) -> jax.Array:
         return _times_transposed(dy_xO, tuple(leaf.reshape(-1, outputs) for leaf in part))
 
     return _gather(one, dy_xO, units, count)
-
-
-def _slices(whole_bytes: int, units: int) -> int:
-    """Into how many slices of equally many units to cut: at least two, as XLA unrolls a loop of one.
-
-    One where no number near that divides the units, as with an odd number of features.
-    """
-    least = max(2, -(-whole_bytes // _SLICE_BYTES))
-    return next((n for n in range(least, 8 * least) if units % n == 0), 1)
 
 
 def _gather(

@@ -11,9 +11,9 @@ from flora_jax.mixing.bank import build_bank
 from flora_jax.mixing.pairs import form, list_pairs, row_components
 from flora_jax.mixing.ragged import Ragged, RowWise
 from flora_jax.serve.ahead import Compilations
+from flora_jax.weights.dense import Dense
 from flora_jax.weights.product import explicit
-from flora_jax.weights.quantized import dequantize, quantize
-from flora_jax.weights.transposed import Transposed
+from flora_jax.weights.quantized import quantize
 from tests.helpers import oracles
 from tests.helpers.random_adapters import KINDS, random_adapter, random_projection
 
@@ -115,7 +115,7 @@ def test_an_output_of_no_length_is_its_bias_alone(cancelled):
 
 HELD = {
     "dense": lambda W: W,
-    "by outputs": lambda W: Transposed(W.T),
+    "by outputs": lambda W: Dense(W.T),
     "int8": lambda W: quantize(W, "int8"),
     "int4": lambda W: quantize(W, "int4"),
 }
@@ -130,7 +130,7 @@ def test_a_batch_with_all_other_kinds_equals_explicit_weights_of_the_weight_as_h
             for kind in (*KINDS, "dora") for n in range(2)}  # fmt: skip
     bank = build_bank(made, size, 1, lambda layer, target: W)
     names = [None, "dora0", "lora1", "flora0", "dora1", "ia30", "hira1", "dora0"]
-    explicit_W = explicit(W.W_OI.T if held == "by outputs" else dequantize(W))
+    explicit_W = explicit(W)
     expected = np.stack([
         oracles.project(None if name is None else made[name].layers[0][TARGET], row, explicit_W, bias)
         for name, row in zip(names, x)
@@ -146,8 +146,8 @@ def test_a_batch_with_all_other_kinds_equals_explicit_weights_of_the_weight_as_h
 def test_a_large_weight_is_read_in_slices(monkeypatch):
     (own, *_), _, W, _ = case(5, 3)
     whole = gain(own, W)
-    monkeypatch.setattr("flora_jax.adapters.dora.slices", lambda W: 5)
-    for held in (W, Transposed(W.T)):
+    monkeypatch.setattr("flora_jax.adapters.dora.slices", lambda shape: 5)
+    for held in (W, Dense(W.T)):
         np.testing.assert_allclose(gain(own, held), whole, rtol=1e-5)
 
 

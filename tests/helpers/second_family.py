@@ -13,7 +13,7 @@ from flax import nnx
 from flora_jax.adapters.projections import ModuleNames, Projections
 from flora_jax.models.decoder import Decoder, Parts, attend_in
 from flora_jax.models.family import Family, Launches, Tensor
-from flora_jax.models.layers import RMSNorm, linear, project
+from flora_jax.models.layers import RMSNorm, linear, project, random_weight
 
 NAMES = ModuleNames(
     blocks="model.layers",
@@ -149,7 +149,9 @@ class Echo(Decoder):
         self.embed = nnx.Param(init(rngs.params(), (vocabulary, width), dtype))
         self.blocks = nnx.List([Block(config, dtype, rngs) for _ in range(config.n_layer)])
         self.norm = RMSNorm(width, 1e-5, dtype)
-        self.head_DV = nnx.Param(init(rngs.params(), (width, vocabulary), dtype))
+        self.head_DV = nnx.Param(
+            random_weight((width, vocabulary), config.initializer_range, dtype, rngs)
+        )
 
     def parts(self):
         return Parts(self.embed[...], self.blocks, self.norm, self.head_DV[...])

@@ -17,6 +17,7 @@ from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM
 from flora_jax.models.family import family_of, read_family_config
 from flora_jax.models.model import Model, abstract_model
 from flora_jax.models.sharding import named_leaves
+from flora_jax.weights.held import reading_of
 
 TINY = dict(
     vocab_size=97, n_positions=48, n_embd=32, n_layer=2, n_head=4, n_inner=48, eos_token_id=0
@@ -50,11 +51,10 @@ def to_flax(torch_model: Any) -> Model:
     table = family_of(config).tensors(config)
     assert set(weights) == {tensor.name for tensor in table.values()}
 
-    def twin(path: str, wanted: Any) -> jax.Array:
-        value = weights[table[path].name]
-        value = value.T if table[path].transposed else value
-        assert value.shape == wanted.shape, (path, value.shape, wanted.shape)
-        return jnp.asarray(value)
+    def twin(path: str, wanted: Any) -> Any:
+        made = reading_of(wanted, None).make(jnp.asarray(weights[table[path].name]))
+        assert made.shape == wanted.shape, (path, made.shape, wanted.shape)
+        return made
 
     twins = [twin(path, wanted) for path, wanted in leaves.items()]
     return Model(config, model.graph, jax.tree.unflatten(structure, twins))

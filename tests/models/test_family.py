@@ -20,6 +20,7 @@ from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
 from flora_jax.train.step import StepOptions, init_adapter_state, make_adapter_step
+from flora_jax.weights.held import stored_array
 from flora_jax.weights.quantized import Quantized
 from tests.helpers import second_family
 from tests.helpers.broken_folders import edit
@@ -53,7 +54,7 @@ def adapter_of(kind, seed, targets=None, rank=2):
 
 def bits(model):
     leaves, _ = named_leaves(model.params)
-    return {path: np.asarray(leaf).tobytes() for path, leaf in leaves.items()}
+    return {path: np.asarray(stored_array(leaf)).tobytes() for path, leaf in leaves.items()}
 
 
 def test_a_family_is_found_by_the_model_type(model):

@@ -14,6 +14,7 @@ from flora_jax.models.model import abstract_model
 from flora_jax.models.sharding import make_mesh, named_leaves, partition_specs, shardings
 from flora_jax.models.starcoder import FAMILY
 from flora_jax.models.starcoder.config import PRESETS, StarCoderConfig
+from flora_jax.weights.dense import Dense
 
 TINY = StarCoderConfig(vocab_size=97, n_positions=48, n_embd=32, n_layer=2, n_head=4, n_inner=48)
 
@@ -66,15 +67,16 @@ for seed, (config, split, (data, tensor)) in enumerate(cases):
     for sharded in loaded:
         got = np.asarray(forward(sharded.params, tokens))
         leaves, _ = named_leaves(sharded.params)
+        arrays, places = jax.tree.leaves(sharded.params), jax.tree.leaves(wanted)
         misplaced = [
-            path for (path, leaf), place in zip(leaves.items(), jax.tree.leaves(wanted))
-            if not leaf.sharding.is_equivalent_to(place, leaf.ndim)
+            path for path, array, place in zip(leaves, arrays, places, strict=True)
+            if not array.sharding.is_equivalent_to(place, array.ndim)
         ]
-        kernel = leaves[split]
+        kernel_OI = leaves[split].W_OI
         results.append({
             "error": float(np.max(np.abs(got - expected)) / np.max(np.abs(expected))),
             "misplaced": misplaced, "tensor": tensor,
-            "part": kernel.addressable_shards[0].data.shape[1] / kernel.shape[1],
+            "part": kernel_OI.addressable_shards[0].data.shape[0] / kernel_OI.shape[0],
         })
 print(json.dumps(results))
 """
@@ -114,10 +116,11 @@ def test_every_parameter_has_one_rule(name, tied):
     specs, _ = named_leaves(partition_specs(params, FAMILY.axes))
     leaves, _ = named_leaves(params)
     assert list(specs) == list(leaves)
-    assert all(len(specs[path]) == leaf.ndim for path, leaf in leaves.items())
+    arrays, places = jax.tree.leaves(params), [jax.tree.leaves(spec) for spec in specs.values()]
+    assert all(len(spec) == array.ndim for array, (spec,) in zip(arrays, places, strict=True))
     assert specs["wte.embedding"] == PartitionSpec("tensor", None)
-    assert specs["h.0.mlp.c_fc.kernel"] == PartitionSpec(None, "tensor")
-    assert specs["h.0.mlp.c_proj.kernel"] == PartitionSpec("tensor", None)
+    assert specs["h.0.mlp.c_fc.kernel"] == Dense(PartitionSpec("tensor", None))
+    assert specs["h.0.mlp.c_proj.kernel"] == Dense(PartitionSpec(None, "tensor"))
     assert specs["h.0.mlp.c_proj.bias"] == PartitionSpec(None)
 
 

@@ -18,8 +18,8 @@ from flora_jax.train import choice
 from flora_jax.train.loss import HeadChunks
 from flora_jax.train.step import StepOptions, init_adapter_state, make_adapter_step, make_scorer
 from flora_jax.weights import product
+from flora_jax.weights.dense import Dense, slopes_of_halves
 from flora_jax.weights.quantized import quantize
-from flora_jax.weights.transposed import Transposed
 from tests.helpers.random_adapters import random_adapter
 from tests.helpers.tiny_training import CONFIG, random_batch, stacked, tiny_model
 
@@ -183,9 +183,12 @@ def test_slopes_by_halves_are_those_of_float32():
     # As a projection's slope is: a 16-bit number taken to float32.
     slope = slope.astype(jnp.float32)
     wide = jax.vjp(lambda x, W: x @ W, x.astype(jnp.float32), W.astype(jnp.float32))[1](slope)
-    for own, right in zip(product.slopes_of_halves(x, W, slope), wide, strict=True):
-        assert own.dtype == jnp.bfloat16
-        assert relative(np.asarray(own, np.float64), np.asarray(right, np.float64)) < 2**-8
+    dx, dW = slopes_of_halves("io", x, W, slope)
+    turned_dx, dW_OI = slopes_of_halves("oi", x, W.T, slope)
+    for found in ((dx, dW), (turned_dx, dW_OI.T)):
+        for own, right in zip(found, wide, strict=True):
+            assert own.dtype == jnp.bfloat16
+            assert relative(np.asarray(own, np.float64), np.asarray(right, np.float64)) < 2**-8
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -222,10 +225,10 @@ def test_a_factor_summed_or_multiplied_is_one():
             assert relative(np.asarray(own), np.asarray(right_slope)) < tolerance
 
 
-@pytest.mark.parametrize("held", ["array", "transposed", "int8"])
+@pytest.mark.parametrize("held", ["array", "by outputs", "int8"])
 def test_a_rounded_product_takes_every_weight(held):
     x, W, _ = operands("bfloat16")
-    weight = {"array": W, "transposed": Transposed(W.T)}.get(held)
+    weight = {"array": W, "by outputs": Dense(W.T)}.get(held)
     if held == "int8":
         weight = quantize(W, "int8")
     found = product.rounded(x, weight)

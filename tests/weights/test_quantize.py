@@ -27,7 +27,7 @@ from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
-from flora_jax.weights import quantized
+from flora_jax.weights import quantized, slices
 from flora_jax.weights.product import product
 from flora_jax.weights.quantized import Quantized
 from tests.helpers.byte_tokenizer import PIECES, byte_tokenizer
@@ -74,7 +74,8 @@ def written_out(W_IO):
 def dense(model):
     """The same model with its quantised weights written out."""
     is_leaf = lambda leaf: isinstance(leaf, Quantized)  # noqa: E731
-    return model._replace(params=jax.tree.map(dequantize, model.params, is_leaf=is_leaf))
+    explicit = lambda leaf: dequantize(leaf) if is_leaf(leaf) else leaf  # noqa: E731
+    return model._replace(params=jax.tree.map(explicit, model.params, is_leaf=is_leaf))
 
 
 def random_model(seed=0, config=CONFIG, dtype=jnp.float32):
@@ -135,7 +136,7 @@ def test_the_product_and_its_gradient_are_those_of_the_weight_written_out(
     method, shape, monkeypatch
 ):
     # Slices of one run at most, as of a weight too large for the limit.
-    monkeypatch.setattr(quantized, "_SLICE_BYTES", 1 << 14)
+    monkeypatch.setattr(slices, "_SLICE_BYTES", 1 << 14)
     W_IO = quantize(random_weight(1, shape), method)
     explicit = written_out(W_IO)
     rng = np.random.default_rng(2)

@@ -29,7 +29,7 @@ class LayerOptions:
     ``kinds`` are of :data:`ALL_KINDS`, ``forms`` of :data:`FORMS`; the base has the form "plain" whatever
     is asked for, and IA3 its one rank. ``quantize`` is the base weight's, "none", "int8" or
     "int4"; ``layout`` how it is held where it is not quantised: "inputs" first (``[I, O]``), "outputs"
-    first, or "auto", as a model decodes: by outputs on a CPU. ``memory_gib`` bounds what one measurement
+    first, or "auto", as models have it: by outputs. ``memory_gib`` bounds what one measurement
     may hold; ``None`` is half of what the device has free. ``measure_limits`` also measures the machine's
     bandwidth and best product rate.
 

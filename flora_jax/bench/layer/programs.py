@@ -29,9 +29,9 @@ from flora_jax.mixing.bank import build_bank
 from flora_jax.mixing.pairs import list_pairs
 from flora_jax.mixing.ragged import Ragged
 from flora_jax.platforms import platform
+from flora_jax.weights.dense import Dense
 from flora_jax.weights.product import finish, product
 from flora_jax.weights.quantized import quantize
-from flora_jax.weights.transposed import Transposed
 
 # Adapters want a projection's name; which one it is makes no difference here.
 TARGET = "projection"
@@ -65,10 +65,7 @@ def weights(options: LayerOptions) -> tuple[jax.Array, Any, jax.Array]:
     W_IO = draw(size, dtype, seed + 1, scale=options.inputs**-0.5)
     bias_O = draw((options.outputs,), dtype, seed + 2)
     if options.quantize == "none":
-        by_outputs = options.layout == "outputs" or (
-            options.layout == "auto" and platform().weights_by_outputs
-        )
-        return x_BTI, Transposed(W_IO.T) if by_outputs else W_IO, bias_O
+        return x_BTI, W_IO if options.layout == "inputs" else Dense(W_IO.T), bias_O
     try:
         return x_BTI, quantize(W_IO, cast(Any, options.quantize)), bias_O
     except ValueError as error:

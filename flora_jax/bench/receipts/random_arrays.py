@@ -58,7 +58,7 @@ def fill(tree: Any, seed: int, mean: float = 0.0, scale: float = 1.0) -> Any:
 def random_model(config: ModelConfig, dtype: Any, seed: int = 0) -> Model:
     """A model whose activations keep their size; every array has random numbers of its own.
 
-    Kernels ``[I, O]`` have a standard deviation of ``I^-0.5``, embeddings the configuration's, the
+    Kernels, ``[O, I]``, have a standard deviation of ``I^-0.5``, embeddings the configuration's, the
     scales of norms lie around one.
     """
     config = changed(config, dtype=str(jnp.dtype(dtype)))
@@ -70,7 +70,7 @@ def random_model(config: ModelConfig, dtype: Any, seed: int = 0) -> Model:
         if "scale" in name:
             mean, scale = 1.0, 0.1
         elif "kernel" in name:
-            mean, scale = 0.0, leaf.shape[0] ** -0.5
+            mean, scale = 0.0, leaf.shape[-1] ** -0.5
         else:
             mean, scale = 0.0, config.initializer_range
         made.append(draw(leaf.shape, leaf.dtype, _seed(seed, number), mean, scale))

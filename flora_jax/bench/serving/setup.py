@@ -22,7 +22,6 @@ from flora_jax.checkpoints import Opened, open_checkpoint
 from flora_jax.errors import InputError
 from flora_jax.models.family import ModelConfig, presets, with_positions
 from flora_jax.models.model import Model, init_model
-from flora_jax.models.transpose import for_decoding
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Request
@@ -125,8 +124,8 @@ def plan_workload(base: Base, options: WorkloadOptions, adapted: bool) -> tuple[
 def load_base(base: Base, dtype: str | None, seed: int = 0) -> Model:
     """The checkpoint in ``dtype`` (``None``: its own), or random weights (``None``: float32)."""
     if base.opened is not None:
-        return for_decoding(base.opened.load(dtype), consume=True)
-    return for_decoding(init_model(base.config, seed, dtype or "float32"), consume=True)
+        return base.opened.load(dtype)
+    return init_model(base.config, seed, dtype or "float32")
 
 
 def make_adapters(

@@ -10,7 +10,7 @@ from flax import nnx
 
 from flora_jax.models.cache import LayerCache
 from flora_jax.models.decoder import Decoder, Parts, Places
-from flora_jax.models.layers import ACTIVATIONS, RMSNorm, linear, project
+from flora_jax.models.layers import ACTIVATIONS, RMSNorm, linear, project, random_weight
 from flora_jax.models.llama.config import LlamaConfig
 from flora_jax.models.model import LayerAdapters
 from flora_jax.models.self_attention import Rotation, SelfAttention, rotation
@@ -67,17 +67,21 @@ class Llama(Decoder):
     """
 
     def __init__(self, config: LlamaConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(config.initializer_range)
+        std = config.initializer_range
         width, vocabulary = config.hidden_size, config.vocab_size
         self.config = config
         self.embed_tokens = nnx.Embed(
-            vocabulary, width, embedding_init=init, param_dtype=dtype, rngs=rngs
+            vocabulary,
+            width,
+            embedding_init=nnx.initializers.normal(std),
+            param_dtype=dtype,
+            rngs=rngs,
         )
         blocks = [Block(config, layer, dtype, rngs) for layer in range(config.n_layer)]
         self.layers = nnx.List(blocks)
         self.norm = RMSNorm(width, config.rms_norm_eps, dtype)
         if not config.tie_word_embeddings:
-            self.lm_head = nnx.Param(init(rngs.params(), (width, vocabulary), dtype))
+            self.lm_head = nnx.Param(random_weight((width, vocabulary), std, dtype, rngs))
 
     def parts(self) -> Parts:
         """See :class:`~flora_jax.models.decoder.Decoder`."""

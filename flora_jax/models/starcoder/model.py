@@ -11,7 +11,7 @@ from flax import nnx
 
 from flora_jax.models.cache import LayerCache
 from flora_jax.models.decoder import Decoder, Parts, Places, attend_in
-from flora_jax.models.layers import ACTIVATIONS, LayerNorm, linear, project
+from flora_jax.models.layers import ACTIVATIONS, LayerNorm, linear, project, random_weight
 from flora_jax.models.model import LayerAdapters
 from flora_jax.models.starcoder.config import StarCoderConfig
 
@@ -112,8 +112,8 @@ class StarCoder(Decoder):
         self.h = nnx.List([Block(config, dtype, rngs) for _ in range(config.n_layer)])
         self.ln_f = LayerNorm(config.n_embd, config.layer_norm_epsilon, dtype)
         if not config.tie_word_embeddings:
-            shape = (config.n_embd, config.vocab_size)
-            self.lm_head = nnx.Param(nnx.initializers.normal(std)(rngs.params(), shape, dtype))
+            widths = (config.n_embd, config.vocab_size)
+            self.lm_head = nnx.Param(random_weight(widths, std, dtype, rngs))
 
     def parts(self) -> Parts:
         """See :class:`~flora_jax.models.decoder.Decoder`."""

@@ -11,7 +11,7 @@ from flax import nnx
 
 from flora_jax.models.cache import LayerCache
 from flora_jax.models.decoder import Decoder, Parts, Places
-from flora_jax.models.layers import ACTIVATIONS, LayerNorm, linear, project
+from flora_jax.models.layers import ACTIVATIONS, LayerNorm, linear, project, random_weight
 from flora_jax.models.model import LayerAdapters
 from flora_jax.models.self_attention import Rotation, SelfAttention, rotation
 from flora_jax.models.starcoder2.config import StarCoder2Config
@@ -66,16 +66,20 @@ class StarCoder2(Decoder):
     """
 
     def __init__(self, config: StarCoder2Config, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(config.initializer_range)
+        std = config.initializer_range
         width, vocabulary = config.hidden_size, config.vocab_size
         self.config = config
         self.embed_tokens = nnx.Embed(
-            vocabulary, width, embedding_init=init, param_dtype=dtype, rngs=rngs
+            vocabulary,
+            width,
+            embedding_init=nnx.initializers.normal(std),
+            param_dtype=dtype,
+            rngs=rngs,
         )
         self.layers = nnx.List([Block(config, n, dtype, rngs) for n in range(config.n_layer)])
         self.norm = LayerNorm(width, config.norm_epsilon, dtype)
         if not config.tie_word_embeddings:
-            self.lm_head = nnx.Param(init(rngs.params(), (width, vocabulary), dtype))
+            self.lm_head = nnx.Param(random_weight((width, vocabulary), std, dtype, rngs))
 
     def parts(self) -> Parts:
         """See :class:`~flora_jax.models.decoder.Decoder`."""

@@ -20,8 +20,8 @@ from flora_jax.bench.receipts.timing import interleaved
 from flora_jax.cli.bench import app
 from flora_jax.errors import InputError
 from flora_jax.models.starcoder.config import PRESETS
+from flora_jax.weights.dense import Dense
 from flora_jax.weights.product import explicit as explicit_weight
-from flora_jax.weights.transposed import Transposed
 from tests.helpers import oracles
 
 TINY = ["--inputs", "16", "--outputs", "24", "--ranks", "1,3", "--batch", "3", "--repeats", "2"]
@@ -42,7 +42,7 @@ def test_every_case_computes_each_row_under_its_own_explicit_weight(seed, quanti
     options = _tiny(seed=seed, quantize=quantize, layout=layout)
     made = Programs(options)
     x, W, bias = made.base
-    assert isinstance(W, Transposed) == (quantize == "none" and layout != "inputs")
+    assert isinstance(W, Dense) == (quantize == "none" and layout != "inputs")
     explicit = explicit_weight(W, jax.numpy.float32)
     for kind, form, rank in options.cases():
         if form == "merged":
