@@ -124,7 +124,7 @@ def test_every_row_has_the_tokens_of_torch_with_its_adapter_alone(seed, tmp_path
     ]
     options = EngineOptions(max_num_seqs=4, chunk=8, prefill_chunks=2, block_size=4, decode_steps=8)
     choices = platform()
-    if seed >= 4:  # As for one batch: one shape of decoding, a few of prompts; compiling is the test's time.
+    if seed >= 4:  # As for one batch: fewer shapes, since compiling is the test's time.
         choices = choices.for_one_batch(max(len(r.prompt_token_ids) for r in requests))
         options = dataclasses.replace(options, row_buckets=(4,))
     engine = Engine(model, adapters, options=options, platform=choices)
