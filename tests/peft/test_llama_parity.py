@@ -65,10 +65,12 @@ def random_config(number, rng):
         return peft.HiraConfig(r=rank, **targets)
     patterns = dict(
         rank_pattern={ends[0]: 4, r"layers\.1\..*": 6},
-        # PEFT saves keys sorted, and the first that matches counts.
         alpha_pattern={rf"layers\.1\..*{ends[1]}": 9, ends[1]: 5},
         layers_to_transform=[None, [1]][number // 4 % 2],
     )
+    # PEFT saves keys sorted, and the first that matches counts.
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns[name] = dict(sorted(patterns[name].items()))
     return peft.LoraConfig(
         r=rank, lora_alpha=float(rng.integers(1, 12)), use_rslora=bool(rng.integers(2)),
         use_dora=kind == "dora", task_type="CAUSAL_LM", **targets, **(patterns if own else {}),
