@@ -1,5 +1,8 @@
 """Random PEFT adapters on Llama's projections, all in one batch: each row's logits are PEFT's own."""
 
+import copy
+import dataclasses
+
 import numpy as np
 import peft
 import pytest
@@ -9,11 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from flora_jax.mixing.bank import build_bank
 from flora_jax.mixing.pairs import list_pairs
 from flora_jax.mixing.ragged import ragged_hooks
+from flora_jax.peft.read import write_adapter
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
 from tests.helpers import oracles
-from tests.helpers.peft_folders import assert_logits_equal, read_for
+from tests.helpers.peft_folders import assert_logits_equal, assert_same, read_for
 from tests.helpers.random_adapters import random_adapter
 from tests.helpers.requests import make_request
 from tests.helpers.torch_models import (
@@ -124,6 +128,24 @@ def test_rows_of_one_batch_have_pefts_logits_each_under_its_own_adapter(served):
         expected = torch_logits(theirs[name], tokens[row : row + 1])[0]
         assert np.abs(expected - plain[row]).max() > 0.02 * np.abs(plain[row]).max(), name
         assert_logits_equal(found[row], expected)
+
+
+@pytest.mark.parametrize("served", MODELS, indirect=True)
+def test_a_folder_written_anew_is_the_same_to_peft(served, tmp_path):
+    base, model, adapters, theirs = served
+    tokens = random_tokens(12)
+    for name, adapter in adapters.items():
+        write_adapter(adapter, tmp_path / name, "some/base")
+        again = read_for(model, tmp_path / name)
+        assert again.targets() == adapter.targets()
+        if adapter.kind == "flora":
+            # The drawn one has no settings; those that were read follow from its factors.
+            assert_same(dataclasses.replace(again, settings=adapter.settings), adapter)
+            continue
+        read = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name).eval()
+        np.testing.assert_array_equal(
+            torch_logits(read, tokens), torch_logits(theirs[name], tokens), err_msg=name
+        )
 
 
 @pytest.mark.parametrize("served", ["qwen2"], indirect=True)
