@@ -345,8 +345,8 @@ def test_sources_that_are_no_checkpoint_are_named(tmp_path, tiny, monkeypatch):
     assert sources.resolve("owner/tiny") == tiny
     assert describe("owner/tiny").format == "hub"
     config = json.loads((tiny / "config.json").read_text())
-    (tiny / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    with pytest.raises(CheckpointError, match=r"config\.json: model_type is 'llama'"):
+    (tiny / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    with pytest.raises(CheckpointError, match=r"config\.json: model_type is 'mamba'"):
         load_model(tiny)
 
 

@@ -47,10 +47,10 @@ def home(tmp_path_factory):
     weights = home / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     (home / "no-config").mkdir()
-    shutil.copytree(home / "bare", home / "llama")
-    raw = json.loads((home / "llama" / "config.json").read_text())
-    raw |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    (home / "llama" / "config.json").write_text(json.dumps(raw))
+    shutil.copytree(home / "bare", home / "mamba")
+    raw = json.loads((home / "mamba" / "config.json").read_text())
+    raw |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
+    (home / "mamba" / "config.json").write_text(json.dumps(raw))
     shutil.copytree(home / "bare", home / "bad-tokenizer")
     (home / "bad-tokenizer" / "tokenizer.json").write_text("{}")
     return home
@@ -201,7 +201,7 @@ BAD = {
     "no hub model": ("nobody/none", [GOOD], [], "nobody/none: no such file or directory"),
     "no config": ("no-config", [GOOD], [], "no config.json"),
     "model is a file": ("bare/config.json", [GOOD], [], "is a file, expected a directory"),
-    "architecture": ("llama", [GOOD], [], "'llama'"),
+    "architecture": ("mamba", [GOOD], [], "'mamba'"),
     "truncated weights": ("truncated", [GOOD], [], "model.safetensors: truncated"),
     "tokenizer": ("bad-tokenizer", [GOOD], [], "tokenizer.json: not a tokenizer"),
     "adapter width": ("bare", [GOOD], ["--adapter", "a=wide"], "found shape (2, 32), expected (2, 16)"),
@@ -464,7 +464,7 @@ def test_a_demo_that_cannot_be_ends_in_one_line(words, named, program):
 
 @pytest.mark.parametrize(
     "path, named",
-    [("./none", "none"), ("no-config", "config.json"), ("broken", "broken"), ("llama", "llama")],
+    [("./none", "none"), ("no-config", "config.json"), ("broken", "broken"), ("mamba", "mamba")],
 )
 def test_info_of_nonsense_ends_in_one_line(path, named, program):
     code, out, err = program("info", path)
