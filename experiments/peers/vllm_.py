@@ -26,7 +26,7 @@ SETTINGS = {
 
 def main(say: Callable[[dict[str, Any]], None]) -> None:
     options = protocol.read_options(
-        target=dict(help="wrap this module alone for adapters, which is faster than all")
+        target=dict(help="wrap these modules alone for adapters, which is faster than all")
     )
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -37,7 +37,7 @@ def main(say: Callable[[dict[str, Any]], None]) -> None:
     lora: dict[str, Any] = {}
     if count:
         ranks = dict(max_loras=count, max_cpu_loras=count, max_lora_rank=8)
-        targets = [options.rest.target] if options.rest.target else None
+        targets = options.rest.target.split(",") if options.rest.target else None
         lora = dict(enable_lora=True, lora_target_modules=targets, **ranks)
     engine = LLM(
         model=str(options.model),
