@@ -26,11 +26,20 @@ class Visible:
     """What the tokens of a batch see of one another, and how attention over it is computed.
 
     ``mask [B, T, S]`` is true where visible; ``None`` is all earlier tokens of the row and the token
-    itself. ``attention``: a name of :data:`IMPLEMENTATIONS`, static.
+    itself. ``positions [B, T]`` are the tokens' own. ``attention``: a name of :data:`IMPLEMENTATIONS`,
+    static.
     """
 
     mask_BTS: jax.Array | None
+    positions_BT: jax.Array
     attention: str = dataclasses.field(default="einsum", metadata=dict(static=True))
+
+    def within(self, window: int | None) -> jax.Array | None:
+        """The mask of a layer in which a token sees the last ``window`` positions alone, or all."""
+        if window is None:
+            return self.mask_BTS
+        near_BTS = self.positions_BT[:, :, None] - self.positions_BT[:, None, :] < window
+        return near_BTS if self.mask_BTS is None else self.mask_BTS & near_BTS
 
 
 def visible(
@@ -50,9 +59,9 @@ def visible(
         )
     if segments_BT is None:
         if attention != "einsum":
-            return Visible(None, attention)
+            return Visible(None, positions_BT, attention)
         segments_BT = jnp.ones_like(positions_BT)
-    return Visible(causal_mask(positions_BT, segments_BT), attention)
+    return Visible(causal_mask(positions_BT, segments_BT), positions_BT, attention)
 
 
 def attend_visible(
@@ -61,9 +70,13 @@ def attend_visible(
     v_BTGK: jax.Array,
     seen: Visible,
     config: AttentionConfig,
+    window: int | None = None,
 ) -> jax.Array:
-    """Softmax attention among the tokens of a batch, ``[B, T, D]`` in the queries' dtype."""
-    return IMPLEMENTATIONS[seen.attention](q_BTHK, k_BTGK, v_BTGK, seen.mask_BTS, config)
+    """Softmax attention among the tokens of a batch, ``[B, T, H·K]`` in the queries' dtype.
+
+    With ``window`` a token sees so many of the last positions, its own among them.
+    """
+    return IMPLEMENTATIONS[seen.attention](q_BTHK, k_BTGK, v_BTGK, seen.within(window), config)
 
 
 def attend(
@@ -117,7 +130,7 @@ def queries_as_rows(q_BTHK: jax.Array, groups: int, scale: float) -> jax.Array:
 
 
 def rows_as_tokens(out_BGXK: jax.Array, length: int) -> jax.Array:
-    """The way back, to ``[B, T, D]``."""
+    """The way back, to ``[B, T, H·K]``."""
     batch, groups, _, head_dim = out_BGXK.shape
     out_BGQTK = out_BGXK.reshape(batch, groups, -1, length, head_dim)
     return out_BGQTK.transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)

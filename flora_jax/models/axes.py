@@ -17,6 +17,7 @@ MESH_AXES: Mapping[str, str | None] = {
     "heads": "tensor",
     "mlp": "tensor",
     "embed": None,
+    "head_dim": None,
     "position": None,
 }
 

@@ -1,6 +1,7 @@
 """Attention over the paged cache, in one implementation for every way that a platform wants it.
 
-All of them see the cached positions up to each token's own and give ``[B, T, D]`` in the queries' dtype.
+All of them see the cached positions up to each token's own and give ``[B, T, H·K]`` in the queries'
+dtype.
 What stands in a block from an earlier owner never reaches a result, not even multiplied by zero (it could
 be NaN). ``Paging.attention`` names the one to use. Knows nothing of parameters, adapters or platforms.
 """
@@ -28,13 +29,16 @@ def attend_cached(
     paging: Paging,
     positions_BT: jax.Array,
     config: AttentionConfig,
+    window: int | None = None,
 ) -> jax.Array:
-    """Attention over cached positions up to each token's own, ``[B, T, D]`` in the queries' dtype.
+    """Attention over cached positions up to each token's own, ``[B, T, H·K]`` in the queries' dtype.
+
+    With ``window`` a token sees so many of the last positions, its own among them.
 
     Raises:
         KeyError: ``paging.attention`` names no implementation.
     """
-    return IMPLEMENTATIONS[paging.attention](q_BTHK, cache, paging, positions_BT, config)
+    return IMPLEMENTATIONS[paging.attention](q_BTHK, cache, paging, positions_BT, config, window)
 
 
 def _loop(
@@ -43,11 +47,12 @@ def _loop(
     paging: Paging,
     positions_BT: jax.Array,
     config: AttentionConfig,
+    window: int | None,
 ) -> jax.Array:
     """Keys in stretches of :data:`KEY_STRETCH` positions with a running maximum and sum.
 
-    Memory does not grow with the length, and a stretch behind a row's last position changes none of the
-    row's bits. Right for a CPU; a GPU pays nine kernels for every stretch.
+    Memory does not grow with the length, and a stretch behind a row's last position, or before its
+    window, changes none of the row's bits. Right for a CPU; a GPU pays nine kernels for every stretch.
     """
     batch, length, heads, head_dim = q_BTHK.shape
     block, groups = cache.k_LSGK.shape[1:3]
@@ -73,7 +78,7 @@ def _loop(
         scores = jnp.einsum("bgxk,bsgk->bgxs", q_BGXK, k_BSGK, preferred_element_type=wide)
         if late:
             scores = scores * scale
-        seen_B1XS = _seen_by_rows(at_S, positions_BT, heads // groups)
+        seen_B1XS = _seen_by_rows(at_S, positions_BT, heads // groups, window)
         scores = jnp.where(seen_B1XS, scores.astype(jnp.float32), -jnp.inf)
         new_BGX = jnp.maximum(most_BGX, jnp.max(scores, axis=-1))
         share_BGXS = jnp.exp(scores - new_BGX[..., None])
@@ -100,7 +105,8 @@ def _loop(
         looked_at = (
             stretches if paging.stretches is None else jnp.minimum(paging.stretches, stretches)
         )
-        carry = jax.lax.fori_loop(0, looked_at, step, carry)
+        first = 0 if window is None else _first_stretch(positions_BT, window, blocks * block)
+        carry = jax.lax.fori_loop(first, looked_at, step, carry)
     _, sum_BGX, out_BGXK = carry
     out_BGXK = out_BGXK / jnp.maximum(sum_BGX, jnp.finfo(jnp.float32).tiny)[..., None]
     return rows_as_tokens(out_BGXK.astype(dtype), length)
@@ -112,6 +118,7 @@ def _gather(
     paging: Paging,
     positions_BT: jax.Array,
     config: AttentionConfig,
+    window: int | None,
 ) -> jax.Array:
     """The whole table's positions in one gather, two batched products and a float32 softmax.
 
@@ -127,7 +134,7 @@ def _gather(
     scores = jnp.einsum("bgxk,bsgk->bgxs", q_BGXK, k_BSGK, preferred_element_type=wide)
     if late:
         scores = scores * scale
-    seen_B1XS = _seen_by_rows(at_S, positions_BT, heads // groups)
+    seen_B1XS = _seen_by_rows(at_S, positions_BT, heads // groups, window)
     # Finite, so that a token that sees nothing stays finite too.
     least = jnp.finfo(jnp.float32).min
     weights = jax.nn.softmax(jnp.where(seen_B1XS, scores.astype(jnp.float32), least), axis=-1)
@@ -143,6 +150,7 @@ def _cudnn(
     paging: Paging,
     positions_BT: jax.Array,
     config: AttentionConfig,
+    window: int | None,
     *,
     bounded: bool,
 ) -> jax.Array:
@@ -154,7 +162,7 @@ def _cudnn(
     batch, length = q_BTHK.shape[:2]
     k_BSGK, v_BSGK, at_S = _read_own(cache, paging, positions_BT)
     _, scale, _ = softmax_options(q_BTHK.dtype, config)
-    mask_B1TS = (at_S[None, None] <= positions_BT[:, :, None])[:, None]
+    mask_B1TS = _seen(at_S, positions_BT, window)[:, None]
     queries_B = keys_B = None
     if bounded:
         queries_B = jnp.full(batch, length, jnp.int32)
@@ -188,10 +196,26 @@ def _read_own(
     return jnp.where(own_BS11, k_BSGK, 0), jnp.where(own_BS11, v_BSGK, 0), at_S
 
 
-def _seen_by_rows(at_S: jax.Array, positions_BT: jax.Array, shared: int) -> jax.Array:
-    """``[B, 1, X, S]``: the rows of ``X`` are the queries of ``T`` for each of ``shared`` heads."""
+def _seen(at_S: jax.Array, positions_BT: jax.Array, window: int | None) -> jax.Array:
+    """``[B, T, S]``: which of the cached positions a token sees."""
     seen_BTS = at_S[None, None] <= positions_BT[:, :, None]
-    return jnp.tile(seen_BTS, (1, shared, 1))[:, None]
+    if window is None:
+        return seen_BTS
+    return seen_BTS & (at_S[None, None] > positions_BT[:, :, None] - window)
+
+
+def _seen_by_rows(
+    at_S: jax.Array, positions_BT: jax.Array, shared: int, window: int | None
+) -> jax.Array:
+    """``[B, 1, X, S]``: the rows of ``X`` are the queries of ``T`` for each of ``shared`` heads."""
+    return jnp.tile(_seen(at_S, positions_BT, window), (1, shared, 1))[:, None]
+
+
+def _first_stretch(positions_BT: jax.Array, window: int, stretch: int) -> jax.Array:
+    """The first stretch in which some token of the batch sees a position."""
+    far = jnp.iinfo(positions_BT.dtype).max
+    first = jnp.min(jnp.where(positions_BT >= 0, positions_BT, far)) - window + 1
+    return jnp.maximum(first, 0) // stretch
 
 
 def key_stretches(length: int, block: int) -> int:

@@ -79,6 +79,7 @@ class Fields:
         only: fields that are accepted at the one value that the family computes.
         without_effect: names of further fields without effect on the logits of a forward pass.
         kept: those of them that are written again, because others read them: dropout while they train.
+        derived: names of the configuration's fields that no file has: the family sets them from others.
     """
 
     model_types: tuple[str, ...]
@@ -87,6 +88,7 @@ class Fields:
     only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     without_effect: frozenset[str] = frozenset()
     kept: tuple[str, ...] = ()
+    derived: frozenset[str] = frozenset()
 
 
 def read_fields(
@@ -109,7 +111,7 @@ def read_fields(
     if raw.get("model_type") not in fields.model_types:
         expected = " or ".join(map(repr, fields.model_types))
         raise InputError(f"{where}: model_type is {raw.get('model_type')!r}, expected {expected}")
-    special = ("eos_token_ids", "dtype", "others")
+    special = fields.derived.union(("eos_token_ids", "dtype", "others"))
     types = {f.name: str(f.type) for f in dataclasses.fields(config) if f.name not in special}
     types.update(fields.types)
     only = {**_ONLY, **fields.only}

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 # in values only.
 FAMILIES: dict[str, str] = {
     "gpt_bigcode": "flora_jax.models.starcoder",
+    "llama": "flora_jax.models.llama",
+    "mistral": "flora_jax.models.llama",
+    "qwen2": "flora_jax.models.llama",
+    "qwen3": "flora_jax.models.llama",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 MOST_PARAMETERS = 10**13
