@@ -295,7 +295,8 @@ def main(
     made += ["--model", str(model)] if model else []
     for targets in {CONTENDERS[name].adapters for one in chosen.values() for name in one}:
         made += ["--target", targets] if targets else []
-    subprocess.run([sys.executable, str(HERE / "make.py"), *made], check=True)
+    if code := subprocess.run([sys.executable, str(HERE / "make.py"), *made]).returncode:
+        sys.exit(code)  # It has said why.
     arguments = ["--model", str(model or directory / "model")]
     arguments += ["--prompt-len", str(prompt_len), "--new-tokens", str(new_tokens)]
     others = {"vllm_.py": [vllm_python]} if vllm_python else {}

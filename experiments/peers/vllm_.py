@@ -13,7 +13,7 @@ from typing import Any
 import protocol
 
 SETTINGS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; 32 rows of 512 tokens take 160 MiB.
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; 32 rows of 128 tokens take less than 0.2.
     "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
     # By default vLLM leaves a core to its front end, half of a machine of two.
     "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
