@@ -76,7 +76,9 @@ def make_adapters(directory: Path, config: ModelConfig, adapters: int, rank: int
 
 def main(
     directory: Path,
-    target: Annotated[list[str] | None, typer.Option(help="c_fc and c_attn by default.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="A module, or several as q_proj,v_proj.")
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="A checkpoint; none: a random one.")] = None,
     preset: Annotated[str, typer.Option(help="The model's shape.")] = "164m",
     adapters: Annotated[int, typer.Option(help="As many as the largest batch has rows.")] = 32,
@@ -86,7 +88,7 @@ def main(
     if model is None:
         make_model(directory / "model", presets()[preset])
     config = open_checkpoint(model or directory / "model").config
-    for targets in target or ("c_fc", "c_attn"):
+    for targets in target or ():
         make_adapters(directory / targets, config, adapters, rank)
 
 

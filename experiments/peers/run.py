@@ -208,8 +208,7 @@ def interleave(
             # Not in turns: the same contender would always come after the same other one.
             names = random.Random(f"{number} {rows}").sample(list(workers), len(workers))
             for name in names:
-                answers = measured.setdefault((rows, name), [])
-                if len(answers) > number:
+                if len(measured.get((rows, name), [])) > number:
                     continue
                 wait_for_quiet(rest)
                 answer = workers[name].ask(number, rows)
@@ -217,7 +216,7 @@ def interleave(
                     outcome.missing[name] = f"round {number} of {rows} rows: {answer['error']}"
                     workers.pop(name).close()
                     continue
-                answers.append(answer)
+                measured.setdefault((rows, name), []).append(answer)
                 journal.answer(group, rows, name, answer)
                 print(
                     f"round {number + 1}/{rounds}, {rows:2} rows, {name:18} "

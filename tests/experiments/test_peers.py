@@ -65,6 +65,18 @@ def test_a_run_goes_on_with_the_rounds_that_are_missing_alone(peers, tmp_path):
     assert kept.goes == 3
 
 
+def test_a_contender_that_never_answered_is_no_part_of_the_tables(peers, tmp_path):
+    journal = peers("journal").Journal(tmp_path / "answers.jsonl", {})
+    outcome = journal.begin()
+    go(peers, journal, outcome, {"ours": Contender(), "vLLM": Contender(fails=0)})
+
+    text = peers("ratios").write_tables(tmp_path / "peers.json", outcome, "run.py", 64, 3)
+
+    assert "| ours |" in text
+    assert "| vLLM |" not in text
+    assert "Missing: vLLM: round 0 of 1 rows: no memory." in text
+
+
 def test_answers_to_other_settings_are_not_gone_on_with(peers, tmp_path):
     journal = peers("journal").Journal(tmp_path / "answers.jsonl", {"--new-tokens": "3"})
     journal.begin()
