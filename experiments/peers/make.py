@@ -1,8 +1,10 @@
 """Makes the files that all contenders read: a random checkpoint, and LoRA folders as PEFT has them.
 
-    python experiments/peers/make.py DIRECTORY [--adapters 32] [--rank 8] [--preset 164m]
+    python experiments/peers/make.py DIRECTORY [--target c_fc] [--adapters 32] [--rank 8]
+        [--preset 164m, or --model CHECKPOINT]
 
-Writes DIRECTORY/model and DIRECTORY/TARGET/NN for c_fc and c_attn. What is there already is kept.
+Writes DIRECTORY/model, unless a model is given, and DIRECTORY/TARGETS/NN for each --target, which may be
+several modules as q_proj,v_proj. What is there already is kept.
 """
 
 from __future__ import annotations
@@ -17,14 +19,12 @@ import typer
 
 from flora_jax.adapters.model_adapter import init_adapter, randomise
 from flora_jax.adapters.projections import match_targets
-from flora_jax.checkpoints.checkpoint import save_hf
+from flora_jax.checkpoints.checkpoint import open_checkpoint, save_hf
 from flora_jax.cli.program import run_function
 from flora_jax.files import whole_directory
+from flora_jax.models.family import ModelConfig, presets
 from flora_jax.models.model import Model, init_model
-from flora_jax.models.starcoder.config import PRESETS
 from flora_jax.peft.read import write_adapter
-
-TARGETS = ("c_fc", "c_attn")
 
 
 def lively(model: Model, seed: int = 0) -> Model:
@@ -51,34 +51,45 @@ def lively(model: Model, seed: int = 0) -> Model:
     return model._replace(params=jax.tree_util.tree_map_with_path(redraw, model.params))
 
 
-def make(directory: Path, preset: str, adapters: int, rank: int) -> None:
-    """Every random number is seeded: the same files each time."""
-    config = PRESETS[preset]
-    if not (directory / "model").exists():
-        save_hf(lively(init_model(config)), directory / "model")
-    for target in TARGETS:
-        if (directory / target).exists():
-            continue
-        start = init_adapter(
-            jax.random.key(0), "lora", config.projections(), config.n_layer,
-            rank=rank, targets=match_targets([target], config.projections()),
-        )  # fmt: skip
-        start = dataclasses.replace(start, settings={"task_type": "CAUSAL_LM"})
-        with whole_directory(directory / target) as part:
-            for number in range(adapters):
-                # Changes of about a tenth of a weight's size, enough to change every answer.
-                adapter = randomise(start, number, spread=1.0)
-                write_adapter(adapter, part / f"{number:02}", "model")
+def make_model(directory: Path, config: ModelConfig) -> None:
+    """A random one; every random number is seeded: the same file each time."""
+    if not directory.exists():
+        save_hf(lively(init_model(config)), directory)
+
+
+def make_adapters(directory: Path, config: ModelConfig, adapters: int, rank: int) -> None:
+    """Random ones, seeded as well, of the modules that the folder is named by."""
+    projections = config.projections()
+    targets = match_targets(directory.name.split(","), projections)
+    if directory.exists():
+        return
+    start = init_adapter(
+        jax.random.key(0), "lora", projections, config.n_layer, rank=rank, targets=targets
+    )
+    start = dataclasses.replace(start, settings={"task_type": "CAUSAL_LM"})
+    with whole_directory(directory) as part:
+        for number in range(adapters):
+            # Changes of about a tenth of a weight's size, enough to change every answer.
+            adapter = randomise(start, number, spread=1.0)
+            write_adapter(adapter, part / f"{number:02}", "model")
 
 
 def main(
     directory: Path,
+    target: Annotated[
+        list[str] | None, typer.Option(help="A module, or several as q_proj,v_proj.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="A checkpoint; none: a random one.")] = None,
     preset: Annotated[str, typer.Option(help="The model's shape.")] = "164m",
     adapters: Annotated[int, typer.Option(help="As many as the largest batch has rows.")] = 32,
     rank: int = 8,
 ) -> None:
-    """Writes a random checkpoint and LoRA adapters for it."""
-    make(directory, preset, adapters, rank)
+    """Writes a random checkpoint and LoRA adapters for it, or for a model that is there."""
+    if model is None:
+        make_model(directory / "model", presets()[preset])
+    config = open_checkpoint(model or directory / "model").config
+    for targets in target or ():
+        make_adapters(directory / targets, config, adapters, rank)
 
 
 if __name__ == "__main__":

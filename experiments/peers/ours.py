@@ -16,6 +16,7 @@ def main(say: Callable[[dict[str, Any]], None]) -> None:
         kind=dict(default="folders", help="folders (of --adapters), base, flora, lora, hira"),
         rank=dict(type=int, default=8, help="of random adapters"),
         target=dict(default="attn.c_attn", help="of random adapters"),
+        quantize=dict(help="int8 or int4: the projections' weights in 8 or 4 bits"),
     )
     from flora_jax.checkpoints.checkpoint import load_model
     from flora_jax.peft.read import read_adapter
@@ -23,7 +24,7 @@ def main(say: Callable[[dict[str, Any]], None]) -> None:
     from flora_jax.serve.generate import generate as complete
     from flora_jax.serve.request import Request, SamplingParams
 
-    model = load_model(options.model, "float32")
+    model = load_model(options.model, "float32", quantize=options.rest.quantize)
     config = model.config
     adapters: dict[str, Any] = {}
     if options.rest.kind == "folders":
@@ -53,7 +54,8 @@ def main(say: Callable[[dict[str, Any]], None]) -> None:
         return [[*completion.token_ids] for completion in complete(engine, requests)]
 
     packages = protocol.versions("flora-jax", "jax", "flax")
-    protocol.serve_generation(say, options, packages, generate)
+    weights = f"{quantize} projections, else float32" if quantize else "float32"
+    protocol.serve_generation(say, options, packages, generate, weights=weights)
 
 
 def random_adapters(config: Any, options: protocol.Options) -> dict[str, Any]:

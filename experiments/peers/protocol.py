@@ -137,14 +137,17 @@ def serve_generation(
     packages: dict[str, str],
     generate: Generate,
     alone: Generate | None = None,
+    weights: str = "float32",
 ) -> None:
-    """Serves rounds of a generator, after its checks and a first, unmeasured round of each batch.
+    """Serves rounds of a generator, after its checks and a first, unmeasured round of each batch;
+    ``weights`` says how it holds the model's.
 
     A round draws one token for every row, which is the prefill, and then ``new_tokens`` from the same
     prompts: what the second takes longer is the decoding of all tokens but the first. One method for
     all, since not all tell when the first token was there.
     """
-    about: dict[str, Any] = {"versions": packages, "checks": check(options, generate, alone)}
+    about: dict[str, Any] = {"versions": packages, "weights": weights}
+    about["checks"] = check(options, generate, alone)
     for rows in options.batches:
         for length in (1, options.new_tokens):
             generate(options.prompts(-1, rows), options.names(rows), length)

@@ -16,11 +16,16 @@ from flora_jax.bench.receipts.machine import now, versions
 # Who is divided by whom, and whether both should say the same.
 PAIRS = (
     ("ours", "transformers", True),
+    ("ours", "PEFT", True),
     ("ours", "vLLM", True),
-    ("ours c_fc", "PEFT c_fc", True),
-    ("ours c_fc", "vLLM c_fc", True),
-    ("ours c_attn", "PEFT c_attn", True),
-    ("ours c_attn", "vLLM c_attn", True),
+    ("ours", "llama.cpp", False),
+    ("ours int4", "llama.cpp", False),
+    ("ours int4", "ours", False),
+    *(
+        (f"ours {targets}", f"{other} {targets}", True)
+        for targets in ("c_fc", "c_attn", "q_proj,v_proj")
+        for other in ("PEFT", "vLLM")
+    ),
     ("ours c_fc", "ours", False),
     ("ours c_attn", "ours", False),
     ("ours flora 1", "ours", False),
@@ -36,12 +41,13 @@ Rounds = dict[tuple[int, str], list[dict[str, Any]]]
 @dataclasses.dataclass
 class Outcome:
     """Answers by group, rows and contender; what contenders said of themselves; why others are
-    missing.
+    missing; how often a run went on with these answers.
     """
 
     rounds: dict[str, Rounds] = dataclasses.field(default_factory=dict)
     about: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     missing: dict[str, str] = dataclasses.field(default_factory=dict)
+    goes: int = 0
 
 
 def seconds(answers: Sequence[dict[str, Any]], phase: str) -> list[float]:
@@ -94,9 +100,7 @@ def compared(ours: list[dict[str, Any]], other: list[dict[str, Any]], same: bool
     return found
 
 
-def write_tables(
-    file: Path, outcome: Outcome, command: str, batches: list[int], prompt: int, new: int
-) -> str:
+def write_tables(file: Path, outcome: Outcome, command: str, prompt: int, new: int) -> str:
     """Writes ``file`` and its Markdown; returns the latter."""
     groups: dict[str, Any] = {}
     least = outcome.about.get("products alone", {}).get("least_seconds", {})
@@ -108,7 +112,7 @@ def write_tables(
             medians.setdefault(name, {})[str(rows)] = measured(answers, rows, prompt, new, bound)
         ratios: dict[str, dict[str, Any]] = {}
         for ours, other, same in PAIRS:
-            for rows in batches:
+            for rows in sorted({rows for rows, _ in rounds}):
                 a, b = (rounds.get((rows, name)) for name in (ours, other))
                 if a and b:
                     ratios.setdefault(f"{ours} / {other}", {})[str(rows)] = compared(a, b, same)
@@ -120,17 +124,18 @@ def write_tables(
         "machine": machine(),
         "contenders": outcome.about,
         "missing": outcome.missing,
+        "goes": outcome.goes,
         "groups": groups,
     }
-    text = "\n".join(markdown(result, batches))
+    text = "\n".join(markdown(result))
     file.write_text(json.dumps(result, indent=1) + "\n")
     file.with_suffix(".md").write_text(text + "\n")
     return text
 
 
-def markdown(result: dict[str, Any], batches: list[int]) -> Iterator[str]:
+def markdown(result: dict[str, Any]) -> Iterator[str]:
     """For each group a table of medians and one of ratios; then who is missing, and why."""
-    yield f"`{result['command']}` on {result['machine']}, float32."
+    yield f"`{result['command']}` on {result['machine']}, float32 where nothing else is said."
     versions: dict[str, str] = {}
     for about in result["contenders"].values():
         found = about["versions"]
@@ -140,12 +145,14 @@ def markdown(result: dict[str, Any], batches: list[int]) -> Iterator[str]:
     yield f"Versions: {', '.join(f'{name} {v}' for name, v in sorted(versions.items()))}."
     load: list[float] = []
     for group, found in result["groups"].items():
-        rounds = [len(x["foreign_load"]) for y in found["medians"].values() for x in y.values()]
+        cells = [x for by_rows in found["medians"].values() for x in by_rows.values()]
+        rounds = [len(cell["foreign_load"]) for cell in cells]
+        batches = sorted({int(rows) for by_rows in found["medians"].values() for rows in by_rows})
         yield f"\n**{group}**, {min(rounds, default=0)} rounds\n"
         yield from _rows("medians", "prefill s, {} rows | decode tok/s | of the limit", batches)
         for name, by_rows in found["medians"].items():
             yield _row(name, by_rows, batches, _median_cells)
-            load += [share for cells in by_rows.values() for share in cells["foreign_load"]]
+        load += [share for cell in cells for share in cell["foreign_load"]]
         yield ""
         yield from _rows("times as fast", "prefill, {} rows | decode | equal tokens", batches)
         for pair, by_rows in found["ratios"].items():
@@ -153,6 +160,11 @@ def markdown(result: dict[str, Any], batches: list[int]) -> Iterator[str]:
     yield ""
     for name, reason in result["missing"].items():
         yield f"Missing: {name}: {' '.join(reason.split())}.\n"
+    for name, about in result["contenders"].items():
+        if (weights := about.get("weights", "float32")) != "float32":
+            yield f"Weights of {name}: {weights}.\n"
+    if result["goes"] > 1:
+        yield f"Measured in {result['goes']} goes: not every round had all contenders.\n"
     yield (
         "In brackets the least and the most of the rounds. Equal tokens: rows whose first token, and "
         "rows whose whole sequence, is the other's, of all rows of all rounds."

@@ -47,7 +47,7 @@ _WITHOUT_EFFECT = frozenset(
     "problem_type pruned_heads remove_invalid_values repetition_penalty return_dict "
     "return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature "
     "tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript transformers_version "
-    "typical_p use_bfloat16 use_cache".split()
+    "typical_p unk_token_id use_bfloat16 use_cache".split()
 )
 # Of these what others read.
 _KEPT = ("bos_token_id", "pad_token_id")
