@@ -24,7 +24,8 @@ def main(say: Callable[[dict[str, Any]], None]) -> None:
     from flora_jax.serve.generate import generate as complete
     from flora_jax.serve.request import Request, SamplingParams
 
-    model = load_model(options.model, "float32", quantize=options.rest.quantize)
+    quantize = options.rest.quantize
+    model = load_model(options.model, "float32", quantize=quantize)
     config = model.config
     adapters: dict[str, Any] = {}
     if options.rest.kind == "folders":
