@@ -1,5 +1,7 @@
 """A family needs its own description and nothing else: a second one is stored, served and trained."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from flora_jax.checkpoints import CheckpointError, open_checkpoint
 from flora_jax.checkpoints.checkpoint import save_hf, save_orbax
 from flora_jax.errors import InputError
 from flora_jax.models import family
-from flora_jax.models.model import init_model
+from flora_jax.models.model import abstract_model, init_model
 from flora_jax.models.quantize import quantize_model
 from flora_jax.models.sharding import named_leaves, partition_specs
 from flora_jax.peft.read import describe_adapter, read_adapter, write_adapter
@@ -20,7 +22,7 @@ from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
 from flora_jax.train.step import StepOptions, init_adapter_state, make_adapter_step
-from flora_jax.weights.held import stored_array
+from flora_jax.weights.held import Held, stored_array
 from flora_jax.weights.quantized import Quantized
 from tests.helpers import second_family
 from tests.helpers.broken_folders import edit
@@ -87,6 +89,19 @@ def test_every_parameter_has_axes(model):
     for own in (model, quantize_model(model, "int8")):
         specs = partition_specs(own.params, second_family.FAMILY.axes)
         assert len(jax.tree.leaves(specs)) == len(jax.tree.leaves(own.params))
+
+
+@pytest.mark.parametrize("name", ["mini", "llama-3-8b", "starcoder2-15b", "echo"])
+def test_weights_are_held_by_outputs_exactly_where_files_have_them_so(name):
+    config = CONFIG if name == "echo" else family.presets()[name]
+    if name not in ("echo", "mini"):
+        config = dataclasses.replace(config, num_hidden_layers=2)
+    leaves, _ = named_leaves(abstract_model(config).params)
+    table = family.family_of(config).tensors(config)
+    assert set(leaves) == set(table)
+    for path, leaf in leaves.items():
+        assert isinstance(leaf, Held) == table[path].by_outputs, path
+        assert stored_array(leaf).shape == table[path].shape, path
 
 
 @pytest.mark.parametrize("kind", ["lora", "flora", "ia3", "hira", "dora"])
