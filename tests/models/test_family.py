@@ -91,11 +91,11 @@ def test_every_parameter_has_axes(model):
         assert len(jax.tree.leaves(specs)) == len(jax.tree.leaves(own.params))
 
 
-@pytest.mark.parametrize("name", ["mini", "llama-3-8b", "starcoder2-15b", "echo"])
+@pytest.mark.parametrize("name", ["mini", "llama-3-8b", "echo"])
 def test_weights_are_held_by_outputs_exactly_where_files_have_them_so(name):
     config = CONFIG if name == "echo" else family.presets()[name]
-    if name not in ("echo", "mini"):
-        config = dataclasses.replace(config, num_hidden_layers=2)
+    if name == "llama-3-8b":
+        config = dataclasses.replace(config, num_hidden_layers=2, windows=config.windows[:2])
     leaves, _ = named_leaves(abstract_model(config).params)
     table = family.family_of(config).tensors(config)
     assert set(leaves) == set(table)
