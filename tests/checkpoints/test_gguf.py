@@ -153,7 +153,8 @@ def test_yarn_and_a_quantised_tensor_are_read(model, tmp_path):
     wanted = dict(model.named_parameters())[name].detach().numpy()
     step = np.abs(wanted).reshape(-1, 32).max(axis=1).repeat(32).reshape(wanted.shape) / 127
     assert np.abs(found - wanted).max() > 0
-    assert (np.abs(found - wanted) <= 0.51 * step + 1e-6).all()
+    # Half a step, and up to 127 times what a float16 scale is off by.
+    assert (np.abs(found - wanted) <= (0.5 + 127 / 2**11) * step + 1e-6).all()
 
 
 @pytest.mark.parametrize(
