@@ -51,8 +51,8 @@ def test_granite_codes_are_known(layers, size, vocabulary, activation):
     assert leaves["wte.embedding"].shape == (vocabulary, 6144)
     assert math.prod(leaves["h.1.attn.c_attn.kernel"].shape) == 6144 * (6144 + 2 * 128)
     assert math.prod(leaves["h.1.mlp.c_fc.kernel"].shape) == 6144 * 24576
-    blocks = sum(leaf.size for path, leaf in leaves.items() if path.startswith("h.1."))
-    rest = sum(leaf.size for path, leaf in leaves.items() if not path.startswith("h."))
+    blocks = sum(math.prod(leaf.shape) for path, leaf in leaves.items() if path.startswith("h.1."))
+    rest = sum(math.prod(leaf.shape) for path, leaf in leaves.items() if not path.startswith("h."))
     assert rest + layers * blocks == parameters(config)
 
 
