@@ -6,15 +6,11 @@ import json
 import os
 import time
 
-import jax
 import jax.numpy as jnp
 import pytest
 
 from flora_jax.errors import InputError
-from flora_jax.models.model import init_model
 from flora_jax.peft.read import write_adapter
-from flora_jax.serve.ahead import Compilations
-from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from tests.helpers.random_adapters import random_adapter
 from tests.helpers.requests import make_request, with_settings
@@ -22,7 +18,6 @@ from tests.helpers.tiny_engine import (
     CONFIG,
     CONTENTS,
     NAMES,
-    OPTIONS,
     TARGETS,
     Alone,
     make_engine,
@@ -84,42 +79,6 @@ def test_in_the_smallest_shapes_only_near_ties_differ(merge_prompts, alone):
     differing = sum(completion != alone(request, content) for request, content, completion in found)
     assert len(found) > 200
     assert differing == 0
-
-
-@pytest.mark.parametrize("committed", [False, True])
-def test_nothing_is_compiled_after_the_warm_up(committed):
-    """Another model than the other tests', so that nothing is compiled yet. A checkpoint's parameters
-    may be committed to a device.
-    """
-    config = dataclasses.replace(CONFIG, n_embd=24, vocab_size=99)
-    adapters = {
-        f"{kind}{rank}": random_adapter(kind, rank, config.projections(), 2, rank=rank)
-        for kind in ("lora", "flora")
-        for rank in (1, 3)
-    }
-    options = dataclasses.replace(
-        OPTIONS, max_num_seqs=3, row_buckets=(3,), batch_invariant=False, host_adapter_bytes=0,
-        cache_tokens=100,
-    )  # fmt: skip
-    new = random_adapter("flora", 9, config.projections(), 2, rank=2)
-    model = init_model(config, 0)
-    if committed:
-        model = model._replace(params=jax.device_put(model.params, jax.devices()[0]))
-    engine = Engine(model, adapters, options=options)
-    counter = Compilations()
-    engine.warm_up()
-    assert counter.count > 0
-    requests = [
-        dataclasses.replace(random_request(seed), adapter=[*adapters, None][seed % 5])
-        for seed in range(40)
-    ]
-    assert len(list(generate(engine, requests))) == 40
-    engine.register("new", new)
-    late = dataclasses.replace(requests[0], adapter="new")
-    assert len(list(generate(engine, [late]))) == 1
-    assert engine.stats.adapter_evictions
-    assert engine.stats.preemptions
-    assert engine.compilations.count == 0
 
 
 def test_a_row_whose_logits_are_not_finite_fails_and_harms_nobody(engine, alone):
