@@ -221,6 +221,20 @@ class Family:
         return MESH_AXES[logical_axes(kernel, 2, self.axes)[1]] is not None
 
 
+def builder(module: str, name: str) -> Callable[[Any, Any, int], LanguageModel]:
+    """:attr:`Family.build` by the model's class; its module is imported when a model is built."""
+
+    def build(config: Any, dtype: Any, seed: int) -> LanguageModel:
+        from flax import nnx
+
+        model: LanguageModel = getattr(importlib.import_module(module), name)(
+            config, dtype=dtype, rngs=nnx.Rngs(seed)
+        )
+        return model
+
+    return build
+
+
 def family_of(config: ModelConfig) -> Family:
     """The family of a configuration."""
     return _load(FAMILIES[config.model_type])

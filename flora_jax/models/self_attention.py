@@ -1,11 +1,13 @@
 """Self-attention with separate projections and rotary positions, for the families that have it.
 
 Grouped queries, biases or none, norms of the queries and keys or none, a window or none: all are said by
-the configuration. Knows nothing of a family's names beyond ``self_attn`` and its four projections.
+the configuration. Knows nothing of a family's names beyond those of a block's four parts and of the four
+projections.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -115,3 +117,30 @@ class SelfAttention(nnx.Module):
         qkv = q_BTHK, k_BTGK, v_BTGK
         mixed_BTI, cache = attend_in(places, qkv, cache, config, self.window)
         return project(mixed_BTI, self.o_proj, adapters, "self_attn.o_proj"), cache
+
+
+class SelfAttentionBlock(nnx.Module):
+    """A layer: attention, then the MLP, each of the normalised input and added to it.
+
+    A family derives its own, whose constructor makes the four parts.
+    """
+
+    input_layernorm: Callable[[jax.Array], jax.Array]
+    self_attn: SelfAttention
+    post_attention_layernorm: Callable[[jax.Array], jax.Array]
+    mlp: Callable[[jax.Array, LayerAdapters, Any], jax.Array]
+
+    def __call__(
+        self,
+        x_BTD: jax.Array,
+        places: Places,
+        cache: LayerCache | None,
+        adapters: LayerAdapters,
+        config: Any,
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """See :class:`~flora_jax.models.decoder.Block`."""
+        normal_BTD = self.input_layernorm(x_BTD)
+        mixed_BTD, cache = self.self_attn(normal_BTD, places, cache, adapters, config)
+        x_BTD = x_BTD + mixed_BTD
+        normal_BTD = self.post_attention_layernorm(x_BTD)
+        return x_BTD + self.mlp(normal_BTD, adapters, config), cache

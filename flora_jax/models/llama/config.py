@@ -32,6 +32,7 @@ from flora_jax.models.llama.windows import (
     Windows,
 )
 from flora_jax.models.rotary import ROTARY_FIELDS, Llama3, Rotary, read_rotary
+from flora_jax.models.self_attention_config import SelfAttentionShape
 
 _SIZES = {
     "vocab_size": "vocabulary",
@@ -158,7 +159,7 @@ VARIANTS: Mapping[str, Variant] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(SelfAttentionShape):
     """Shape and options of a model; names of fields and their defaults are transformers'.
 
     Args:
@@ -195,17 +196,7 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         check_choice("model_type", self.model_type, tuple(VARIANTS))
         check_fields(self, _SIZES)
-        check_multiple(
-            "num_attention_heads",
-            self.num_attention_heads,
-            "num_key_value_heads",
-            self.num_key_value_heads,
-        )
-        if self.head_dim % 2:
-            raise InputError(
-                f"config: head_dim is {self.head_dim}, expected an even number: rotary positions turn "
-                "pairs"
-            )
+        self.check_heads()
         check_positive("rms_norm_eps", self.rms_norm_eps)
         check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
         if not self.windows:
@@ -215,26 +206,6 @@ class LlamaConfig:
                 f"config: windows are for {len(self.windows)} layers, num_hidden_layers is "
                 f"{self.num_hidden_layers}"
             )
-
-    @property
-    def n_layer(self) -> int:
-        return self.num_hidden_layers
-
-    @property
-    def n_head(self) -> int:
-        return self.num_attention_heads
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_key_value_heads
-
-    @property
-    def n_positions(self) -> int:
-        return self.rotary.scaling.longest(self.max_position_embeddings)
-
-    @property
-    def score_scale(self) -> float:
-        return self.head_dim**-0.5
 
     @property
     def softmax_in_float32(self) -> bool:
@@ -251,12 +222,8 @@ class LlamaConfig:
     def projections(self) -> Projections:
         """The (input, output) features of the seven projections of a block, by adapter target."""
         width, inner = self.hidden_size, self.intermediate_size
-        queries, keys = self.n_head * self.head_dim, self.kv_heads * self.head_dim
         widths = {
-            "self_attn.q_proj": (width, queries),
-            "self_attn.k_proj": (width, keys),
-            "self_attn.v_proj": (width, keys),
-            "self_attn.o_proj": (queries, width),
+            **self.attention_widths(),
             "mlp.gate_proj": (width, inner),
             "mlp.up_proj": (width, inner),
             "mlp.down_proj": (inner, width),

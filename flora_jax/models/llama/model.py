@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flora_jax.models.cache import LayerCache
-from flora_jax.models.decoder import Decoder, Parts, Places
+from flora_jax.models.decoder import Decoder, Parts
 from flora_jax.models.layers import ACTIVATIONS, RMSNorm, linear, project, random_weight
 from flora_jax.models.llama.config import LlamaConfig
 from flora_jax.models.model import LayerAdapters
-from flora_jax.models.self_attention import Rotation, SelfAttention, rotation
+from flora_jax.models.self_attention import Rotation, SelfAttention, SelfAttentionBlock, rotation
 
 
 class MLP(nnx.Module):
@@ -34,27 +33,13 @@ class MLP(nnx.Module):
         return project(h_BTF, self.down_proj, adapters, "mlp.down_proj")
 
 
-class Block(nnx.Module):
+class Block(SelfAttentionBlock):
     def __init__(self, config: LlamaConfig, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         width, epsilon = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(width, epsilon, dtype)
         self.self_attn = SelfAttention(config, layer, config.initializer_range, dtype, rngs)
         self.post_attention_layernorm = RMSNorm(width, epsilon, dtype)
         self.mlp = MLP(config, dtype, rngs)
-
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        places: Places,
-        cache: LayerCache | None,
-        adapters: LayerAdapters,
-        config: LlamaConfig,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        normal_BTD = self.input_layernorm(x_BTD)
-        mixed_BTD, cache = self.self_attn(normal_BTD, places, cache, adapters, config)
-        x_BTD = x_BTD + mixed_BTD
-        normal_BTD = self.post_attention_layernorm(x_BTD)
-        return x_BTD + self.mlp(normal_BTD, adapters, config), cache
 
 
 class Llama(Decoder):

@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from flora_jax.models.family import Family, Launches
+from flora_jax.models.family import Family, Launches, builder
 from flora_jax.models.starcoder.config import PRESETS, StarCoderConfig
 from flora_jax.models.starcoder.names import AXES, buffer_problems, hf_tensors
-
-if TYPE_CHECKING:
-    from flora_jax.models.model import LanguageModel
-
-
-def _build(config: StarCoderConfig, dtype: Any, seed: int) -> LanguageModel:
-    from flax import nnx
-
-    from flora_jax.models.starcoder.model import StarCoder
-
-    return StarCoder(config, dtype=dtype, rngs=nnx.Rngs(seed))
-
 
 FAMILY = Family(
     title="GPTBigCode (StarCoder)",
@@ -30,7 +16,7 @@ FAMILY = Family(
     optional_prefix="transformer.",
     redundant=buffer_problems,
     axes=AXES,
-    build=_build,
+    build=builder("flora_jax.models.starcoder.model", "StarCoder"),
     presets=PRESETS,
     launches=Launches(
         layer={"loop": 20.0, "gather": 20.0, "cudnn": 18.0, "fused": 18.0},

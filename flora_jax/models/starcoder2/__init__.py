@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from flora_jax.models.family import Family, Launches
+from flora_jax.models.family import Family, Launches, builder
 from flora_jax.models.starcoder2.config import PRESETS, StarCoder2Config
 from flora_jax.models.starcoder2.names import AXES, hf_tensors, redundant
-
-if TYPE_CHECKING:
-    from flora_jax.models.model import LanguageModel
-
-
-def _build(config: StarCoder2Config, dtype: Any, seed: int) -> LanguageModel:
-    from flax import nnx
-
-    from flora_jax.models.starcoder2.model import StarCoder2
-
-    return StarCoder2(config, dtype=dtype, rngs=nnx.Rngs(seed))
-
 
 FAMILY = Family(
     title="StarCoder2",
@@ -30,7 +16,7 @@ FAMILY = Family(
     optional_prefix="model.",
     redundant=redundant,
     axes=AXES,
-    build=_build,
+    build=builder("flora_jax.models.starcoder2.model", "StarCoder2"),
     presets=PRESETS,
     launches=Launches(
         layer={"loop": 23.0, "gather": 23.0, "cudnn": 21.0, "fused": 21.0},

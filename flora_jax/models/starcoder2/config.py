@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from flora_jax.adapters.projections import ModuleNames, Projections
-from flora_jax.errors import InputError
 from flora_jax.models.config_fields import (
     ACTIVATIONS,
     Fields,
@@ -24,6 +23,7 @@ from flora_jax.models.config_fields import (
     write_fields,
 )
 from flora_jax.models.rotary import ROTARY_FIELDS, Rotary, read_rotary
+from flora_jax.models.self_attention_config import SelfAttentionShape
 
 _FIELDS = Fields(
     model_types=("starcoder2",),
@@ -68,7 +68,7 @@ NAMES = ModuleNames(
 
 
 @dataclasses.dataclass(frozen=True)
-class StarCoder2Config:
+class StarCoder2Config(SelfAttentionShape):
     """Shape and options of a StarCoder2 model; field names and defaults are transformers'.
 
     ``head_dim`` is resolved (absent or null in config.json means ``hidden_size / num_attention_heads``).
@@ -105,39 +105,11 @@ class StarCoder2Config:
 
     def __post_init__(self) -> None:
         check_fields(self, _SIZES)
-        check_multiple(
-            "num_attention_heads", self.num_attention_heads,
-            "num_key_value_heads", self.num_key_value_heads,
-        )  # fmt: skip
-        if self.head_dim % 2:
-            raise InputError(
-                f"config: head_dim is {self.head_dim}, expected an even number: rotary positions turn "
-                "pairs"
-            )
+        self.check_heads()
         check_positive("norm_epsilon", self.norm_epsilon)
         check_choice("hidden_act", self.hidden_act, ACTIVATIONS)
         if self.sliding_window is not None:
             check_size("sliding_window", self.sliding_window, "positions")
-
-    @property
-    def n_layer(self) -> int:
-        return self.num_hidden_layers
-
-    @property
-    def n_head(self) -> int:
-        return self.num_attention_heads
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_key_value_heads
-
-    @property
-    def n_positions(self) -> int:
-        return self.rotary.scaling.longest(self.max_position_embeddings)
-
-    @property
-    def score_scale(self) -> float:
-        return self.head_dim**-0.5
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -154,12 +126,8 @@ class StarCoder2Config:
     def projections(self) -> Projections:
         """The (input, output) features of the six projections of a block, by adapter target."""
         width, inner = self.hidden_size, self.intermediate_size
-        queries, keys = self.n_head * self.head_dim, self.kv_heads * self.head_dim
         widths = {
-            "self_attn.q_proj": (width, queries),
-            "self_attn.k_proj": (width, keys),
-            "self_attn.v_proj": (width, keys),
-            "self_attn.o_proj": (queries, width),
+            **self.attention_widths(),
             "mlp.c_fc": (width, inner),
             "mlp.c_proj": (inner, width),
         }

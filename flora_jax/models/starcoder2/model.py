@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flora_jax.models.cache import LayerCache
-from flora_jax.models.decoder import Decoder, Parts, Places
+from flora_jax.models.decoder import Decoder, Parts
 from flora_jax.models.layers import ACTIVATIONS, LayerNorm, linear, project, random_weight
 from flora_jax.models.model import LayerAdapters
-from flora_jax.models.self_attention import Rotation, SelfAttention, rotation
+from flora_jax.models.self_attention import Rotation, SelfAttention, SelfAttentionBlock, rotation
 from flora_jax.models.starcoder2.config import StarCoder2Config
 
 
@@ -33,7 +32,7 @@ class MLP(nnx.Module):
         return project(h_BTF, self.c_proj, adapters, "mlp.c_proj")
 
 
-class Block(nnx.Module):
+class Block(SelfAttentionBlock):
     def __init__(self, config: StarCoder2Config, layer: int, dtype: jnp.dtype, rngs: nnx.Rngs):
         norm = partial(LayerNorm, config.hidden_size, config.norm_epsilon, dtype)
         deep = config.initializer_range / (2 * config.n_layer) ** 0.5
@@ -41,19 +40,6 @@ class Block(nnx.Module):
         self.self_attn = SelfAttention(config, layer, deep, dtype, rngs)
         self.post_attention_layernorm = norm()
         self.mlp = MLP(config, dtype, rngs)
-
-    def __call__(
-        self,
-        x_BTD: jax.Array,
-        places: Places,
-        cache: LayerCache | None,
-        adapters: LayerAdapters,
-        config: StarCoder2Config,
-    ) -> tuple[jax.Array, LayerCache | None]:
-        h_BTD = self.input_layernorm(x_BTD)
-        mixed_BTD, cache = self.self_attn(h_BTD, places, cache, adapters, config)
-        x_BTD = x_BTD + mixed_BTD
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD), adapters, config), cache
 
 
 class StarCoder2(Decoder):
