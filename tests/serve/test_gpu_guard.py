@@ -47,7 +47,7 @@ def setting(layers, kind, rank):
 @pytest.fixture(scope="module", autouse=True)
 def compiler():
     try:
-        summary.check_compiling(setting(1, "none", 0))
+        summary.check_compiling()
     except InputError as error:
         pytest.skip(str(error))
 
