@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from flora_jax.errors import InputError
+from flora_jax.serve.blocks import Blocks
 from flora_jax.serve.sequence import Chunk, Sequence, Stage
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ class Bounds(NamedTuple):
     chunks of ``chunk`` tokens, up to ``chunks`` in a dispatch, or of ``long_chunk``, one in a dispatch;
     an iteration has about ``budget`` tokens. A decode dispatch has up to ``steps`` steps,
     ``steps_while_waiting`` where a sequence could go on sooner, and ``steps_while_reading`` where one
-    waits for an adapter that is being read.
+    waits for an adapter that is being read. Prompts share their beginnings in multiples of
+    ``shared_stride`` positions.
     """
 
     rows: int
@@ -67,6 +69,7 @@ class Bounds(NamedTuple):
     steps: int = 16
     steps_while_waiting: int = 1
     steps_while_reading: int = 4
+    shared_stride: int = 1
 
 
 class Decode(NamedTuple):
@@ -126,11 +129,13 @@ class Scheduler:
         self, bounds: Bounds, form_of: Callable[[Sequence], Hashable] = lambda sequence: None
     ):
         self.bounds = bounds
-        self.free_blocks = list(range(bounds.blocks - 1, -1, -1))
+        self.blocks = Blocks(bounds.blocks)
         self.free_rows = list(range(bounds.rows - 1, -1, -1))
         self.running: list[Sequence] = []
         self.swapped: list[Sequence] = []
         self.preemptions = 0
+        # Tokens of prompts that were looked up among the blocks, and those that were found.
+        self.prefix_queries = self.prefix_hits = 0
         self._form_of = form_of
         self._waiting: dict[Hashable, collections.deque[Sequence]] = {}
         self._share: collections.Counter[Hashable] = collections.Counter()
@@ -169,6 +174,7 @@ class Scheduler:
             self.swapped.remove(sequence)
         else:
             self.running.remove(sequence)
+            self._publish(sequence)  # All that was planned is dispatched by now.
             self._leave(sequence)
         sequence.stage = "ended"
 
@@ -178,6 +184,8 @@ class Scheduler:
         A plan can be made before the tokens of the one before are read.
         """
         plan = Plan()
+        for sequence in self.running:
+            self._publish(sequence)  # What the plan before said is dispatched.
         self._resume(plan)
         due, reading = self._admit(plan, adapters)
         if not self.running:
@@ -204,11 +212,18 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         assert sequence.row is not None
         self.free_rows.append(sequence.row)
-        self.free_blocks += reversed(sequence.blocks)
+        self.blocks.release(sequence.blocks)
         self._share[sequence.owner] -= 1
         if not self._share[sequence.owner]:
             del self._share[sequence.owner]
-        sequence.row, sequence.blocks = None, []
+        sequence.row, sequence.blocks, sequence.published = None, [], 0
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Lets others find the full blocks of a sequence that are filled."""
+        filled = min(sequence.cached // self.bounds.block, len(sequence.keys))
+        for number in range(sequence.published, filled):
+            self.blocks.publish(sequence.blocks[number], sequence.keys[number])
+        sequence.published = max(sequence.published, filled)
 
     def _enter(self, sequence: Sequence, stage: Stage) -> None:
         sequence.row, sequence.stage = self.free_rows.pop(), stage
@@ -224,16 +239,56 @@ class Scheduler:
         too few.
         """
         more = self._blocks_for(positions) - len(sequence.blocks)
-        if more > len(self.free_blocks):
+        if not self.blocks.can_take((), more):
             return False
-        sequence.blocks += [self.free_blocks.pop() for _ in range(more)]
+        sequence.blocks += self.blocks.take(max(0, more))
         return True
+
+    def _start(self, sequence: Sequence, positions: int) -> bool:
+        """Blocks for the first ``positions`` of a sequence that has none, those of the beginning that it
+        shares with others among them; false, and nothing done, if there are too few.
+        """
+        shared = self._shared(sequence)
+        if not self.blocks.can_take(shared, self._blocks_for(positions) - len(shared)):
+            return False
+        self.blocks.share(shared)
+        sequence.blocks = [*shared, *self.blocks.take(self._blocks_for(positions) - len(shared))]
+        sequence.prefilled, sequence.published = len(shared) * self.bounds.block, len(shared)
+        self.prefix_queries += sequence.prompt if sequence.keys and sequence.may_share else 0
+        self.prefix_hits += sequence.prefilled
+        return True
+
+    def _shareable(self, sequence: Sequence) -> list[bytes]:
+        """Keys of what a sequence would share: never its last token, whose logits it needs."""
+        if not sequence.may_share:
+            return []
+        return sequence.keys[: (sequence.prompt - 1) // self.bounds.block]
+
+    def _shared(self, sequence: Sequence) -> list[int]:
+        """The blocks of others that a sequence can begin with."""
+        found = self.blocks.match(self._shareable(sequence))
+        while found and len(found) * self.bounds.block % self.bounds.shared_stride:
+            found.pop()
+        return found
+
+    def _coming(self) -> set[bytes]:
+        """Keys of blocks that running sequences are filling."""
+        return {key for one in self.running for key in one.keys[one.published :]}
+
+    def _will_share(self, sequence: Sequence, coming: set[bytes]) -> bool:
+        """Whether more of a sequence's beginning will be there when others' prompts are through."""
+        if not coming:
+            return False
+        keys = self._shareable(sequence)
+        known = len(self.blocks.match(keys))
+        return known < len(keys) and keys[known] in coming
 
     def _resume(self, plan: Plan) -> None:
         """Gives rows and blocks to preempted sequences, oldest first."""
         while self.swapped and self.free_rows:
             oldest = self.swapped[0]
-            if not self.reserve(oldest, max(oldest.cached + 1, oldest.prompt)):
+            take = self.reserve if oldest.drawn else self._start
+            if not take(oldest, max(oldest.cached + 1, oldest.prompt)):
                 break
             self._enter(self.swapped.pop(0), "decode" if oldest.drawn else "prefill")
             if oldest.drawn:
@@ -243,16 +298,20 @@ class Scheduler:
         """Lets new sequences in, with a row and blocks for their prompts.
 
         Returns:
-            Whether one waits for its adapter to be written in the next iteration, and whether one waits
-            for an adapter that is being read.
+            Whether one waits for the next iteration, for its adapter to be written or for a beginning
+            that it shares, and whether one waits for an adapter that is being read.
         """
         due = reading = False
+        coming = self._coming()
         # A write delays those who decode: one in an iteration.
         decoding = any(sequence.stage == "decode" for sequence in self.running)
         written = 0
 
         def claim(sequence: Sequence) -> Admission | None:
             nonlocal due, reading, written
+            if self._will_share(sequence, coming):
+                due = True
+                return "loading"
             version = sequence.version
             if version is None:
                 return "ready"
@@ -279,6 +338,7 @@ class Scheduler:
             if queue:  # Behind the others, who have as much right.
                 self._waiting[chosen.owner] = queue
             self._enter(chosen, "prefill")
+            coming |= {*chosen.keys[chosen.published :]}
             plan.admitted.append(chosen)
         return due, reading
 
@@ -288,11 +348,13 @@ class Scheduler:
         """The next one to run; none where the first in line lacks blocks or was overtaken enough."""
         heads = sorted(self.heads(), key=lambda sequence: self._share[sequence.owner])
         for number, sequence in enumerate(itertools.chain(heads, self._behind(adapters))):
-            if self._blocks_for(sequence.prompt + 1) > len(self.free_blocks):
+            shared = self._shared(sequence)
+            more = self._blocks_for(sequence.prompt + 1) - len(shared)
+            if not self.blocks.can_take(shared, more):
                 return None
             found = claim(sequence)
             if found == "ready":
-                self.reserve(sequence, sequence.prompt + 1)
+                self._start(sequence, sequence.prompt + 1)
                 for passed in heads[:number]:
                     passed.overtaken += 1
                 return sequence
@@ -371,7 +433,7 @@ class Scheduler:
             max(0, self._blocks_for(sequence.reach + number) - len(sequence.blocks))
             for sequence, number in zip(rows, decode.most)
         )
-        return decode if more <= len(self.free_blocks) else None
+        return decode if more <= self.blocks.available else None
 
     def _dispatch(self, plan: Plan, decode: Decode) -> None:
         for sequence, number in zip(decode.sequences, decode.most):
