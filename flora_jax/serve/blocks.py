@@ -70,7 +70,7 @@ class Blocks:
         Raises:
             IndexError: so many are not available.
         """
-        taken = []
+        taken: list[int] = []
         for _ in range(number):
             if self._free:
                 block = self._free.pop()
