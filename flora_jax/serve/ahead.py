@@ -80,6 +80,8 @@ def programs(device: Device) -> list[Program]:
         if not device.platform.steps_on_device:
             found += [_scoring_drawn(device, rows) for rows in device.lattice.rows]
     found += _reading(device)
+    if device.options.prefix_caching:
+        found.append(Program("copy blocks", None, partial(_copy_no_block, device)))
     found.append(Program("write an adapter", None, device.residency.write_nothing))
     if device.may_preempt:
         found.append(Program("insert", None, partial(device.insert, [], [0])))
@@ -264,6 +266,10 @@ def _reading(device: Device) -> Iterator[Program]:
                     kind.rehearse, residency.weights(0, target), residency.most(target)[1]
                 )
                 yield Program(f"read {target} of a {kind.name} adapter", None, run)
+
+
+def _copy_no_block(device: Device) -> None:
+    device.cache = device.copy_call([]).run()
 
 
 def _copy_nothing(device: Device) -> None:

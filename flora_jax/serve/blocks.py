@@ -1,18 +1,14 @@
 """The cache's blocks: who holds them, and which full ones later prompts can share.
 
-A block is free, held by one or more sequences, or kept: nobody holds it, but its content has a key and
+A block is free, held by one or more sequences, or kept: nobody holds it, but its content has keys and
 is still there. Kept blocks are given out again, the ones used least recently first, when no free ones
-are left. A block that has a key is full and is never written again, so sharing one needs no copy. Knows
-nothing of tokens, arrays or scheduling.
+are left. Knows nothing of tokens, arrays or scheduling.
 """
 
 from __future__ import annotations
 
 import collections
-import hashlib
 from collections.abc import Sequence
-
-import numpy as np
 
 
 class Blocks:
@@ -26,8 +22,9 @@ class Blocks:
         self.count = count
         self._free = list(range(count - 1, -1, -1))
         self._holders = [0] * count
-        self._keys: dict[int, bytes] = {}
+        self._keys: dict[int, list[bytes]] = {}
         self._found: dict[bytes, int] = {}
+        self._forgotten: list[bytes] = []
         # Blocks with a key that nobody holds; the first one was used least recently.
         self._kept: collections.OrderedDict[int, None] = collections.OrderedDict()
 
@@ -76,7 +73,7 @@ class Blocks:
                 block = self._free.pop()
             elif self._kept:
                 block, _ = self._kept.popitem(last=False)
-                del self._found[self._keys.pop(block)]
+                self._forget(block)
             else:
                 raise IndexError(f"{number} blocks wanted, {len(taken)} are available")
             self._holders[block] = 1
@@ -84,10 +81,15 @@ class Blocks:
         return taken
 
     def publish(self, block: int, key: bytes) -> None:
-        """What a held block has from now on can be found by its key; a key that is known is left."""
+        """What a held block has can be found by a key from now on; a key that is known is left."""
         if key not in self._found:
             self._found[key] = block
-            self._keys[block] = key
+            self._keys.setdefault(block, []).append(key)
+
+    def _forget(self, block: int) -> None:
+        for key in self._keys.pop(block):
+            del self._found[key]
+            self._forgotten.append(key)
 
     def release(self, blocks: Sequence[int]) -> None:
         """A sequence holds these no longer; its last blocks are the first to be given out again."""
@@ -100,27 +102,8 @@ class Blocks:
             else:
                 self._free.append(block)
 
-    def forget(self) -> None:
-        """Nothing that nobody holds can be found any longer."""
-        for block in self._kept:
-            del self._found[self._keys.pop(block)]
-            self._free.append(block)
-        self._kept.clear()
-
-
-def block_keys(root: bytes, token_ids: Sequence[int], block: int) -> list[bytes]:
-    """A key for each full block of tokens, which stands for all tokens up to its end.
-
-    Args:
-        root: stands for what else decides the content: the adapter's.
-        token_ids: of a sequence, from its start.
-        block: positions of a block.
-    """
-    data = np.asarray(token_ids, np.int32).tobytes()
-    size = 4 * block
-    keys, before = [], root
-    for start in range(0, len(data) - size + 1, size):
-        # Cryptographic: nobody can make up tokens that find another's blocks.
-        before = hashlib.blake2b(before + data[start : start + size], digest_size=16).digest()
-        keys.append(before)
-    return keys
+    def take_forgotten(self) -> list[bytes]:
+        """Keys that can no longer be found, since this was last asked: for who keeps more by them."""
+        gone = [key for key in self._forgotten if key not in self._found]
+        self._forgotten.clear()
+        return gone

@@ -7,7 +7,7 @@ Knows nothing of queues, text or who waits.
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ from flora_jax.serve.registry import Version
 from flora_jax.serve.request import Request, TokenLogprob
 from flora_jax.serve.residency import Residency
 from flora_jax.serve.sampling import Draw
-from flora_jax.serve.scheduler import Decode
+from flora_jax.serve.scheduler import Decode, Start
 from flora_jax.serve.scores import HostScores, Scores
 from flora_jax.serve.sequence import Chunk
 from flora_jax.serve.sequence import Sequence as Scheduled
@@ -74,6 +74,15 @@ class Prefilled(NamedTuple):
     tokens_B: jax.Array | None
     first: Scores | None
     behind: Scores | None
+
+
+class _End(NamedTuple):
+    """The activations ``[B, D]`` that a dispatch left after the last tokens of prompts, and the row of
+    one of them.
+    """
+
+    hidden_BD: jax.Array
+    row: int
 
 
 class Decoded(NamedTuple):
@@ -174,6 +183,8 @@ class Device:
         )
         state = self.beside_parameters(make()) if allocate else jax.eval_shape(make)
         self.cache, self.state_rows = state.cache, state.rows
+        # By the keys of whole prompts that can be found among the blocks.
+        self._ends: dict[bytes, _End] = {}
         self._compiler_options = platform.invariant_options if options.batch_invariant else ()
         self.prompt_attention, self.attention_note = self._choose_attention(allocate)
         self._resting = {
@@ -229,9 +240,44 @@ class Device:
         if any(chunk.last for chunk in chunks):
             entering = [chunk.sequence if chunk.last else None for chunk in chunks]
             self.state_rows, tokens_B, first = self.begin_call(entering, hidden_BD).run()
+            for row, sequence in enumerate(entering):
+                if sequence is not None and sequence.keys is not None and sequence.keys.whole:
+                    self._ends[sequence.keys.whole] = _End(hidden_BD, row)
         elif behind is None:
             return None
         return Prefilled(chunks, tokens_B, first, behind)
+
+    def start(self, starts: Sequence[Start]) -> list[Prefilled]:
+        """Lets sequences draw their first tokens whose whole prompts are in the cache.
+
+        Returns:
+            Their tokens, as of chunks without tokens.
+        """
+        if not starts:
+            return []
+        copied = [(s.source, s.own) for s in starts if s.source is not None and s.own is not None]
+        if copied:
+            self.cache = self.copy_call(copied).run()
+        # Those that draw from the activations of one dispatch, as many at a time as that has rows.
+        sources: dict[int, list[Start]] = {}
+        for start in starts:
+            sources.setdefault(id(self._ends[start.key].hidden_BD), []).append(start)
+        found = []
+        for alike in sources.values():
+            hidden_BD = self._ends[alike[0].key].hidden_BD
+            count = hidden_BD.shape[0]
+            for together in (alike[at : at + count] for at in range(0, len(alike), count)):
+                sequences = [start.sequence for start in together]
+                rows = [self._ends[start.key].row for start in together]
+                self.state_rows, tokens_B, first = self.begin_call(sequences, hidden_BD, rows).run()
+                chunks = [Chunk(sequence, sequence.prompt, 0) for sequence in sequences]
+                found.append(Prefilled(chunks, tokens_B, first, None))
+        return found
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Lets go of what prefill left of whole prompts that nobody can find any longer."""
+        for key in keys:
+            self._ends.pop(key, None)
 
     def form_of(self, sequence: Scheduled) -> Form:
         """In which compiled form a sequence's prompt is prefilled."""
@@ -274,8 +320,18 @@ class Device:
         arguments = (self.definition, self.leaves, hidden_BTD, pack(next_BT))
         return self._call(steps.score_chunks, arguments, self._top)
 
-    def begin_call(self, entering: Sequence[Scheduled | None], hidden_BD: jax.Array) -> Call:
-        entries = pack(self._entries(entering, hidden_BD.shape[0]))
+    def begin_call(
+        self,
+        entering: Sequence[Scheduled | None],
+        hidden_BD: jax.Array,
+        sources: Sequence[int] | None = None,
+    ) -> Call:
+        """``sources``: the row of the activations that each entry draws from; by default its own."""
+        count = hidden_BD.shape[0]
+        source_B = np.arange(count, dtype=np.int32)
+        if sources is not None:
+            source_B[: len(sources)] = sources
+        entries = pack((source_B, self._entries(entering, count)))
         arguments = (*self._base(), self.state_rows, hidden_BD, entries)
         return self._call(steps.begin, arguments, self._top)
 
@@ -330,6 +386,13 @@ class Device:
         arguments = (*self._base(), self.residency.layers, self.cache, self.state_rows, packed)
         static = dict(most=self.options.decode_steps) | self._top
         return self._call(steps.decode, arguments, static)
+
+    def copy_call(self, pairs: Sequence[tuple[int, int]]) -> Call:
+        """Copies blocks, each to another; all are read before any is written."""
+        from_M, to_M = (np.full(self.rows, self.blocks, np.int32) for _ in range(2))
+        for place, (source, own) in enumerate(pairs):
+            from_M[place], to_M[place] = source, own
+        return self._call(steps.copy_blocks, (self.cache, pack((from_M, to_M))), {})
 
     def score_drawn_call(self, logits_BV: Any, tokens_BN: Any) -> Call:
         return self._call(steps.score_drawn, (logits_BV, tokens_BN), self._top)

@@ -25,10 +25,10 @@ from flora_jax.models.model import Model
 from flora_jax.platforms import Platform
 from flora_jax.platforms import platform as platform_of
 from flora_jax.serve.ahead import Compilations, compile_all
-from flora_jax.serve.blocks import block_keys
 from flora_jax.serve.device import Device, Drawn, Flight
 from flora_jax.serve.lattice import Lattice
 from flora_jax.serve.options import WHILE_READING, EngineOptions
+from flora_jax.serve.prefixes import PromptKeys, prompt_keys
 from flora_jax.serve.readers import Readers
 from flora_jax.serve.registry import Registry, Source, Version, version
 from flora_jax.serve.request import MAX_STOP_TOKENS, Limits, Request, RequestId, is_request_id
@@ -215,7 +215,7 @@ class Engine:
             preemptions=scheduler.preemptions,
             adapter_loads=self.residency.loads, adapter_evictions=self.residency.evictions,
             cache_usage=1 - scheduler.blocks.available / scheduler.blocks.count,
-            prefix_queries=scheduler.prefix_queries, prefix_hits=scheduler.prefix_hits,
+            prefix_queries=scheduler.prefixes.queries, prefix_hits=scheduler.prefixes.hits,
         )  # fmt: skip
 
     def add(self, request: Request) -> RequestId:
@@ -356,10 +356,11 @@ class Engine:
 
     def _run(self, plan: Plan) -> Flight | None:
         """Dispatches what a plan says, in its order; nothing waits for the device."""
+        prefilled = self.device.start(plan.started)
+        self.device.forget(self.scheduler.blocks.take_forgotten())
         for sequence in plan.swapped_in:
             self.device.swap_in(sequence, self._copies.pop(sequence.number))
         self.residency.write_claimed()
-        prefilled = []
         for chunks in plan.chunks:
             found = self.device.prefill(chunks)
             if found is not None:
@@ -458,21 +459,23 @@ class Engine:
             return _ended(sequence, new)
         return _told(sequence, new) if new else None
 
-    def _keys(self, own: Version | None, token_ids: Many[int]) -> list[bytes]:
-        """What the full blocks of a prompt under an adapter can be found by."""
+    def _keys(self, own: Version | None, token_ids: Many[int]) -> PromptKeys | None:
+        """What a prompt under an adapter, and its full blocks, can be found by."""
         if not self.options.prefix_caching:
-            return []
+            return None
         root = b"" if own is None else own.digest.encode()
-        return block_keys(root, token_ids, self.options.block_size)
+        return prompt_keys(root, token_ids, self.options.block_size)
 
     def _drop(self, sequence: Sequence) -> None:
         """Takes a sequence out with all that it holds."""
         claimed = sequence.stage != "waiting"
-        if sequence.stage == "decode" and sequence.keys and not self.options.batch_invariant:
+        keys = sequence.keys
+        if sequence.stage == "decode" and keys is not None and not self.options.batch_invariant:
             # Who goes on with a conversation finds the answer as well. Its bits are those of decoding.
-            known, size = len(sequence.keys), self.options.block_size
-            rest = [*sequence.request.prompt_token_ids, *sequence.stream.token_ids][known * size :]
-            sequence.keys = [*sequence.keys, *block_keys(sequence.keys[-1], rest, size)]
+            tokens = [*sequence.request.prompt_token_ids, *sequence.stream.token_ids]
+            every = self._keys(sequence.version, tokens)
+            assert every is not None
+            sequence.keys = every._replace(whole=keys.whole)
         self.scheduler.remove(sequence)
         self._release(sequence, claimed)
 

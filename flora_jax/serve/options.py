@@ -50,7 +50,7 @@ class EngineOptions:
             decoding does: more products and no weight.
         prefix_caching: requests under one adapter that begin with the same tokens share the blocks of
             that beginning, also after the first has ended, until the cache needs them. With
-            ``batch_invariant`` only whole chunks of prompts, so that no bit depends on it.
+            ``batch_invariant`` only whole prompts and whole chunks, so that no bit depends on it.
         batch_invariant: always use the largest shapes, so that a row's bits do not depend on its
             neighbours.
         max_logprobs: likeliest tokens whose log probabilities a request may ask for, beside those of

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from flora_jax.errors import InputError
 from flora_jax.serve.blocks import Blocks
+from flora_jax.serve.prefixes import Found, Prefixes
 from flora_jax.serve.sequence import Chunk, Sequence, Stage
 
 if TYPE_CHECKING:
@@ -92,12 +93,24 @@ class Decode(NamedTuple):
         return cls(sequences, steps, eager, most, longest)
 
 
+class Start(NamedTuple):
+    """A sequence that draws its first token from what another's prefill left, which is known by ``key``,
+    after its last prompt tokens were copied from block ``source`` to ``own``, where these fill none.
+    """
+
+    sequence: Sequence
+    key: bytes
+    source: int | None
+    own: int | None
+
+
 @dataclasses.dataclass
 class Plan:
     """What one iteration does, in the order of the fields.
 
     Args:
         refused: sequences whose adapters could not be loaded, and why; they are out.
+        started: new sequences whose whole prompts are in the cache.
         swapped_in: sequences that go on decoding: their blocks' contents come back.
         admitted: new sequences that run from now on.
         chunks: prefill dispatches; the chunks of one have one form.
@@ -109,6 +122,7 @@ class Plan:
     """
 
     refused: list[tuple[Sequence, str]] = dataclasses.field(default_factory=list)
+    started: list[Start] = dataclasses.field(default_factory=list)
     swapped_in: list[Sequence] = dataclasses.field(default_factory=list)
     admitted: list[Sequence] = dataclasses.field(default_factory=list)
     chunks: list[list[Chunk]] = dataclasses.field(default_factory=list)
@@ -130,12 +144,11 @@ class Scheduler:
     ):
         self.bounds = bounds
         self.blocks = Blocks(bounds.blocks)
+        self.prefixes = Prefixes(self.blocks, bounds.block, bounds.shared_stride)
         self.free_rows = list(range(bounds.rows - 1, -1, -1))
         self.running: list[Sequence] = []
         self.swapped: list[Sequence] = []
         self.preemptions = 0
-        # Tokens of prompts that were looked up among the blocks, and those that were found.
-        self.prefix_queries = self.prefix_hits = 0
         self._form_of = form_of
         self._waiting: dict[Hashable, collections.deque[Sequence]] = {}
         self._share: collections.Counter[Hashable] = collections.Counter()
@@ -174,7 +187,7 @@ class Scheduler:
             self.swapped.remove(sequence)
         else:
             self.running.remove(sequence)
-            self._publish(sequence)  # All that was planned is dispatched by now.
+            self.prefixes.publish(sequence)  # All that was planned is dispatched by now.
             self._leave(sequence)
         sequence.stage = "ended"
 
@@ -185,7 +198,7 @@ class Scheduler:
         """
         plan = Plan()
         for sequence in self.running:
-            self._publish(sequence)  # What the plan before said is dispatched.
+            self.prefixes.publish(sequence)  # What the plan before said is dispatched.
         self._resume(plan)
         due, reading = self._admit(plan, adapters)
         if not self.running:
@@ -218,13 +231,6 @@ class Scheduler:
             del self._share[sequence.owner]
         sequence.row, sequence.blocks, sequence.published = None, [], 0
 
-    def _publish(self, sequence: Sequence) -> None:
-        """Lets others find the full blocks of a sequence that are filled."""
-        filled = min(sequence.cached // self.bounds.block, len(sequence.keys))
-        for number in range(sequence.published, filled):
-            self.blocks.publish(sequence.blocks[number], sequence.keys[number])
-        sequence.published = max(sequence.published, filled)
-
     def _enter(self, sequence: Sequence, stage: Stage) -> None:
         sequence.row, sequence.stage = self.free_rows.pop(), stage
         self._share[sequence.owner] += 1
@@ -244,55 +250,48 @@ class Scheduler:
         sequence.blocks += self.blocks.take(max(0, more))
         return True
 
-    def _start(self, sequence: Sequence, positions: int) -> bool:
-        """Blocks for the first ``positions`` of a sequence that has none, those of the beginning that it
-        shares with others among them; false, and nothing done, if there are too few.
+    def _start(self, sequence: Sequence, positions: int) -> Found | None:
+        """Blocks for the first ``positions`` of a sequence that has none, some shared with others;
+        ``None``, and nothing done, if there are too few.
         """
-        shared = self._shared(sequence)
-        if not self.blocks.can_take(shared, self._blocks_for(positions) - len(shared)):
-            return False
-        self.blocks.share(shared)
-        sequence.blocks = [*shared, *self.blocks.take(self._blocks_for(positions) - len(shared))]
-        sequence.prefilled, sequence.published = len(shared) * self.bounds.block, len(shared)
-        self.prefix_queries += sequence.prompt if sequence.keys and sequence.may_share else 0
-        self.prefix_hits += sequence.prefilled
-        return True
-
-    def _shareable(self, sequence: Sequence) -> list[bytes]:
-        """Keys of what a sequence would share: never its last token, whose logits it needs."""
-        if not sequence.may_share:
-            return []
-        return sequence.keys[: (sequence.prompt - 1) // self.bounds.block]
-
-    def _shared(self, sequence: Sequence) -> list[int]:
-        """The blocks of others that a sequence can begin with."""
-        found = self.blocks.match(self._shareable(sequence))
-        while found and len(found) * self.bounds.block % self.bounds.shared_stride:
-            found.pop()
+        found = self.prefixes.find(sequence)
+        more = self._blocks_for(positions) - len(found.blocks)
+        if not self.blocks.can_take(found.blocks, more):
+            return None
+        self.blocks.share(found.blocks)
+        sequence.blocks = [*found.blocks, *self.blocks.take(more)]
+        shared = len(found.blocks)
+        sequence.prefilled = sequence.prompt if found.whole else shared * self.bounds.block
+        sequence.published = shared
+        self.prefixes.count(sequence)
         return found
 
-    def _coming(self) -> set[bytes]:
-        """Keys of blocks that running sequences are filling."""
-        return {key for one in self.running for key in one.keys[one.published :]}
-
-    def _will_share(self, sequence: Sequence, coming: set[bytes]) -> bool:
-        """Whether more of a sequence's beginning will be there when others' prompts are through."""
-        if not coming:
-            return False
-        keys = self._shareable(sequence)
-        known = len(self.blocks.match(keys))
-        return known < len(keys) and keys[known] in coming
+    def _run(self, plan: Plan, sequence: Sequence, found: Found) -> None:
+        """Lets a sequence begin, with what it shares: to be prefilled, or to decode at once."""
+        self._enter(sequence, "decode" if found.whole else "prefill")
+        if found.whole:
+            sequence.drawn = 1
+            own = sequence.blocks[len(found.blocks)] if found.source is not None else None
+            keys = sequence.keys
+            assert keys is not None
+            assert keys.whole is not None
+            plan.started.append(Start(sequence, keys.whole, found.source, own))
+            sequence.keys = keys._replace(whole=None)  # It is another's to be found.
 
     def _resume(self, plan: Plan) -> None:
         """Gives rows and blocks to preempted sequences, oldest first."""
         while self.swapped and self.free_rows:
             oldest = self.swapped[0]
-            take = self.reserve if oldest.drawn else self._start
-            if not take(oldest, max(oldest.cached + 1, oldest.prompt)):
-                break
-            self._enter(self.swapped.pop(0), "decode" if oldest.drawn else "prefill")
             if oldest.drawn:
+                if not self.reserve(oldest, oldest.cached + 1):
+                    break
+                self._enter(self.swapped.pop(0), "decode")
                 plan.swapped_in.append(oldest)
+                continue
+            found = self._start(oldest, oldest.prompt + 1)
+            if found is None:
+                break
+            self._run(plan, self.swapped.pop(0), found)
 
     def _admit(self, plan: Plan, adapters: Adapters) -> tuple[bool, bool]:
         """Lets new sequences in, with a row and blocks for their prompts.
@@ -302,14 +301,14 @@ class Scheduler:
             that it shares, and whether one waits for an adapter that is being read.
         """
         due = reading = False
-        coming = self._coming()
+        coming = self.prefixes.coming(self.running)
         # A write delays those who decode: one in an iteration.
         decoding = any(sequence.stage == "decode" for sequence in self.running)
         written = 0
 
         def claim(sequence: Sequence) -> Admission | None:
             nonlocal due, reading, written
-            if self._will_share(sequence, coming):
+            if self.prefixes.will_grow(sequence, coming):
                 due = True
                 return "loading"
             version = sequence.version
@@ -337,8 +336,10 @@ class Scheduler:
             queue.popleft()
             if queue:  # Behind the others, who have as much right.
                 self._waiting[chosen.owner] = queue
-            self._enter(chosen, "prefill")
-            coming |= {*chosen.keys[chosen.published :]}
+            found = self._start(chosen, chosen.prompt + 1)
+            assert found is not None  # It was chosen because there are blocks.
+            self._run(plan, chosen, found)
+            coming |= self.prefixes.coming([chosen])
             plan.admitted.append(chosen)
         return due, reading
 
@@ -348,13 +349,12 @@ class Scheduler:
         """The next one to run; none where the first in line lacks blocks or was overtaken enough."""
         heads = sorted(self.heads(), key=lambda sequence: self._share[sequence.owner])
         for number, sequence in enumerate(itertools.chain(heads, self._behind(adapters))):
-            shared = self._shared(sequence)
+            shared = self.prefixes.find(sequence).blocks
             more = self._blocks_for(sequence.prompt + 1) - len(shared)
             if not self.blocks.can_take(shared, more):
                 return None
             found = claim(sequence)
             if found == "ready":
-                self._start(sequence, sequence.prompt + 1)
                 for passed in heads[:number]:
                     passed.overtaken += 1
                 return sequence
@@ -447,7 +447,13 @@ class Scheduler:
         self.running.remove(sequence)
         self._leave(sequence)
         planned = any(chunk.sequence is sequence for chunks in plan.chunks for chunk in chunks)
-        if planned:  # Nothing of it is dispatched yet.
+        started = [start for start in plan.started if start.sequence is sequence]
+        if started:  # Nothing of it is dispatched yet.
+            plan.started.remove(started[0])
+            assert sequence.keys is not None
+            sequence.keys = sequence.keys._replace(whole=started[0].key)
+            planned = True
+        elif planned:  # Nor here.
             kept = [[c for c in chunks if c.sequence is not sequence] for chunks in plan.chunks]
             plan.chunks = [chunks for chunks in kept if chunks]
         if planned or sequence.stage == "prefill":
@@ -456,6 +462,8 @@ class Scheduler:
             plan.swapped_in.remove(sequence)  # The host still has its copy.
         else:
             plan.swapped_out.append((sequence, blocks))
+            if sequence.keys is not None:  # When it is back, nothing of its prefill is left.
+                sequence.keys = sequence.keys._replace(whole=None)
         sequence.stage = "swapped"
         self.swapped.append(sequence)
         self.swapped.sort(key=lambda s: s.number)

@@ -165,14 +165,14 @@ def begin(
 ) -> tuple[Rows, jax.Array, Scores | None]:
     """Draws the first tokens of sequences from what ``prefill`` left, and gives them rows.
 
-    ``packed`` are the :class:`Entries`.
+    ``packed`` are the rows of ``hidden_BD`` to draw from, ``[B]``, and the :class:`Entries`.
 
     Returns:
         The rows, the tokens ``[B]``, which mean something for the entries that are one, and their scores
         ``[B, 1]`` with ``top`` likeliest, where that is not 0.
     """
-    entries = packed.unpack()
-    logits_BV = definition.merge(leaves).logits(hidden_BD)
+    source_B, entries = packed.unpack()
+    logits_BV = definition.merge(leaves).logits(hidden_BD[source_B])
     none_B = jnp.zeros(hidden_BD.shape[0], jnp.int32)
     first = dataclasses.replace(_new_rows(none_B, entries), drawn_B=none_B)
     token_B = _draw(logits_BV, first, _any_draw(platform))
@@ -351,3 +351,16 @@ def take_blocks(cache: Cache, blocks_M: jax.Array) -> list[LayerCache]:
 def put_blocks(cache: Cache, blocks_M: jax.Array, copies: list[LayerCache]) -> Cache:
     """Puts such copies into blocks of the cache, the same or others."""
     return jax.tree.map(lambda pool, copy: pool.at[blocks_M].set(copy, mode="drop"), cache, copies)
+
+
+@_verb(donate=("cache",))
+def copy_blocks(cache: Cache, packed: Packed) -> Cache:
+    """Copies blocks within the cache; ``packed`` are their numbers and those of the copies, ``[M]`` each,
+    where a number that is no block stands for none.
+    """
+    from_M, to_M = packed.unpack()
+
+    def copy(pool: jax.Array) -> jax.Array:
+        return pool.at[to_M].set(pool.at[from_M].get(mode="clip"), mode="drop")
+
+    return jax.tree.map(copy, cache)

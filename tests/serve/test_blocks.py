@@ -4,18 +4,7 @@ import random
 
 import pytest
 
-from flora_jax.serve.blocks import Blocks, block_keys
-
-
-def test_keys_stand_for_all_tokens_before_them():
-    one = block_keys(b"a", [1, 2, 3, 4, 5, 6, 7], 2)
-    assert len(one) == 3
-    assert block_keys(b"a", [1, 2, 3, 4, 9, 9], 2)[:2] == one[:2]
-    assert block_keys(b"a", [1, 2, 3, 4, 9, 9], 2)[2] != one[2]
-    assert block_keys(b"a", [9, 2, 3, 4, 5, 6], 2)[2] != one[2]
-    assert not {*block_keys(b"b", [1, 2, 3, 4, 5, 6], 2)} & {*one}
-    # The rest of a sequence goes on from the last key.
-    assert block_keys(one[0], [3, 4, 5, 6], 2) == one[1:]
+from flora_jax.serve.blocks import Blocks
 
 
 def test_what_was_released_is_found_again_until_it_is_needed():
@@ -56,6 +45,24 @@ def test_a_key_that_is_known_keeps_its_block():
     blocks.release([two])
     assert blocks.match([b"x"]) == [one]
     assert (blocks.available, blocks.kept) == (1, 0)
+
+
+def test_a_block_can_have_two_keys_and_loses_both():
+    blocks = Blocks(1)
+    (held,) = blocks.take(1)
+    blocks.publish(held, b"x")
+    blocks.publish(held, b"y")
+    assert blocks.match([b"x"]) == blocks.match([b"y"]) == [held]
+    blocks.release([held])
+    blocks.take(1)
+    assert blocks.take_forgotten() == [b"x", b"y"]
+    assert blocks.take_forgotten() == []
+    # What can be found again by then is not told of.
+    blocks.publish(held, b"x")
+    blocks.release([held])
+    blocks.take(1)
+    blocks.publish(held, b"x")
+    assert blocks.take_forgotten() == []
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from flora_jax.serve.blocks import block_keys
+from flora_jax.serve.prefixes import PromptKeys, prompt_keys
 from flora_jax.serve.scheduler import Bounds, LoadError, Scheduler
 from flora_jax.serve.sequence import Sequence
 
@@ -40,10 +40,9 @@ def scheduler_of(rows, blocks=100, block=4, form_of=lambda sequence: None, **bou
     return Scheduler(Bounds(rows, blocks, block, **bounds), form_of)
 
 
-def sequence(number, owner=None, prompt=4, budget=8, keys=(), may_share=True):
-    return Sequence(
-        number, owner, prompt, budget, None, owner, None, keys=[*keys], may_share=may_share
-    )
+def sequence(number, owner=None, prompt=4, budget=8, keys=(), whole=None, may_share=True):
+    own = PromptKeys([*keys], whole) if keys or whole else None
+    return Sequence(number, owner, prompt, budget, None, owner, None, keys=own, may_share=may_share)
 
 
 def numbers(sequences):
@@ -323,7 +322,52 @@ def test_samples_of_a_prompt_wait_an_iteration_and_prefill_only_its_end():
     first, second, third = (s for s in scheduler.running if s.number != 3)
     assert first.blocks[:3] == second.blocks[:3] == third.blocks[:3]
     assert len({*first.blocks[3:], *second.blocks[3:], *third.blocks[3:]}) == 3
-    assert (scheduler.prefix_queries, scheduler.prefix_hits) == (4 * 14, 2 * 12)
+    assert (scheduler.prefixes.queries, scheduler.prefixes.hits) == (4 * 14, 2 * 12)
+
+
+@pytest.mark.parametrize("prompt", [3, 4, 14])
+def test_samples_of_a_whole_prompt_wait_an_iteration_and_prefill_nothing(prompt):
+    scheduler = scheduler_of(rows=4, chunk=8, long_chunk=8, chunks=4)
+    keys = [bytes([n]) for n in range(prompt // 4)]
+    for number in range(3):
+        scheduler.add(sequence(number, prompt=prompt, budget=40, keys=keys, whole=b"all"))
+    scheduler.plan(READY)
+    plan = scheduler.plan(READY)
+    assert numbers(plan.admitted) == [1, 2]
+    assert plan.chunks == []
+    first, *others = scheduler.running
+    last = first.blocks[prompt // 4] if prompt % 4 else None
+    for one, start in zip(others, plan.started, strict=True):
+        own = one.blocks[prompt // 4] if prompt % 4 else None
+        assert start == (one, b"all", last, own)
+        assert own is None or own != last
+        assert one.blocks[: prompt // 4] == first.blocks[: prompt // 4]
+    assert numbers(plan.decode.sequences) == [0, 1, 2]
+    assert scheduler.prefixes.hits == 2 * prompt
+    finish(scheduler, 3)
+    # Kept while there are blocks for others, then forgotten from its end.
+    scheduler.add(sequence(3, prompt=prompt, keys=keys, whole=b"all"))
+    assert len(scheduler.plan(READY).started) == 1
+    finish(scheduler)
+    assert scheduler.blocks.take(scheduler.blocks.available)
+    assert b"all" in scheduler.blocks.take_forgotten()
+
+
+def test_who_starts_with_a_whole_prompt_and_is_preempted_at_once_starts_again():
+    scheduler = scheduler_of(rows=2, blocks=4, steps=1)
+    scheduler.add(sequence(0, owner=0, prompt=3, budget=13, whole=b"all"))
+    land(scheduler, scheduler.plan(READY))
+    (old,) = scheduler.running
+    while old.cached < 12:
+        land(scheduler, scheduler.plan(READY))
+    scheduler.add(sequence(1, owner=1, prompt=3, budget=9, whole=b"all"))
+    plan = scheduler.plan(READY)
+    assert numbers(plan.admitted) == [1]
+    (young,) = scheduler.swapped
+    assert (plan.started, plan.swapped_out, plan.chunks) == ([], [], [])
+    assert (young.prefilled, young.drawn, young.keys.whole) == (0, 0, b"all")
+    finish(scheduler)
+    assert numbers(s.sequence for s in scheduler.plan(READY).started) == [1]
 
 
 def test_the_last_token_is_always_prefilled_and_whoever_may_not_share_prefills_all():
@@ -386,13 +430,13 @@ def test_shared_blocks_hold_what_their_readers_think(seed, ahead):
     scheduler = scheduler_of(4, 14, 3, chunk=4, long_chunk=8, chunks=2, budget=10, steps=6)
     cache, saved, flying, number, hits = {}, {}, [], 0, 0
     prompts = [[rng.randrange(9) for _ in range(12)] for _ in range(3)]
-    texts = {}
+    texts, started = {}, 0
     for _ in range(300):
         if rng.random() < 0.5:
             owner = rng.randrange(2)
-            text = prompts[rng.randrange(3)][: rng.randint(1, 12)]
-            keys = block_keys(bytes([owner]), text, 3)
-            new = sequence(number, owner, len(text), rng.randint(1, 20), keys)
+            text = prompts[rng.randrange(3)][: rng.choice((2, 5, 9, 11, 12))]
+            keys = prompt_keys(bytes([owner]), text, 3)
+            new = sequence(number, owner, len(text), rng.randint(1, 20), *keys)
             texts[new], number = (owner, text), number + 1
             scheduler.add(new)
         if scheduler.swapped:
@@ -401,6 +445,8 @@ def test_shared_blocks_hold_what_their_readers_think(seed, ahead):
         if rng.random() < 0.1 and scheduler.running:
             scheduler.remove(rng.choice(scheduler.running))
         plan = scheduler.plan(READY)
+        copies = {own: dict(cache[source]) for _, _, source, own in plan.started if own is not None}
+        cache |= copies
         for one in plan.swapped_in:
             for place, block in enumerate(one.blocks[: len(saved[one])]):
                 cache[block] = dict(saved[one][place])
@@ -420,14 +466,16 @@ def test_shared_blocks_hold_what_their_readers_think(seed, ahead):
                 assert cache[one.blocks[place // 3]][place % 3] == (owner, token)
             for place in range(one.prompt, one.reach):  # What it draws is written.
                 cache.setdefault(one.blocks[place // 3], {})[place % 3] = (one.number, place)
+        started += len(plan.started)
         flying.append(plan)
         while len(flying) > (0 if plan.unread else ahead):
             land(scheduler, flying.pop(0))
         for one in [*scheduler.running]:
             if one.stage == "decode" and one.drawn >= one.budget:
                 scheduler.remove(one)
-        hits = scheduler.prefix_hits
+        hits = scheduler.prefixes.hits
     assert hits > 30
+    assert started > 3
     while scheduler.running or scheduler.swapped:
         for one in [*scheduler.running, *scheduler.swapped]:
             scheduler.remove(one)
