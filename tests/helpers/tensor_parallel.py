@@ -40,7 +40,8 @@ TARGETS = {STARCODER: ("attn.c_attn", "mlp.c_proj"), LLAMA: ("self_attn.v_proj",
 KINDS = {"lora": 4, "flora": 3, "ia3": 1, "hira": 2, "dora": 2}
 OPTIONS = EngineOptions(
     max_num_seqs=4, max_num_batched_tokens=24, max_model_len=64, chunk=16, prefill_chunks=1, block_size=4,
-    cache_tokens=96, decode_steps=4, resident_adapters=1, batch_invariant=True, merge_prompts=False,
+    cache_tokens=96, decode_steps=4, resident_adapters=1,
+    batch_invariant=True, merge_prompts=False, max_logprobs=2,
 )  # fmt: skip
 NEAR_TIE = 1e-4
 
@@ -61,6 +62,8 @@ def requests_of(count):
         rng = np.random.default_rng(number)
         prompt = rng.integers(1, 96, int(rng.integers(1, 30))).tolist()
         settings = {"temperature": 1.0, "seed": number, "top_k": 5} if number % 3 == 2 else {}
+        if number % 4 == 0:
+            settings |= {"logprobs": 2, "prompt_logprobs": 1}
         adapter = [*KINDS, None][number % (len(KINDS) + 1)]
         most = int(rng.integers(2, 24))
         found.append(make_request(number, prompt, adapter, number, max_tokens=most, **settings))
