@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flora_jax.models.attention import queries_as_rows, rows_as_tokens, softmax_options
 from flora_jax.models.cache import LayerCache, Paging
@@ -44,6 +44,10 @@ def attend_cached(
     if heads is None:
         return run(q_BTHK, cache, paging, positions_BT, config, window)
     whole = PartitionSpec()
+    if not heads.own:
+        # The queries came with the one key and value, so each device has all of them already; without
+        # this XLA would cut what it has and then exchange the edges.
+        q_BTHK = jax.lax.with_sharding_constraint(q_BTHK, NamedSharding(heads.mesh, whole))
     by_heads = jax.shard_map(
         lambda *arrays: run(*arrays, config, window),
         mesh=heads.mesh,

@@ -52,9 +52,13 @@ class Splits:
         """The same with attention by every device over its own heads."""
         return dataclasses.replace(paging, heads=self.heads)
 
-    def whole(self, array: jax.Array) -> jax.Array:
-        """The same, all of it on every device; inside a jitted step."""
-        return jax.lax.with_sharding_constraint(array, self.everywhere)
+    def logits(self, logits_BV: jax.Array) -> jax.Array:
+        """The same, all of them on every device; inside a jitted step."""
+        if logits_BV.shape[-1] % self.mesh.shape[TENSOR] == 0:
+            # Computed in parts: asked for the whole, XLA would gather the head's weight instead.
+            parts = NamedSharding(self.mesh, PartitionSpec(None, TENSOR))
+            logits_BV = jax.lax.with_sharding_constraint(logits_BV, parts)
+        return jax.lax.with_sharding_constraint(logits_BV, self.everywhere)
 
     def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same by every device for itself, of arrays that are whole everywhere, to one that is."""

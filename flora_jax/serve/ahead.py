@@ -195,8 +195,7 @@ def _looping(device: Device, shape: DecodeShape) -> Program:
 
 def _forwarding(device: Device, shape: DecodeShape) -> Program:
     def call() -> Call:
-        packed = pack(device.nothing(shape))
-        return device.forward_call(packed)
+        return device.forward_call(device.sent(pack(device.nothing(shape))))
 
     def run() -> None:
         device.cache, _ = call().run()
@@ -209,7 +208,7 @@ def _drawing(device: Device, rows: int, how: Draw) -> Program:
     abstract_BV = device.beside_parameters(jax.ShapeDtypeStruct(shape, jnp.float32))
 
     def call(logits_BV: Any = abstract_BV) -> Call:
-        rows_B = np.full(rows, device.rows, np.int32)
+        rows_B = device.sent(np.full(rows, device.rows, np.int32))
         return device.draw_call(logits_BV, rows_B, device.resting(rows), how)
 
     def run() -> None:

@@ -356,8 +356,7 @@ class Device:
             self.cache, self.state_rows, tokens_BN, found = call.run()
             return Decoded(tokens_BN, [found] if scored else [])
         how = _least_draw([sequence.request for sequence in decode.sequences])
-        # Once for all steps.
-        packed, rows_B = jax.device_put((pack(work), work.rows_B), self.placement.everywhere)
+        packed, rows_B = self.sent((pack(work), work.rows_B))
         tokens_BN, scores = self.resting(shape.rows), []
         for _ in range(max(decode.most)):
             self.cache, logits_BV = self.forward_call(packed).run()
@@ -433,6 +432,12 @@ class Device:
 
         numbers_M = self._block_numbers(blocks)
         self.cache = self._verb(steps.put_blocks)(self.cache, numbers_M, jax.tree.map(pad, copies))
+
+    def sent(self, tree: Any) -> Any:
+        """Small arrays of the host on the device, once for several programs."""
+        if not self.placement.allocate:
+            return tree
+        return jax.device_put(tree, self.placement.everywhere)
 
     def beside_parameters(self, tree: Any) -> Any:
         """The arrays, committed to the parameters' devices where those are (as a checkpoint's can be).

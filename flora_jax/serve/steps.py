@@ -92,7 +92,7 @@ def _paging(definition: Definition, paging: Paging) -> Paging:
 def _logits(definition: Definition, model: LanguageModel, hidden_BD: jax.Array) -> jax.Array:
     """The scores ``[B, V]``, all of them where they are drawn from: drawing looks at them many times."""
     logits_BV = model.logits(hidden_BD)
-    return logits_BV if definition.splits is None else definition.splits.whole(logits_BV)
+    return logits_BV if definition.splits is None else definition.splits.logits(logits_BV)
 
 
 def _draw(

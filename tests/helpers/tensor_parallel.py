@@ -6,6 +6,7 @@ A program of its own, since the number of devices is fixed when JAX starts; prin
 import dataclasses
 import json
 import tempfile
+import time
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from flora_jax.models.quantize import quantize_model
 from flora_jax.models.sharding import make_mesh, shardings
 from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.plan.launches import Program
+from flora_jax.platforms import GPU
 from flora_jax.serve.ahead import programs
 from flora_jax.serve.device import Call
 from flora_jax.serve.engine import Engine
@@ -121,8 +123,9 @@ def checked(mesh):
     return misplaced, lambda: setattr(Call, "run", run)
 
 
-def compare(model, size, engines, count=18):
-    """What the same requests give in an engine on one device and in one on ``size``."""
+def compare(model, engines, count=18):
+    """What the same requests give in an engine on one device and in one on several."""
+    began = time.monotonic()
     one, many = engines
     requests = requests_of(count)
     many.warm_up()
@@ -141,8 +144,8 @@ def compare(model, size, engines, count=18):
             tokens = [*request.prompt_token_ids, *a[:same]]
             tied = margin(model, adapters.get(request.adapter), tokens) < NEAR_TIE
             near, far = near + tied, far + (not tied)
-    decode = [p for p in programs(many.device) if p.name.startswith("decode")][-1]
-    text = decode.call().lower().compile().as_text()
+    step = [p for p in programs(many.device) if p.name.startswith(("decode", "forward"))][-1]
+    text = step.call().lower().compile().as_text()
     cache = many.device.cache[0].k_LSGK
     kernels = jax.tree.leaves(many.model.weight(0, TARGETS[model.config][1]))
     return {
@@ -151,7 +154,7 @@ def compare(model, size, engines, count=18):
         "evictions": many.stats.adapter_evictions, "collectives": Program(text).collectives(),
         "kv_heads": cache.addressable_shards[0].data.shape[2],
         "kernel_share": kernels[0].addressable_shards[0].data.size / kernels[0].size,
-        "tokens": sum(map(len, got.values())),
+        "tokens": sum(map(len, got.values())), "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
 
 
@@ -163,25 +166,32 @@ def main():
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_disable_most_optimizations", True)
+    # A GPU's programs and shapes, but for cuDNN.
+    gpu = dataclasses.replace(GPU, prompt_attention="gather", padded_rows=4)
     results = {}
-    model = init_model(STARCODER, 5)
-    one = Engine(model, adapters_of(STARCODER), options=OPTIONS)
-    with tempfile.TemporaryDirectory() as folder:
-        save_hf(model, Path(folder, "model"))
-        llm = LLM(
-            Path(folder, "model"), adapters_of(STARCODER), options=OPTIONS, tensor_parallel_size=8
-        )
-    results["starcoder"] = compare(model, 8, (one, llm.engine))
-    model = quantize_model(init_model(LLAMA, 6), "int8")
-    adapters = adapters_of(LLAMA)
-    engines = [Engine(own, adapters, options=OPTIONS) for own in (model, placed(model, 4))]
-    results["llama int8"] = compare(model, 4, engines)
+    for name, model, size in (
+        ("starcoder", init_model(STARCODER, 5), 8),
+        ("llama int8", quantize_model(init_model(LLAMA, 6), "int8"), 4),
+    ):
+        adapters = adapters_of(model.config)
+        engines = [
+            Engine(own, adapters, options=OPTIONS, platform=gpu)
+            for own in (model, placed(model, size))
+        ]
+        results[name] = compare(model, engines)
     wide = dataclasses.replace(STARCODER, n_embd=128, n_inner=128, n_layer=1)
     TARGETS[wide] = TARGETS[STARCODER]
-    model = quantize_model(init_model(wide, 7), "int4")
-    adapters = adapters_of(wide)
-    engines = [Engine(own, adapters, options=OPTIONS) for own in (model, placed(model, 2))]
-    results["starcoder int4"] = compare(model, 2, engines, 8)
+    with tempfile.TemporaryDirectory() as folder:
+        save_hf(init_model(wide, 7), Path(folder, "model"))
+        llms = [
+            LLM(
+                Path(folder, "model"), adapters_of(wide), options=OPTIONS, quantize="int4",
+                tensor_parallel_size=size,
+            )
+            for size in (1, 2)
+        ]  # fmt: skip
+    engines = [llm.engine for llm in llms]
+    results["starcoder int4"] = compare(engines[0].model, engines, 8)
     print(json.dumps(results))
 
 
