@@ -19,6 +19,9 @@ from jax.experimental import multihost_utils
 from flora_jax.errors import InputError
 
 Found = TypeVar("Found")
+# Seconds without a sign of life after which a process counts as dead. Signs come from a thread of JAX's
+# that waits for nobody.
+_SILENCE_S = 20
 
 
 def join(
@@ -51,7 +54,9 @@ def join(
     if processes is not None and process is not None and not 0 <= process < processes:
         raise InputError(f"process_id is {process}, expected 0 to {processes - 1}")
     try:
-        jax.distributed.initialize(coordinator, processes, process)
+        jax.distributed.initialize(
+            coordinator, processes, process, heartbeat_timeout_seconds=_SILENCE_S
+        )
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes did not meet: {str(error).splitlines()[0]}") from None
     return True
