@@ -72,6 +72,10 @@ class Engine:
     ):
         config, options = model.config, options or EngineOptions()
         context = _longest_sequence(config, options)
+        if options.max_logprobs > config.vocab_size:
+            raise InputError(
+                f"max_logprobs is {options.max_logprobs}, the vocabulary has {config.vocab_size} tokens"
+            )
         self.compilations = Compilations()
         self.platform = platform = platform or platform_of()
         self.model, self.tokenizer, self.options = model, tokenizer, options
