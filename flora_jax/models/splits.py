@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flora_jax.errors import InputError
-from flora_jax.mixing.split import Cut, split_hooks
+from flora_jax.mixing.split import Cut, Side, split_hooks
 from flora_jax.models.axes import logical_axes
 from flora_jax.models.cache import Paging, SplitHeads
 from flora_jax.models.family import check_parts, family_of
@@ -88,7 +88,7 @@ def splits_of(model: Model) -> Splits | None:
     place = model.embedding.sharding
     if not isinstance(place, NamedSharding) or place.mesh.shape.get(TENSOR, 1) == 1:
         return None
-    mesh, config, family = place.mesh, model.config, family_of(model.config)
+    mesh, config, family = cast(Mesh, place.mesh), model.config, family_of(model.config)
     leaves, wanted = (named_leaves(tree)[0] for tree in (model.params, shardings(model, mesh)))
     check_parts(config, mesh.shape[TENSOR], lambda path, inputs: leaves[path].input_units)
     for path, leaf in leaves.items():
@@ -105,7 +105,7 @@ def splits_of(model: Model) -> Splits | None:
         path = f"{family.blocks}.0.{target}.kernel"
         assert isinstance(leaves[path], Held)
         outputs = logical_axes(path, 2, family.axes)[1]
-        side = "outputs" if family.splits_outputs(path) else "inputs"
+        side: Side = "outputs" if family.splits_outputs(path) else "inputs"
         # What has the keys and values in it goes to every device where their heads are not cut.
         cuts.append((target, Cut(mesh, TENSOR, side, outputs == "qkv" and not heads.own)))
     return Splits(mesh, heads, tuple(cuts))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flora_jax.errors import InputError
 from flora_jax.plan import ahead, memory, prompts, roofline
 from flora_jax.plan.setting import Setting
 

@@ -189,7 +189,9 @@ class Device:
         self._compiler_options = platform.invariant_options if options.batch_invariant else ()
         self.prompt_attention, self.attention_note = self._choose_attention(placement.allocate)
         self._resting = {
-            rows: placement.make(partial(jnp.full, (rows, options.decode_steps), RESTING, jnp.int32))
+            rows: placement.make(
+                partial(jnp.full, (rows, options.decode_steps), RESTING, jnp.int32)
+            )
             for rows in lattice.rows
         }
 
@@ -385,8 +387,8 @@ class Device:
     def decode_call(self, work: Decoding, number: int, eager: bool, scored: bool = False) -> Call:
         packed = pack((work, Steps(np.int32(number), np.bool_(eager), np.bool_(scored))))
         arguments = (*self._base(), self.residency.layers, self.cache, self.state_rows, packed)
-        static = dict(most=self.options.decode_steps) | self._top
-        return self._call(steps.decode, arguments, static)
+        columns = steps.Columns(self.options.decode_steps, self.options.max_logprobs)
+        return self._call(steps.decode, arguments, dict(columns=columns))
 
     def copy_call(self, pairs: Sequence[tuple[int, int]]) -> Call:
         """Copies blocks, each to another; all are read before any is written."""

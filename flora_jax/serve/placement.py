@@ -65,7 +65,9 @@ class Placement:
         if self.allocate:
             return make(put=self._bank)
         layers = jax.eval_shape(make)
-        return tuple({target: self._bank(target, own) for target, own in one.items()} for one in layers)
+        return tuple(
+            {target: self._bank(target, own) for target, own in one.items()} for one in layers
+        )
 
     def _bank(self, target: str, bank: TargetBank) -> TargetBank:
         """One projection's bank of a layer, in its place."""
@@ -107,6 +109,10 @@ class Placement:
         if self.everywhere is None:
             return None
         return jax.tree.map(lambda _: self.everywhere, bank)
+
+
+# Where JAX puts what nothing is said of.
+ANYWHERE = Placement()
 
 
 def placement_of(model: Model, *, allocate: bool = True) -> Placement:

@@ -32,7 +32,7 @@ from flora_jax.mixing.bank import (
 )
 from flora_jax.models.family import ModelConfig
 from flora_jax.serve.options import EngineOptions
-from flora_jax.serve.placement import Placement
+from flora_jax.serve.placement import ANYWHERE, Placement
 from flora_jax.serve.readers import Readers, Reading
 from flora_jax.serve.registry import Version
 from flora_jax.serve.scheduler import Admission, LoadError
@@ -77,7 +77,7 @@ class Residency:
         *,
         readers: Readers | None = None,
         is_pinned: Callable[[Version], bool] = lambda version: False,
-        placement: Placement = Placement(),
+        placement: Placement = ANYWHERE,
     ):
         self.config = config
         self.room = room

@@ -131,9 +131,7 @@ def prepare(
     model = base.load(options.dtype, mesh=mesh, quantize=quantize)
     interrupt.check()
     told(
-        lambda: claim_directory(
-            options, output, training, validation, model_digest(base.directory)
-        )
+        lambda: claim_directory(options, output, training, validation, model_digest(base.directory))
     )
     report_data(training, validation, say)
     program = choose(

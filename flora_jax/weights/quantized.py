@@ -62,8 +62,7 @@ class Quantized(Held):
 
     def specs(self, spec: Any) -> Quantized:
         """The values have the weight's axes; so has the scale, but int8 has one for all inputs."""
-        inputs, outputs = (*spec, None, None)[:2]
-        scale = spec if self.method == "int4" else type(spec)(None, outputs)
+        scale = spec if self.method == "int4" else type(spec)(None, *spec[1:])
         return Quantized(spec, scale, self.dtype)
 
     @property
