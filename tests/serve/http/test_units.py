@@ -69,7 +69,9 @@ def test_without_api_keys_all_but_loading_is_open():
 
 def test_keys_are_nowhere_to_be_read(tmp_path):
     settings = Settings(("secret-a",), ("secret-b",), tmp_path)
-    assert "secret" not in repr(settings) + repr(Keys(settings.api_keys)) + repr(vars(Keys(["secret"])))
+    assert "secret" not in repr(settings) + repr(Keys(settings.api_keys)) + repr(
+        vars(Keys(["secret"]))
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,10 +167,17 @@ def test_a_sentencepiece_token_keeps_its_space():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {"<unk>": 0, "▁a": 1, "▁b": 2, "b": 3, "<0xE2>": 4, "a": 5, "▁": 6}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a"), ("▁", "b")], unk_token="<unk>"))
+    made = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=[("▁", "a"), ("▁", "b")], unk_token="<unk>")
+    )
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     texts = TokenTexts(made)
     assert [texts.text(token) for token in (2, 3, 4)] == [" b", "b", "bytes:\\xe2"]
@@ -186,7 +195,7 @@ def test_fill_in_the_middle_is_the_tokenizers_own():
     "value, text",
     [
         (1.5, "1.5"), ("a", "'a'"), ([1, 2], "a list of 2"), ({}, "an object"), (None, "None"),
-        (10**5000, "an integer of 16610 bits"), ("x" * 100, "'" + "x" * 59 + "..."),
+        (10**60, "an integer of 200 bits"), ("x" * 100, "'" + "x" * 59 + "..."),
         ("\ud800", "'\\ud800'"),
     ],
 )  # fmt: skip
