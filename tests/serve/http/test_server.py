@@ -648,9 +648,7 @@ def test_every_metric_of_the_dashboard_is_there(client):
     assert len(wanted) > 15
     text = client.get("/metrics").text
     there = set(re.findall(r"^(?:# TYPE )?(flora_jax:\w+)", text, re.MULTILINE))
-    # The queue was never full here: what counts that has a name and no value yet.
-    assert wanted - there == {"flora_jax:request_rejected_total"}
-    assert "flora_jax:request_rejected" in text
+    assert wanted <= there
 
 
 CHECKS = (
@@ -667,11 +665,10 @@ def test_schemathesis_finds_no_answer_that_is_not_described(server, tmp_path, ph
     done = subprocess.run(
         [
             program, "run", f"{server.url}/openapi.json", "--header", "Authorization: Bearer admin",
-            "--checks", ",".join(CHECKS), "--max-examples", "10", "--seed", "1", "--phases", phases,
+            "--checks", ",".join(CHECKS), "--max-examples", "6", "--seed", "1", "--phases", phases,
             "--generation-database", ":memory:", "--no-color",
         ],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    print(done.stdout)
     assert server.runner.state == "ready"
