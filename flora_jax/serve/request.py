@@ -218,15 +218,19 @@ class Limits:
         named = (special[text] for text in params.stop if text in special)
         return frozenset([*params.stop_token_ids, *named, *(() if params.ignore_eos else eos)])
 
-    def encode(self, text: Any) -> tuple[int, ...]:
+    def encode(self, text: Any, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The tokens of a prompt's text.
+
+        Args:
+            text: of the prompt.
+            add_special_tokens: those that the tokenizer puts around a text, such as a first token.
 
         Raises:
             RequestError: it is no valid text, or there is no tokenizer.
         """
         if not isinstance(text, str):
             raise RequestError(f"prompt is {type(text).__name__}, expected a string")
-        return self._encode("prompt", text, add_special_tokens=True)
+        return self._encode("prompt", text, add_special_tokens)
 
     def encode_messages(self, messages: Any, add_generation_prompt: bool = True) -> tuple[int, ...]:
         """The tokens of a conversation, as the model's chat template writes it.
