@@ -3,7 +3,6 @@
 import asyncio
 import concurrent.futures
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -117,6 +116,9 @@ def test_models_are_the_base_by_each_name_and_its_adapters(client):
     ]  # fmt: skip
     assert cards[0]["root"] == "models/tiny"
     assert {card["max_model_len"] for card in cards} == {96}
+    assert client.get("/v1/models/alias").json() == cards[1]
+    assert client.get("/v1/models/tiny:hira").json() == cards[2 + KINDS.index("hira")]
+    assert client.get("/v1/models/none/such").status_code == 404
 
 
 @pytest.mark.parametrize("model", ["tiny", "alias", *KINDS, "tiny:lora", "alias:flora"])
@@ -638,17 +640,6 @@ def test_nothing_was_compiled_since_the_warm_up_and_the_metrics_say_so(client, s
     assert names <= found.keys()
     assert found["request_success_total"] >= found["time_to_first_token_seconds_count"] > 0
     assert found["adapters"] == len(KINDS)
-
-
-def test_every_metric_of_the_dashboard_is_there(client):
-    complete(client, model="lora", prompt="abc", max_tokens=2)
-    board = (Path(__file__).resolve().parents[3] / "docs/grafana.json").read_text()
-    assert {panel["type"] for panel in json.loads(board)["panels"]} == {"timeseries"}
-    wanted = set(re.findall(r"flora_jax:\w+", board))
-    assert len(wanted) > 15
-    text = client.get("/metrics").text
-    there = set(re.findall(r"^(?:# TYPE )?(flora_jax:\w+)", text, re.MULTILINE))
-    assert wanted <= there
 
 
 CHECKS = (
