@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from flora_jax import __version__
-from flora_jax.cli import bench, bench_serving, evaluate, program
+from flora_jax.cli import bench, bench_http, bench_serving, evaluate, program
 from flora_jax.cli.common import cache_directory
 from flora_jax.cli.convert import convert
 from flora_jax.cli.generate import generate
@@ -42,6 +42,7 @@ for _verb in (generate, train, convert, info, demo, plan):
     app.command()(_verb)
 bench.app.command()(bench_serving.throughput)
 bench.app.command()(bench_serving.latency)
+bench.app.command()(bench_http.serve)
 app.add_typer(bench.app)
 app.add_typer(evaluate.app)
 
