@@ -13,6 +13,7 @@ from flora_jax.cli.convert import convert
 from flora_jax.cli.generate import generate
 from flora_jax.cli.inspect import demo, info
 from flora_jax.cli.plan import plan
+from flora_jax.cli.serve import serve
 from flora_jax.cli.train import train
 from flora_jax.xla_flags import keep_from_missing_gpu, set_flags
 
@@ -38,7 +39,7 @@ def _root(
     """One base model, a different low-rank adapter for every request of a batch."""
 
 
-for _verb in (generate, train, convert, info, demo, plan):
+for _verb in (generate, serve, train, convert, info, demo, plan):
     app.command()(_verb)
 bench.app.command()(bench_serving.throughput)
 bench.app.command()(bench_serving.latency)

@@ -31,7 +31,7 @@ from flora_jax.serve.readers import Readers
 from flora_jax.serve.registry import Registry, Source, Version, version
 from flora_jax.serve.request import MAX_STOP_TOKENS, Limits, Request, RequestId, is_request_id
 from flora_jax.serve.residency import make_residency, target_groups
-from flora_jax.serve.scheduler import Bounds, Plan, Scheduler
+from flora_jax.serve.scheduler import Admission, Bounds, Plan, Scheduler
 from flora_jax.serve.sequence import Sequence
 from flora_jax.serve.state import BROKEN, MAX_STOPS
 from flora_jax.serve.stream import Stream
@@ -188,14 +188,31 @@ class Engine:
         for known in wanted:
             self.residency.prefetch(known)
         for known in wanted:
-            while (found := self.residency.claim(known)) == "loading":
+            while (found := self._place(known)) == "loading":
                 with self._changed:
                     self._changed.wait(0.05)
                 self.residency.expire()
             if found == "full":
                 raise RunError(f"adapter {known.name!r}: running requests leave no slots for it")
+
+    def try_preload(self, name: str) -> bool:
+        """One attempt of :meth:`preload` that waits for nothing: reading goes on in the background, and
+        running sequences may hold the slots. By the thread that calls ``step``.
+
+        Returns:
+            Whether the adapter is resident now.
+
+        Raises:
+            InputError: nothing has this name, or its adapter cannot be read or does not fit.
+        """
+        return self._place(self._current(name)) == "ready"
+
+    def _place(self, known: Version) -> Admission:
+        found = self.residency.claim(known)
+        if found == "ready":
             self.residency.write_claimed()
             self.residency.release(known)
+        return found
 
     @property
     def has_work(self) -> bool:

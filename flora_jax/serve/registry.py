@@ -92,6 +92,11 @@ class Registry:
         with self._lock:
             return self._names[name]
 
+    def knows(self, name: str) -> bool:
+        """Whether something has this name."""
+        with self._lock:
+            return name in self._names
+
     def versions(self) -> list[Version]:
         """What all names stand for now, in the order in which they became known."""
         with self._lock:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from flora_jax.errors import InputError
 from flora_jax.jsonl import Line, kind_of
@@ -32,6 +32,23 @@ class RequestError(InputError):
     """A request that cannot be served; the message says what was found and what was expected."""
 
 
+class TokenLogprob(NamedTuple):
+    """The natural logarithm of a token's probability, and the likeliest tokens at its place with theirs,
+    the likeliest first: of the model's own distribution, before temperature, top-k and top-p.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "token_id": self.token_id,
+            "logprob": self.logprob,
+            "top": [[token, logprob] for token, logprob in self.top],
+        }
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How a prompt is continued; the names and meanings are vLLM's.
@@ -46,6 +63,9 @@ class SamplingParams:
         stop: one string or several; the text ends before the first that appears.
         stop_token_ids: tokens that end it, beside the model's end tokens; up to 8 different ones.
         ignore_eos: goes on after the model's end tokens.
+        logprobs: gives the log probability of each drawn token, and those of so many likeliest tokens
+            in its place; 0 is the drawn token's alone. An engine serves up to its ``max_logprobs``.
+        prompt_logprobs: the same for the prompt's tokens; the first has none.
 
     Raises:
         RequestError: a value of the wrong type or out of range. A bool is no number, and a number has to
@@ -61,6 +81,8 @@ class SamplingParams:
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         temperature = _real("temperature", self.temperature, 0.0, _LARGEST_FLOAT32)
@@ -77,6 +99,8 @@ class SamplingParams:
             seed=None if self.seed is None else _integer("seed", self.seed, 0, _LARGEST_SEED),
             stop=_strings(self.stop),
             stop_token_ids=tuple(dict.fromkeys(ids)),
+            logprobs=_logprobs("logprobs", self.logprobs),
+            prompt_logprobs=_logprobs("prompt_logprobs", self.prompt_logprobs),
         )
         _check_stop_count(self.stop_token_ids)
 
@@ -146,19 +170,22 @@ class Limits:
         vocab_size: token ids lie below it.
         tokenizer: a ``tokenizers.Tokenizer``, or ``None``: then there is no text.
         chat: the model's chat template; without it there are no conversations.
+        max_logprobs: likeliest tokens that a request may ask for; 0: no log probabilities at all.
     """
 
     context: int
     vocab_size: int
     tokenizer: Any | None = None
     chat: Chat | None = None
+    max_logprobs: int = 0
 
     def check(self, request: Request) -> None:
         """Whether the model can serve a request.
 
         Raises:
             RequestError: the prompt is longer than the context, a token is outside the vocabulary, stop
-                strings where there is no text, or too many stop tokens. It does not name the request.
+                strings where there is no text, or too many stop tokens or log probabilities. It does not
+                name the request.
         """
         params, ids = request.sampling_params, request.prompt_token_ids
         if len(ids) > self.context:
@@ -168,6 +195,11 @@ class Limits:
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and the checkpoint has none")
         _check_stop_count(self.stop_ids(params))
+        for name in ("logprobs", "prompt_logprobs"):
+            wanted = getattr(params, name)
+            if wanted is not None and (wanted > self.max_logprobs or not self.max_logprobs):
+                most = self.max_logprobs or "none"
+                raise RequestError(f"{name} is {wanted}, max_logprobs of this engine is {most}")
 
     def _known(self, name: str, ids: Sequence[int]) -> None:
         if ids and max(ids) >= self.vocab_size:
@@ -186,15 +218,19 @@ class Limits:
         named = (special[text] for text in params.stop if text in special)
         return frozenset([*params.stop_token_ids, *named, *(() if params.ignore_eos else eos)])
 
-    def encode(self, text: Any) -> tuple[int, ...]:
+    def encode(self, text: Any, add_special_tokens: bool = True) -> tuple[int, ...]:
         """The tokens of a prompt's text.
+
+        Args:
+            text: of the prompt.
+            add_special_tokens: those that the tokenizer puts around a text, such as a first token.
 
         Raises:
             RequestError: it is no valid text, or there is no tokenizer.
         """
         if not isinstance(text, str):
             raise RequestError(f"prompt is {type(text).__name__}, expected a string")
-        return self._encode("prompt", text, add_special_tokens=True)
+        return self._encode("prompt", text, add_special_tokens)
 
     def encode_messages(self, messages: Any, add_generation_prompt: bool = True) -> tuple[int, ...]:
         """The tokens of a conversation, as the model's chat template writes it.
@@ -233,7 +269,9 @@ class Completion:
     """What a request ended with.
 
     ``token_ids`` has every generated token, the stop token or the end of a stop string included;
-    ``text`` is cut before either, and ``None`` without a tokenizer.
+    ``text`` is cut before either, and ``None`` without a tokenizer. ``logprobs`` has one for each of
+    ``token_ids``, ``prompt_logprobs`` one for each of the prompt's, the first ``None``; both are ``None``
+    where they were not asked for.
     """
 
     request_id: RequestId | None
@@ -242,11 +280,22 @@ class Completion:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     prompt_tokens: int
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """All but the request id, as JSON has it, with ``completion_tokens``."""
-        fields = dataclasses.asdict(self) | {"token_ids": [*self.token_ids]}
-        del fields["request_id"]
+        """All but the request id, as JSON has it, with ``completion_tokens``; log probabilities only
+        where there are some.
+        """
+        fields = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "request_id"
+        } | {"token_ids": [*self.token_ids]}
+        for name in ("logprobs", "prompt_logprobs"):
+            given = fields.pop(name)
+            if given is not None:
+                fields[name] = [None if one is None else one.to_json() for one in given]
         return fields | {"completion_tokens": len(self.token_ids)}
 
 
@@ -399,6 +448,10 @@ def _integer(name: str, value: Any, least: int, most: int) -> int:
             f"{name} is {_short(value)}, expected at least {least} and at most {most}"
         )
     return int(value)
+
+
+def _logprobs(name: str, value: Any) -> int | None:
+    return None if value is None else _integer(name, value, 0, _LARGEST_INT32)
 
 
 def _real(name: str, value: Any, least: float, most: float, *, above: bool = False) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from flora_jax.serve.request import Completion, FinishReason, RequestId
+from flora_jax.serve.request import Completion, FinishReason, RequestId, TokenLogprob
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +19,9 @@ class Update:
             tokenizer.
         completion: there where the request has ended.
         error: why it failed, where it did; then no update follows.
+        logprobs: of ``token_ids``, where the request asked for them.
+        prompt_logprobs: with the first tokens, where the request asked for them.
+        queued_s: with the first tokens: seconds that the request waited for a row.
         index: its place among the requests of :func:`flora_jax.serve.generate.run`.
     """
 
@@ -27,6 +30,9 @@ class Update:
     text: str | None = None
     completion: Completion | None = None
     error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    queued_s: float | None = None
     index: int | None = None
 
     @property
@@ -39,7 +45,11 @@ class Update:
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Counters since the start, and how full the engine is now; ``cache_usage`` is 0 to 1."""
+    """Counters since the start, and how full the engine is now.
+
+    ``cache_usage``, 0 to 1, is what sequences hold. ``prefix_queries`` counts tokens of prompts that may
+    share a beginning with others, ``prefix_hits`` those of them that were not prefilled again.
+    """
 
     running: int
     waiting: int
@@ -47,3 +57,5 @@ class Stats:
     adapter_loads: int
     adapter_evictions: int
     cache_usage: float
+    prefix_queries: int = 0
+    prefix_hits: int = 0

@@ -1,0 +1,240 @@
+"""``flora-jax serve``: OpenAI's API over HTTP, with an adapter per request."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from flora_jax.cli.common import MODEL_HELP, dtype_of, named_adapters, prepare_jax
+from flora_jax.cli.options import takes
+from flora_jax.errors import InputError
+from flora_jax.terminal import say
+
+if TYPE_CHECKING:
+    from flora_jax.checkpoints import Opened
+    from flora_jax.serve.engine import Engine
+    from flora_jax.serve.options import EngineOptions
+    from flora_jax.serve.request import Limits
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeOptions:
+    """The options of ``flora-jax serve``; those that vLLM has as well are spelt as there."""
+
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)]
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter", "--lora-modules", metavar="NAME=DIR",
+            help="An adapter, or a shipped one; may be repeated. Also as vLLM's JSON.",
+        ),
+    ] = None  # fmt: skip
+    served_model_name: Annotated[
+        list[str] | None,
+        typer.Option(help="What requests call the base; may be repeated. Default MODEL."),
+    ] = None
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="FLORA_JAX_API_KEY", help="Guards /v1 and /tokenize; may be repeated."),
+    ] = None  # fmt: skip
+    admin_key: Annotated[
+        list[str] | None,
+        typer.Option(envvar="FLORA_JAX_ADMIN_KEY", help="Loads and unloads adapters."),
+    ] = None  # fmt: skip
+    adapter_root: Annotated[
+        Path | None, typer.Option(help="Adapters that are loaded over HTTP lie below it.")
+    ] = None
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Requests that run at once.")] = 16
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of an iteration. Default: by the platform.")
+    ] = None
+    max_model_len: Annotated[
+        int | None, typer.Option(min=1, help="Prompt and output together. Default: the context.")
+    ] = None
+    max_loras: Annotated[
+        int | None,
+        typer.Option(min=1, help="On the device at once. Default: those given."),
+    ] = None  # fmt: skip
+    max_lora_rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Room for every kind up to it on every target."),
+    ] = None  # fmt: skip
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Default: float32 on a CPU, else the checkpoint's own."),
+    ] = None
+    quantization: Annotated[
+        Literal["int8", "int4"] | None, typer.Option(help="The base in 8 or 4 bits.")
+    ] = None
+    batch_invariant: Annotated[
+        bool, typer.Option(help="A request's bits do not depend on its neighbours; slower.")
+    ] = False
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of requests without one.")] = 0
+    max_queue: Annotated[
+        int | None,
+        typer.Option(min=0, help="Requests that may wait. Default 4 x rows + 256."),
+    ] = None  # fmt: skip
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request.")] = 4 << 20
+    request_timeout: Annotated[
+        float, typer.Option(min=0.001, help="Seconds from a request's arrival to its last token.")
+    ] = 600.0
+    stalled_timeout: Annotated[
+        float, typer.Option(min=0.001, help="Seconds that a client may take nothing of a stream.")
+    ] = 30.0
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds that requests may run on after SIGTERM.")
+    ] = 30.0
+    metric_adapters: Annotated[
+        int, typer.Option(min=0, help="Adapters with metrics of their own; others share one name.")
+    ] = 32
+    access_log: Annotated[bool, typer.Option(help="A line for every request.")] = False
+
+
+@takes(ServeOptions)
+def serve(options: ServeOptions) -> None:
+    """Serves a model and its adapters by OpenAI's HTTP API until SIGTERM or Ctrl-C."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"serving needs {error.name}: pip install 'flora-jax[serve]'") from None
+    from flora_jax.checkpoints import open_checkpoint
+    from flora_jax.serve.http.app import make_app
+    from flora_jax.serve.http.runner import Runner
+    from flora_jax.serve.http.served import Served
+    from flora_jax.serve.http.server import listen
+    from flora_jax.serve.http.server import serve as run
+
+    settings = _settings(options)
+    names = tuple(dict.fromkeys(options.served_model_name or [options.model]))
+    adapters = _adapters(options.adapter or [], names)
+    opened = open_checkpoint(options.model)
+    engine_options = _engine_options(options, opened)
+    limits = _limits(options, opened)
+    listener = listen(options.host, options.port)
+    rows = options.max_num_seqs
+    max_queue = 4 * rows + 256 if options.max_queue is None else options.max_queue
+    served = Served(names, options.model, limits, created=int(time.time()))
+    started_s = time.monotonic()
+
+    def make(report: Callable[[str, int, int], None]) -> Engine:
+        return _make_engine(options, opened, adapters, engine_options, report)
+
+    runner = Runner(make, rows, max_queue)
+    app = make_app(runner, served, settings)
+    host, port = listener.getsockname()[:2]
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    say(f"listening on {address}, compiling")
+
+    def ready() -> None:
+        seconds = time.monotonic() - started_s
+        say(
+            f"ready after {seconds:.1f} s: {', '.join(names)} and {len(adapters)} adapters on {address}"
+        )
+
+    prepare_jax()
+    run(
+        app,
+        listener,
+        drain_timeout_s=options.drain_timeout,
+        access_log=options.access_log,
+        on_ready=ready,
+    )
+
+
+def _settings(options: ServeOptions) -> Any:
+    from flora_jax.serve.http.settings import Settings
+
+    return Settings(
+        api_keys=tuple(options.api_key or ()),
+        admin_keys=tuple(options.admin_key or ()),
+        adapter_root=options.adapter_root,
+        max_adapter_rank=options.max_lora_rank or _DEFAULT_RANK,
+        max_body_bytes=options.max_body_bytes,
+        request_timeout_s=options.request_timeout,
+        stalled_s=options.stalled_timeout,
+        metric_adapters=options.metric_adapters,
+    )
+
+
+# Of adapters that are loaded later, where the options name none; as in vLLM.
+_DEFAULT_RANK = 16
+
+
+def _adapters(values: list[str], names: tuple[str, ...]) -> Mapping[str, Path]:
+    """The folders by name, none of them one of the base's names."""
+    found = named_adapters([_plain(value) for value in values])
+    if taken := found.keys() & {*names}:
+        raise InputError(f"--adapter {min(taken)}: the base has this name, choose another")
+    return found
+
+
+def _plain(value: str) -> str:
+    """vLLM's JSON form of an adapter as NAME=DIR."""
+    if not value.lstrip().startswith("{"):
+        return value
+    try:
+        raw = json.loads(value)
+        if raw.keys() - {"name", "path", "base_model_name"}:
+            raise ValueError
+        return f"{raw['name']}={raw['path']}"
+    except (ValueError, KeyError, AttributeError):
+        raise InputError(
+            f'--lora-modules is {value!r}, expected NAME=DIR or {{"name": NAME, "path": DIR}}'
+        ) from None
+
+
+def _limits(options: ServeOptions, opened: Opened) -> Limits:
+    from flora_jax.serve.request import Limits
+
+    config = opened.config
+    context = options.max_model_len or config.n_positions
+    return Limits(context, config.vocab_size, opened.tokenizer, opened.chat)
+
+
+def _engine_options(options: ServeOptions, opened: Opened) -> EngineOptions:
+    """The engine's sizes. Room for rank R on every target is R + 1 components: HiRA has one more."""
+    from flora_jax.serve.options import EngineOptions
+
+    rank = options.max_lora_rank
+    if rank is None and options.adapter_root is not None:
+        rank = _DEFAULT_RANK
+    reserved: dict[str, Any] = {}
+    if rank is not None:
+        reserved = {"max_components": rank + 1, "targets": tuple(opened.config.projections())}
+    return EngineOptions(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=options.max_model_len,
+        resident_adapters=options.max_loras,
+        batch_invariant=options.batch_invariant,
+        seed=options.seed,
+        **reserved,
+    )
+
+
+def _make_engine(
+    options: ServeOptions,
+    opened: Opened,
+    adapters: Mapping[str, Path],
+    engine_options: EngineOptions,
+    report: Callable[[str, int, int], None],
+) -> Engine:
+    """The engine with everything compiled."""
+    from flora_jax.serve.engine import Engine
+
+    model = opened.load(dtype_of(options.dtype), quantize=options.quantization)
+    engine = Engine(model, adapters, tokenizer=opened.tokenizer, options=engine_options)
+    if engine.attention_note is not None:
+        say(f"prompts: attention by {engine.attention_note}")
+    engine.warm_up(report)
+    return engine

@@ -1,0 +1,129 @@
+"""The model as the API shows it: its names, what it can serve, and its prompts' tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from flora_jax.serve.engine import Engine
+from flora_jax.serve.http.errors import ApiError, invalid, short
+from flora_jax.serve.http.infill import Infill
+from flora_jax.serve.http.schemas import Message, ModelCard
+from flora_jax.serve.http.token_texts import TokenTexts
+from flora_jax.serve.registry import Version
+from flora_jax.serve.request import Limits
+
+# Characters of a text whose tokens are counted beside the event loop.
+_LONG_TEXT = 20_000
+_MOST_NAMED = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """What is served.
+
+    Args:
+        names: of the base, from one; the first is its usual one.
+        root: where the base comes from.
+        limits: the model's, with its tokenizer and chat template.
+        created: when the server started, in seconds since 1970.
+    """
+
+    names: tuple[str, ...]
+    root: str
+    limits: Limits
+    created: int = 0
+    texts: TokenTexts = dataclasses.field(init=False)
+    infill: Infill | None = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        tokenizer = self.limits.tokenizer
+        object.__setattr__(self, "texts", TokenTexts(tokenizer))
+        object.__setattr__(self, "infill", Infill.of(tokenizer))
+
+    def adapter_of(self, model: str, engine: Engine) -> str | None:
+        """The adapter that a request's ``model`` names; ``None`` is the base.
+
+        Raises:
+            ApiError: 404, nothing has this name.
+        """
+        if model in self.names:
+            return None
+        behind = (model[len(base) + 1 :] for base in self.names if model.startswith(f"{base}:"))
+        for name in (model, *behind):
+            if engine.registry.knows(name):
+                return name
+        known = [*self.names, *(version.name for version in engine.registry.versions())]
+        more = f" and {len(known) - _MOST_NAMED} more" if len(known) > _MOST_NAMED else ""
+        message = f"unknown model {short(model)}, expected {', '.join(known[:_MOST_NAMED])}{more}"
+        raise ApiError(404, message, code="model_not_found", param="model")
+
+    def cards(self, versions: Iterable[Version]) -> list[ModelCard]:
+        """Of the base by each of its names, and of every adapter."""
+        context = self.limits.context
+        base = [
+            ModelCard(id=name, created=self.created, root=self.root, max_model_len=context)
+            for name in self.names
+        ]
+        return base + [
+            ModelCard(
+                id=version.name, created=self.created, root=_root(version), parent=self.names[0],
+                max_model_len=context,
+            )
+            for version in versions
+        ]  # fmt: skip
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """The tokens of a text; a long one is looked at beside the event loop.
+
+        Raises:
+            RequestError: see :meth:`flora_jax.serve.request.Limits.encode`.
+        """
+        if len(text) < _LONG_TEXT:
+            return self.limits.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.limits.encode, text, add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], with_special: bool = False) -> str:
+        """The text of tokens, those outside the vocabulary left out, special ones unless asked."""
+        tokenizer, size = self.limits.tokenizer, self.limits.vocab_size
+        if tokenizer is None:
+            return ""
+        known = [token for token in token_ids if token < size]
+        return tokenizer.decode(known, skip_special_tokens=not with_special)
+
+    async def encode_messages(
+        self, messages: list[Message], add_generation_prompt: bool
+    ) -> tuple[int, ...]:
+        """The tokens of a conversation.
+
+        Raises:
+            RequestError: see :meth:`flora_jax.serve.request.Limits.encode_messages`.
+        """
+        plain = [_plain(message) for message in messages]
+        if sum(len(message["content"]) for message in plain) < _LONG_TEXT:
+            return self.limits.encode_messages(plain, add_generation_prompt)
+        return await asyncio.to_thread(self.limits.encode_messages, plain, add_generation_prompt)
+
+    async def encode_infill(self, prefix: str, suffix: str) -> tuple[int, ...]:
+        """The tokens of a gap to fill in.
+
+        Raises:
+            ApiError: the tokenizer has no tokens for it.
+        """
+        if self.infill is None:
+            raise invalid("the model has no fill-in-the-middle tokens, leave suffix out", "suffix")
+        before = await self.encode(prefix, add_special_tokens=False)
+        return self.infill.join(before, await self.encode(suffix, add_special_tokens=False))
+
+
+def _plain(message: Message) -> Mapping[str, str]:
+    content = message.content
+    if not isinstance(content, str):
+        content = "".join(part.text for part in content)
+    return {"role": message.role, "content": content}
+
+
+def _root(version: Version) -> str:
+    return str(version.source) if isinstance(version.source, str | Path) else "memory"
