@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -12,12 +13,15 @@ from flora_jax.cli.common import cache_directory
 from flora_jax.cli.convert import convert
 from flora_jax.cli.generate import generate
 from flora_jax.cli.inspect import demo, info
+from flora_jax.cli.options import spelt_out
 from flora_jax.cli.plan import plan
 from flora_jax.cli.serve import serve
 from flora_jax.cli.train import train
 from flora_jax.xla_flags import keep_from_missing_gpu, set_flags
 
 NAME = "flora-jax"
+# Options that take several values, as in vLLM.
+_SEVERAL = ("--lora-modules",)
 app = program.new_app(
     name=NAME,
     no_args_is_help=True,
@@ -50,6 +54,7 @@ app.add_typer(evaluate.app)
 
 def main() -> None:
     """The entry point."""
+    sys.argv[1:] = spelt_out(sys.argv[1:], _SEVERAL)
     keep_from_missing_gpu()
     set_flags(cache_directory())
     program.run(app, NAME)

@@ -1,8 +1,8 @@
 """The page at ``/``: what the server does now, and one prompt for several adapters side by side.
 
 One file without outside resources; its script and style are named by their digests in the policy that
-is sent with it, so that nothing else runs in it. What it shows comes from ``/status``, which the API key
-guards like ``/v1/*``.
+is sent with it, so that nothing else runs in it. What it shows comes from ``/v1/status``, which the API
+key guards as all of ``/v1``.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import collections
 import hashlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import resources
-from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
+from flora_jax.serve.http.errors import responses
 from flora_jax.serve.http.runner import Outcome, Runner, State, Timing
 from pydantic import BaseModel, Field
 
@@ -96,6 +96,9 @@ class Activity:
     def refused(self, request: Request) -> None:
         """Nothing that the page shows."""
 
+    def began(self, timing: Timing) -> None:
+        """Nothing that the page shows."""
+
     def progressed(self, timing: Timing, tokens: int, gap_s: float) -> None:
         second = int(self._now())
         if not self._seconds or self._seconds[-1][0] != second:
@@ -156,8 +159,10 @@ def read_status(runner: Runner, activity: Activity) -> Status:
     )
 
 
-def page_router(runner: Runner, activity: Activity, guards: Sequence[Any]) -> APIRouter:
-    """The page, open to all, and its status, behind ``guards`` (FastAPI dependencies)."""
+def page_router(runner: Runner, model: str) -> APIRouter:
+    """The page and its status; observes the runner from now on. ``model`` is the base's name."""
+    activity = Activity(model)
+    runner.observers.append(activity)
     page, policy = read_page()
     headers = {
         "Content-Security-Policy": policy,
@@ -165,14 +170,16 @@ def page_router(runner: Runner, activity: Activity, guards: Sequence[Any]) -> AP
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "no-cache",
     }
-    router = APIRouter(tags=["page"])
+    router = APIRouter()
 
-    @router.get("/", response_class=HTMLResponse, summary="A page for people")
+    @router.get("/", response_class=HTMLResponse)
     async def index() -> HTMLResponse:
+        """A page for people."""
         return HTMLResponse(page, headers=headers)
 
-    @router.get("/status", dependencies=[*guards], summary="What the page shows")
+    @router.get("/v1/status", responses=responses(401, 500))
     async def status() -> Status:
+        """What the page shows."""
         return read_status(runner, activity)
 
     return router
