@@ -21,7 +21,7 @@ from flora_jax.xla_flags import keep_from_missing_gpu, set_flags
 
 NAME = "flora-jax"
 # Options that take several values, as in vLLM.
-_SEVERAL = ("--lora-modules",)
+_SEVERAL = ("--lora-modules", "--goodput")
 app = program.new_app(
     name=NAME,
     no_args_is_help=True,
