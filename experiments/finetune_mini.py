@@ -27,29 +27,23 @@ are in experiments/results/finetune_mini.md.
 
 from __future__ import annotations
 
-import functools
 import json
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import jax
 import numpy as np
 import typer
-from flax import nnx
+from held_out import Windows, compare, score_windows
 
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.checkpoints.checkpoint import open_checkpoint
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
-from flora_jax.mixing.grouped import grouped_hooks
-from flora_jax.models.model import Model
 from flora_jax.peft.read import read_adapter
 from flora_jax.train.data.packing import PackedTokens
 from flora_jax.train.data.tokens import piece_bytes, tokenize
-from flora_jax.train.loss import token_scores
 from flora_jax.train.options import TrainOptions, make_options
 from flora_jax.train.run import train
 
@@ -138,66 +132,6 @@ def options_of(stage: str, run: Run, corpora: Path, steps: int, windows: int) ->
     return make_options(values)
 
 
-class Windows(NamedTuple):
-    """Sums for each held-out window: nats, right guesses, targets, bytes; float64 ``[windows]``."""
-
-    nll: np.ndarray
-    hits: np.ndarray
-    targets: np.ndarray
-    text: np.ndarray
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _score_rows(graph: Any, params: Any, layers: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
-    model = nnx.merge(graph, params)
-    hooks = None if layers is None else grouped_hooks(layers)
-    hidden_BTD, _ = model.hidden(
-        batch.tokens[:, :-1], batch.positions, segments_BT=batch.segments, adapters=hooks
-    )
-    nll_BT, hit_BT = token_scores(hidden_BTD, model.head(), batch.tokens[:, 1:])
-    return (nll_BT * batch.mask).sum(axis=1), (hit_BT * batch.mask).sum(axis=1)
-
-
-def score_windows(
-    model: Model, adapter: ModelAdapter | None, packed: PackedTokens, lengths: np.ndarray, most: int
-) -> Windows:
-    """What a model under an adapter (``None``: the base) predicts of held-out files."""
-
-    layers = None
-    if adapter is not None:
-        layers = jax.tree.map(lambda leaf: leaf[None], adapter.layers)
-    columns: list[list[np.ndarray]] = [[], [], [], []]
-    for batch in packed.evaluation(LENGTH, 16, most):
-        own = batch.mask.any(axis=1)
-        nll_B, hit_B = _score_rows(model.graph, model.params, layers, batch)
-        text_B = (lengths[batch.tokens[:, 1:]] * batch.mask).sum(axis=1)
-        for column, values in zip(columns, (nll_B, hit_B, batch.mask.sum(axis=1), text_B)):
-            column.append(np.asarray(values, np.float64)[own])
-    return Windows(*(np.concatenate(column) for column in columns))
-
-
-def compare(found: Windows, base: Windows, draws: int = 2000) -> dict[str, Any]:
-    """Bits per byte and accuracy, and their change to the base with 95 % intervals."""
-
-    def measures(picked: Any) -> np.ndarray:
-        bits = [
-            (w.nll[picked].sum(-1) / math.log(2)) / w.text[picked].sum(-1) for w in (found, base)
-        ]
-        right = [w.hits[picked].sum(-1) / w.targets[picked].sum(-1) for w in (found, base)]
-        return np.stack([bits[0], bits[0] - bits[1], right[0], right[0] - right[1]])
-
-    windows = len(found.nll)
-    drawn = np.random.default_rng(0).integers(0, windows, (draws, windows))
-    low, high = np.percentile(measures(drawn), [2.5, 97.5], axis=1)
-    whole = measures(np.arange(windows))
-    names = ("bits_per_byte", "bits_per_byte_change", "accuracy", "accuracy_change")
-    result: dict[str, Any] = {"windows": windows, "tokens": int(found.targets.sum())}
-    for number, name in enumerate(names):
-        result[name] = round(float(whole[number]), 5)
-        result[f"{name}_95"] = [round(float(low[number]), 5), round(float(high[number]), 5)]
-    return result
-
-
 def learned_spectrum(adapter: ModelAdapter) -> list[list[float]]:
     """Singular values of ``s·BᵀA - 1``, what each layer's first target has learned; the largest 6."""
     result = []
@@ -251,9 +185,13 @@ def main(
                 held_out[language], _ = tokenize(
                     path, tokenizer, config.eos_token_ids[0], cache=output / "tokens"
                 )
-                base[language] = score_windows(model, None, held_out[language], lengths, windows)
+                base[language] = score_windows(
+                    model, None, held_out[language].evaluation(LENGTH, 16, windows), lengths
+                )
             adapter = read_adapter(folders[language], config.projections(), config.n_layer)
-            own = score_windows(model, adapter, held_out[language], lengths, windows)
+            own = score_windows(
+                model, adapter, held_out[language].evaluation(LENGTH, 16, windows), lengths
+            )
             line = {
                 "stage": stage,
                 "run": run.name,

@@ -82,7 +82,7 @@ def dispatch_seconds(platform: Platform, rounds: int = 30) -> float:
         device, found = engine.device, []
         for _ in range(rounds + 3):
             began = time.thread_time()
-            tokens_BN = device.decode(Decode.of(sequences, 1, False))
+            tokens_BN = device.decode(Decode.of(sequences, 1, False)).tokens_BN
             found.append(time.thread_time() - began)
             jax.block_until_ready((tokens_BN, device.cache, device.state_rows))
             time.sleep(0)

@@ -77,7 +77,7 @@ def step_seconds(
         if decode is None or decode.steps < steps:
             raise RunError("the cache is too small for the bare loop")
         began = time.perf_counter()
-        tokens_BN = np.asarray(engine.device.decode(decode))
+        tokens_BN = np.asarray(engine.device.decode(decode).tokens_BN)
         seconds[1].append(time.perf_counter() - began)
         engine.scheduler.landed(decode)
         for sequence, own_N in zip(decode.sequences, tokens_BN, strict=True):

@@ -89,7 +89,7 @@ def step(rig: Any, sequences: Any, steps: int) -> Any:
     """Queues one dispatch; the tokens, on the device."""
     from flora_jax.serve.scheduler import Decode
 
-    tokens_BN = rig.decode(Decode.of(sequences, steps, False))
+    tokens_BN = rig.decode(Decode.of(sequences, steps, False)).tokens_BN
     for sequence in sequences:
         sequence.drawn += steps
     return tokens_BN

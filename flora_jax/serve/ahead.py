@@ -74,7 +74,14 @@ def programs(device: Device) -> list[Program]:
         ways: tuple[Draw, ...] = ("digits", "plain", "greedy")
         found += [_drawing(device, rows, how) for rows in device.lattice.rows for how in ways]
     found += [_beginning(device, count) for count in _entering(device)]
+    if device.options.max_logprobs:
+        sizes = {(s.rows, s.length) for s in device.lattice.prefill_shapes()}
+        found += [_scoring(device, *size) for size in sorted(sizes)]
+        if not device.platform.steps_on_device:
+            found += [_scoring_drawn(device, rows) for rows in device.lattice.rows]
     found += _reading(device)
+    if device.options.prefix_caching:
+        found.append(Program("copy blocks", None, partial(_copy_no_block, device)))
     found.append(Program("write an adapter", None, device.residency.write_nothing))
     if device.may_preempt:
         found.append(Program("insert", None, partial(device.insert, [], [0])))
@@ -158,7 +165,7 @@ def _prefilling(device: Device, shape: PrefillShape) -> Program:
     call = partial(device.prefill_call, shape, [])
 
     def run() -> None:
-        device.cache, _ = call().run()
+        device.cache, *_ = call().run()
 
     own = shape.form
     form = f"{own.multiplicative} + {own.additive} components"
@@ -176,7 +183,7 @@ def _looping(device: Device, shape: DecodeShape) -> Program:
         return device.decode_call(device.nothing(shape), 0, False)
 
     def run() -> None:
-        device.cache, device.state_rows, _ = call().run()
+        device.cache, device.state_rows, *_ = call().run()
 
     return Program(_named("decode", shape), call, run)
 
@@ -216,9 +223,35 @@ def _beginning(device: Device, count: int) -> Program:
 
     def run() -> None:
         hidden_BD = device.beside_parameters(jnp.zeros(shape, device.dtype))
-        device.state_rows, _ = call(hidden_BD).run()
+        device.state_rows, *_ = call(hidden_BD).run()
 
     return Program(f"begin {count} sequences", call, run)
+
+
+def _scoring(device: Device, rows: int, length: int) -> Program:
+    shape = rows, length, device.config.hidden_size
+    abstract_BTD = jax.ShapeDtypeStruct(shape, device.dtype)
+
+    def call(hidden_BTD: Any = abstract_BTD) -> Call:
+        return device.score_call(hidden_BTD, [])
+
+    def run() -> None:
+        call(device.beside_parameters(jnp.zeros(shape, device.dtype))).run()
+
+    return Program(f"score {rows} x {length} tokens", call, run)
+
+
+def _scoring_drawn(device: Device, rows: int) -> Program:
+    shape = rows, device.config.vocab_size
+    abstract_BV = jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def call(logits_BV: Any = abstract_BV) -> Call:
+        return device.score_drawn_call(logits_BV, device.resting(rows))
+
+    def run() -> None:
+        call(device.beside_parameters(jnp.zeros(shape, jnp.float32))).run()
+
+    return Program(f"score {rows} drawn tokens", call, run)
 
 
 def _reading(device: Device) -> Iterator[Program]:
@@ -233,6 +266,10 @@ def _reading(device: Device) -> Iterator[Program]:
                     kind.rehearse, residency.weights(0, target), residency.most(target)[1]
                 )
                 yield Program(f"read {target} of a {kind.name} adapter", None, run)
+
+
+def _copy_no_block(device: Device) -> None:
+    device.cache = device.copy_call([]).run()
 
 
 def _copy_nothing(device: Device) -> None:

@@ -6,7 +6,8 @@ Knows nothing of queues, text or who waits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import collections
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,10 +28,11 @@ from flora_jax.serve import steps
 from flora_jax.serve.lattice import DecodeShape, Lattice, PrefillShape
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.registry import Version
-from flora_jax.serve.request import Request
+from flora_jax.serve.request import Request, TokenLogprob
 from flora_jax.serve.residency import Residency
 from flora_jax.serve.sampling import Draw
-from flora_jax.serve.scheduler import Decode
+from flora_jax.serve.scheduler import Decode, Start
+from flora_jax.serve.scores import HostScores, Scores
 from flora_jax.serve.sequence import Chunk
 from flora_jax.serve.sequence import Sequence as Scheduled
 from flora_jax.serve.state import (
@@ -61,27 +63,89 @@ class Call(NamedTuple):
         return self.function.lower(*self.arguments, **self.static)
 
 
-class Flight(NamedTuple):
-    """What was dispatched and is not read yet: chunks of prompts with the first tokens by chunk, and a
-    decode dispatch with its tokens ``[B, N]``; tokens are on the device.
+class Prefilled(NamedTuple):
+    """Chunks of prompts that were dispatched; on the device.
+
+    ``tokens_B``: first tokens by chunk, which mean something for the last one of a prompt, and ``first``
+    their scores; ``behind``: scores of the tokens behind each position, where a prompt's are asked for.
     """
 
-    prefilled: list[tuple[list[Chunk], jax.Array]]
-    decode: Decode | None
-    tokens_BN: jax.Array | None
+    chunks: list[Chunk]
+    tokens_B: jax.Array | None
+    first: Scores | None
+    behind: Scores | None
 
-    def read(self) -> dict[int, list[int]]:
+
+class _End(NamedTuple):
+    """The activations ``[B, D]`` that a dispatch left after the last tokens of prompts, and the row of
+    one of them.
+    """
+
+    hidden_BD: jax.Array
+    row: int
+
+
+class Decoded(NamedTuple):
+    """Tokens ``[B, N]`` of a decode dispatch, on the device, and parts of their scores, which stand one
+    behind another up to the last column.
+    """
+
+    tokens_BN: jax.Array
+    scores: list[Scores]
+
+
+class Drawn(NamedTuple):
+    """What a dispatch brought one sequence: new tokens, and scores where it asked for them; those of
+    tokens of its prompt behind a position.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    prompt: list[tuple[int, list[TokenLogprob]]]
+
+
+class Flight(NamedTuple):
+    """What was dispatched and is not read yet: chunks of prompts, and a decode dispatch."""
+
+    prefilled: list[Prefilled]
+    decode: Decode | None
+    decoded: Decoded | None
+
+    def read(self) -> dict[int, Drawn]:
         """Waits for the tokens and returns them by their sequences' numbers, in order."""
-        drawn: dict[int, list[int]] = {}
-        for chunks, tokens_B in self.prefilled:
-            for chunk, token in zip(chunks, jax.device_get(tokens_B)):
-                if chunk.last:
-                    drawn[chunk.sequence.number] = [int(token)]
-        if self.decode is not None:
-            for sequence, own_N in zip(self.decode.sequences, np.asarray(self.tokens_BN)):
-                own = drawn.setdefault(sequence.number, [])
-                own += [int(token) for token in own_N if token != RESTING]
+        drawn: dict[int, Drawn] = collections.defaultdict(lambda: Drawn([], [], []))
+        for one in self.prefilled:
+            _read_prompts(one, drawn)
+        if self.decode is not None and self.decoded is not None:
+            tokens_BN, parts = np.asarray(self.decoded.tokens_BN), self.decoded.scores
+            scores = HostScores(parts) if parts else None
+            for row, (sequence, own_N) in enumerate(zip(self.decode.sequences, tokens_BN)):
+                columns = np.flatnonzero(own_N != RESTING) - len(own_N)
+                tokens = own_N[columns].tolist()
+                own = drawn[sequence.number]
+                own.token_ids.extend(tokens)
+                top = sequence.request.sampling_params.logprobs
+                if scores is not None and top is not None:
+                    own.logprobs.extend(scores.of(row, columns.tolist(), tokens, top))
         return drawn
+
+
+def _read_prompts(one: Prefilled, drawn: Mapping[int, Drawn]) -> None:
+    """Adds the first tokens of sequences, and the scores of their prompts."""
+    tokens_B = None if one.tokens_B is None else jax.device_get(one.tokens_B)
+    first = None if one.first is None else HostScores([one.first])
+    behind = None if one.behind is None else HostScores([one.behind])
+    for row, (sequence, start, count) in enumerate(one.chunks):
+        params, own = sequence.request.sampling_params, drawn[sequence.number]
+        if behind is not None and params.prompt_logprobs is not None:
+            tokens = [*sequence.request.prompt_token_ids[start + 1 : start + count + 1]]
+            scores = behind.of(row, [*range(len(tokens))], tokens, params.prompt_logprobs)
+            own.prompt.append((start, scores))
+        if one.chunks[row].last and tokens_B is not None:
+            token = int(tokens_B[row])
+            own.token_ids.append(token)
+            if first is not None and params.logprobs is not None:
+                own.logprobs.extend(first.of(row, [0], [token], params.logprobs))
 
 
 class Device:
@@ -119,6 +183,8 @@ class Device:
         )
         state = self.beside_parameters(make()) if allocate else jax.eval_shape(make)
         self.cache, self.state_rows = state.cache, state.rows
+        # By the keys of whole prompts that can be found among the blocks.
+        self._ends: dict[bytes, _End] = {}
         self._compiler_options = platform.invariant_options if options.batch_invariant else ()
         self.prompt_attention, self.attention_note = self._choose_attention(allocate)
         self._resting = {
@@ -155,23 +221,63 @@ class Device:
         """Tokens ``[B, N]`` of rows before the first step of a dispatch."""
         return self._resting[rows]
 
-    def prefill(self, chunks: Sequence[Chunk]) -> jax.Array | None:
+    def prefill(self, chunks: list[Chunk]) -> Prefilled | None:
         """Runs chunks, all of one form and length; the sequences that are through begin to decode.
 
         Returns:
-            First tokens by chunk, on the device, which mean something for the last one of a prompt.
+            What there is to be read of it, if anything.
         """
         rows, length = 1, self.lattice.long
         if max(chunk.length for chunk in chunks) <= self.lattice.short:
             rows, length = self.lattice.chunk_rows(len(chunks)), self.lattice.short
         span = self.lattice.prompt_span(max(chunk.start + length for chunk in chunks))
         shape = PrefillShape(rows, length, self.form_of(chunks[0].sequence), span)
-        self.cache, hidden_BD = self.prefill_call(shape, chunks).run()
-        if not any(chunk.last for chunk in chunks):
+        self.cache, hidden_BD, hidden_BTD = self.prefill_call(shape, chunks).run()
+        tokens_B = first = behind = None
+        wanted = [chunk.sequence.request.sampling_params.prompt_logprobs for chunk in chunks]
+        if hidden_BTD is not None and any(top is not None for top in wanted):
+            behind = self.score_call(hidden_BTD, chunks).run()
+        if any(chunk.last for chunk in chunks):
+            entering = [chunk.sequence if chunk.last else None for chunk in chunks]
+            self.state_rows, tokens_B, first = self.begin_call(entering, hidden_BD).run()
+            for row, sequence in enumerate(entering):
+                if sequence is not None and sequence.keys is not None and sequence.keys.whole:
+                    self._ends[sequence.keys.whole] = _End(hidden_BD, row)
+        elif behind is None:
             return None
-        entering = [chunk.sequence if chunk.last else None for chunk in chunks]
-        self.state_rows, tokens_B = self.begin_call(entering, hidden_BD).run()
-        return tokens_B
+        return Prefilled(chunks, tokens_B, first, behind)
+
+    def start(self, starts: Sequence[Start]) -> list[Prefilled]:
+        """Lets sequences draw their first tokens whose whole prompts are in the cache.
+
+        Returns:
+            Their tokens, as of chunks without tokens.
+        """
+        if not starts:
+            return []
+        copied = [(s.source, s.own) for s in starts if s.source is not None and s.own is not None]
+        if copied:
+            self.cache = self.copy_call(copied).run()
+        # Those that draw from the activations of one dispatch, as many at a time as that has rows.
+        sources: dict[int, list[Start]] = {}
+        for start in starts:
+            sources.setdefault(id(self._ends[start.key].hidden_BD), []).append(start)
+        found = []
+        for alike in sources.values():
+            hidden_BD = self._ends[alike[0].key].hidden_BD
+            count = hidden_BD.shape[0]
+            for together in (alike[at : at + count] for at in range(0, len(alike), count)):
+                sequences = [start.sequence for start in together]
+                rows = [self._ends[start.key].row for start in together]
+                self.state_rows, tokens_B, first = self.begin_call(sequences, hidden_BD, rows).run()
+                chunks = [Chunk(sequence, sequence.prompt, 0) for sequence in sequences]
+                found.append(Prefilled(chunks, tokens_B, first, None))
+        return found
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Lets go of what prefill left of whole prompts that nobody can find any longer."""
+        for key in keys:
+            self._ends.pop(key, None)
 
     def form_of(self, sequence: Scheduled) -> Form:
         """In which compiled form a sequence's prompt is prefilled."""
@@ -203,13 +309,37 @@ class Device:
         work = Prompts(own, paging, tokens_BT, start_B, count_B)
         results = self.lattice.chunks[-1] if self.lattice.few else rows
         arguments = (*self._base(), self.residency.layers, self.cache, pack(work))
-        return self._call(steps.prefill, arguments, dict(results=results))
+        static = dict(results=results, whole=self.options.max_logprobs > 0)
+        return self._call(steps.prefill, arguments, static)
 
-    def begin_call(self, entering: Sequence[Scheduled | None], hidden_BD: jax.Array) -> Call:
-        entries = pack(self._entries(entering, hidden_BD.shape[0]))
-        return self._call(steps.begin, (*self._base(), self.state_rows, hidden_BD, entries), {})
+    def score_call(self, hidden_BTD: Any, chunks: Sequence[Chunk]) -> Call:
+        next_BT = np.zeros(hidden_BTD.shape[:2], np.int32)
+        for row, (sequence, start, count) in enumerate(chunks):
+            ids = sequence.request.prompt_token_ids[start + 1 : start + count + 1]
+            next_BT[row, : len(ids)] = ids
+        arguments = (self.definition, self.leaves, hidden_BTD, pack(next_BT))
+        return self._call(steps.score_chunks, arguments, self._top)
 
-    def decode(self, decode: Decode) -> jax.Array:
+    def begin_call(
+        self,
+        entering: Sequence[Scheduled | None],
+        hidden_BD: jax.Array,
+        sources: Sequence[int] | None = None,
+    ) -> Call:
+        """``sources``: the row of the activations that each entry draws from; by default its own."""
+        count = hidden_BD.shape[0]
+        source_B = np.arange(count, dtype=np.int32)
+        if sources is not None:
+            source_B[: len(sources)] = sources
+        entries = pack((source_B, self._entries(entering, count)))
+        arguments = (*self._base(), self.state_rows, hidden_BD, entries)
+        return self._call(steps.begin, arguments, self._top)
+
+    @property
+    def _top(self) -> dict[str, int]:
+        return dict(top=self.options.max_logprobs)
+
+    def decode(self, decode: Decode) -> Decoded:
         """Begins to draw up to ``decode.steps`` tokens for each sequence.
 
         Returns:
@@ -218,18 +348,22 @@ class Device:
         versions = [sequence.version for sequence in decode.sequences]
         shape, pairs = self.lattice.decode(versions, decode.longest)
         work = self._decoding(shape, pairs, decode.sequences, decode.longest)
+        asked = (sequence.request.sampling_params.logprobs for sequence in decode.sequences)
+        scored = any(top is not None for top in asked)
         if self.platform.steps_on_device:
-            call = self.decode_call(work, decode.steps, decode.eager)
-            self.cache, self.state_rows, tokens_BN = call.run()
-            return tokens_BN
+            call = self.decode_call(work, decode.steps, decode.eager, scored)
+            self.cache, self.state_rows, tokens_BN, found = call.run()
+            return Decoded(tokens_BN, [found] if scored else [])
         how = _least_draw([sequence.request for sequence in decode.sequences])
         packed, rows_B = jax.device_put((pack(work), work.rows_B))
-        tokens_BN = self.resting(shape.rows)
+        tokens_BN, scores = self.resting(shape.rows), []
         for _ in range(max(decode.most)):
             self.cache, logits_BV = self.forward_call(packed).run()
             draw = self.draw_call(logits_BV, rows_B, tokens_BN, how)
             self.state_rows, tokens_BN = draw.run()
-        return tokens_BN
+            if scored:
+                scores.append(self.score_drawn_call(logits_BV, tokens_BN).run())
+        return Decoded(tokens_BN, scores)
 
     def nothing(self, shape: DecodeShape) -> Decoding:
         """A decode dispatch of a shape in which no row runs."""
@@ -247,10 +381,21 @@ class Device:
         paging = self._paging(sequences, shape.rows, shape.span, longest, attention)
         return Decoding(pairs, paging, rows_B)
 
-    def decode_call(self, work: Decoding, number: int, eager: bool) -> Call:
-        packed = pack((work, Steps(np.int32(number), np.bool_(eager))))
+    def decode_call(self, work: Decoding, number: int, eager: bool, scored: bool = False) -> Call:
+        packed = pack((work, Steps(np.int32(number), np.bool_(eager), np.bool_(scored))))
         arguments = (*self._base(), self.residency.layers, self.cache, self.state_rows, packed)
-        return self._call(steps.decode, arguments, dict(most=self.options.decode_steps))
+        static = dict(most=self.options.decode_steps) | self._top
+        return self._call(steps.decode, arguments, static)
+
+    def copy_call(self, pairs: Sequence[tuple[int, int]]) -> Call:
+        """Copies blocks, each to another; all are read before any is written."""
+        from_M, to_M = (np.full(self.rows, self.blocks, np.int32) for _ in range(2))
+        for place, (source, own) in enumerate(pairs):
+            from_M[place], to_M[place] = source, own
+        return self._call(steps.copy_blocks, (self.cache, pack((from_M, to_M))), {})
+
+    def score_drawn_call(self, logits_BV: Any, tokens_BN: Any) -> Call:
+        return self._call(steps.score_drawn, (logits_BV, tokens_BN), self._top)
 
     def forward_call(self, packed: Packed) -> Call:
         arguments = (*self._base(), self.residency.layers, self.cache, self.state_rows, packed)

@@ -14,6 +14,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Sequence as Many
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -24,9 +25,10 @@ from flora_jax.models.model import Model
 from flora_jax.platforms import Platform
 from flora_jax.platforms import platform as platform_of
 from flora_jax.serve.ahead import Compilations, compile_all
-from flora_jax.serve.device import Device, Flight
+from flora_jax.serve.device import Device, Drawn, Flight
 from flora_jax.serve.lattice import Lattice
 from flora_jax.serve.options import WHILE_READING, EngineOptions
+from flora_jax.serve.prefixes import PromptKeys, prompt_keys
 from flora_jax.serve.readers import Readers
 from flora_jax.serve.registry import Registry, Source, Version, version
 from flora_jax.serve.request import MAX_STOP_TOKENS, Limits, Request, RequestId, is_request_id
@@ -94,7 +96,9 @@ class Engine:
         self.device = Device(model, self.residency, lattice, options, platform)
         bounds = bounds_of(lattice, options, platform, self.device.blocks)
         self.scheduler = Scheduler(bounds, self.device.form_of)
-        self.limits = Limits(context, config.vocab_size, tokenizer)
+        self.limits = Limits(
+            context, config.vocab_size, tokenizer, max_logprobs=options.max_logprobs
+        )
         self._arrivals = itertools.count()
         self._inbox: collections.deque[Sequence | RequestId] = collections.deque()
         # Those that have not ended: by number of arrival, and the numbers by request id.
@@ -227,7 +231,8 @@ class Engine:
             running=len(scheduler.running), waiting=scheduler.waiting + len(self._inbox),
             preemptions=scheduler.preemptions,
             adapter_loads=self.residency.loads, adapter_evictions=self.residency.evictions,
-            cache_usage=1 - len(scheduler.free_blocks) / scheduler.bounds.blocks,
+            cache_usage=1 - scheduler.blocks.available / scheduler.blocks.count,
+            prefix_queries=scheduler.prefixes.queries, prefix_hits=scheduler.prefixes.hits,
         )  # fmt: skip
 
     def add(self, request: Request) -> RequestId:
@@ -253,7 +258,11 @@ class Engine:
         with self._changed:
             request, request_id, number = self._named(request)
             stream = Stream(request, stops, budget, self.tokenizer)
-            sequence = Sequence(number, request.adapter, len(ids), budget, request, own, stream)
+            sequence = Sequence(
+                number, request.adapter, len(ids), budget, request, own, stream,
+                keys=self._keys(own, ids), may_share=params.prompt_logprobs is None,
+                arrived_s=time.monotonic(),
+            )  # fmt: skip
             self._sequences[number], self._numbers[request_id] = sequence, number
             self._inbox.append(sequence)
         self._notify()
@@ -353,6 +362,9 @@ class Engine:
         for sequence in self.scheduler.heads():
             if sequence.version is not None:
                 self.residency.prefetch(sequence.version)
+        now_s = time.monotonic()
+        for sequence in plan.admitted:
+            sequence.queued_s = now_s - sequence.arrived_s
         before, self._flight = self._flight, self._run(plan)
         if plan.unread or not self.platform.pipelined:
             # Also where nothing of the plan was dispatched: what is under way comes first.
@@ -361,20 +373,21 @@ class Engine:
 
     def _run(self, plan: Plan) -> Flight | None:
         """Dispatches what a plan says, in its order; nothing waits for the device."""
+        prefilled = self.device.start(plan.started)
+        self.device.forget(self.scheduler.blocks.take_forgotten())
         for sequence in plan.swapped_in:
             self.device.swap_in(sequence, self._copies.pop(sequence.number))
         self.residency.write_claimed()
-        prefilled = []
         for chunks in plan.chunks:
-            tokens_B = self.device.prefill(chunks)
-            if tokens_B is not None:
-                prefilled.append((chunks, tokens_B))
+            found = self.device.prefill(chunks)
+            if found is not None:
+                prefilled.append(found)
         for sequence, blocks in plan.swapped_out:
             self._copies[sequence.number] = self.device.copy_out(blocks)
-        tokens_BN = None if plan.decode is None else self.device.decode(plan.decode)
+        decoded = None if plan.decode is None else self.device.decode(plan.decode)
         if plan.decode is None and not prefilled:
             return None
-        return Flight(prefilled, plan.decode, tokens_BN)
+        return Flight(prefilled, plan.decode, decoded)
 
     def _check(self, request: Request) -> Version | None:
         try:
@@ -427,19 +440,23 @@ class Engine:
         if flight.decode is not None:
             self.scheduler.landed(flight.decode)
         found = [
-            self._extend(self._sequences[number], tokens)
-            for number, tokens in drawn.items()
+            self._extend(self._sequences[number], own)
+            for number, own in drawn.items()
             if number in self._sequences
         ]
         return [told for told in found if told is not None]
 
-    def _extend(self, sequence: Sequence, tokens: list[int]) -> _Told | None:
+    def _extend(self, sequence: Sequence, drawn: Drawn) -> _Told | None:
         """Gives a sequence its new tokens; ends it where they do."""
-        stream = sequence.stream
+        stream, tokens = sequence.stream, drawn.token_ids
         before = len(stream.token_ids)
         broken = BROKEN in tokens
+        for start, logprobs in drawn.prompt:
+            stream.add_prompt(start, logprobs)
+        if not tokens:
+            return None
         try:
-            stream.add(tokens[: tokens.index(BROKEN)] if broken else tokens)
+            stream.add(tokens[: tokens.index(BROKEN)] if broken else tokens, drawn.logprobs)
         except Exception as error:  # What a tokenizer makes of its text is its own affair.
             self._drop(sequence)
             return _told(sequence, error=_no_text(error))
@@ -459,9 +476,23 @@ class Engine:
             return _ended(sequence, new)
         return _told(sequence, new) if new else None
 
+    def _keys(self, own: Version | None, token_ids: Many[int]) -> PromptKeys | None:
+        """What a prompt under an adapter, and its full blocks, can be found by."""
+        if not self.options.prefix_caching:
+            return None
+        root = b"" if own is None else own.digest.encode()
+        return prompt_keys(root, token_ids, self.options.block_size)
+
     def _drop(self, sequence: Sequence) -> None:
         """Takes a sequence out with all that it holds."""
         claimed = sequence.stage != "waiting"
+        keys = sequence.keys
+        if sequence.stage == "decode" and keys is not None and not self.options.batch_invariant:
+            # Who goes on with a conversation finds the answer as well. Its bits are those of decoding.
+            tokens = [*sequence.request.prompt_token_ids, *sequence.stream.token_ids]
+            every = self._keys(sequence.version, tokens)
+            assert every is not None
+            sequence.keys = every._replace(whole=keys.whole)
         self.scheduler.remove(sequence)
         self._release(sequence, claimed)
 
@@ -497,6 +528,8 @@ def bounds_of(lattice: Lattice, options: EngineOptions, platform: Platform, bloc
         steps=options.decode_steps,
         steps_while_waiting=platform.steps_while_waiting,
         steps_while_reading=WHILE_READING,
+        # Then a prompt is cut into the same chunks whatever it shares, so its bits are the same.
+        shared_stride=lattice.long if options.batch_invariant else 1,
     )
 
 
@@ -512,9 +545,15 @@ def _longest_sequence(config: ModelConfig, options: EngineOptions) -> int:
 
 def _told(sequence: Sequence, new: tuple[int, ...] = (), **end: Any) -> _Told:
     """An update with what is new of a sequence's tokens and text."""
-    request_id = sequence.request.request_id
+    request_id, stream = sequence.request.request_id, sequence.stream
     assert request_id is not None
-    return sequence.number, Update(request_id, new, sequence.stream.take_text(), **end)
+    if new and stream.logprobs is not None:
+        end["logprobs"] = tuple(stream.logprobs[-len(new) :])
+    if len(new) == len(stream.token_ids):  # The first.
+        end["queued_s"] = sequence.queued_s
+        if stream.prompt_logprobs is not None:
+            end["prompt_logprobs"] = tuple(stream.prompt_logprobs)
+    return sequence.number, Update(request_id, new, stream.take_text(), **end)
 
 
 def _ended(sequence: Sequence, new: tuple[int, ...]) -> _Told:

@@ -12,6 +12,7 @@ from flora_jax.platforms import Platform
 WHILE_READING = 4
 # Tokens of a chunk that there is room for at least where the options name no chunk.
 LEAST_CHUNK = 64
+MOST_LOGPROBS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +48,13 @@ class EngineOptions:
         merge_prompts: prompts under two or more multiplicative components go through their explicit
             weight, where chunks are long enough for the platform; else by the paper's formula (Eq. 6), as
             decoding does: more products and no weight.
+        prefix_caching: requests under one adapter that begin with the same tokens share the blocks of
+            that beginning, also after the first has ended, until the cache needs them. With
+            ``batch_invariant`` only whole prompts and whole chunks, so that no bit depends on it.
         batch_invariant: always use the largest shapes, so that a row's bits do not depend on its
             neighbours.
+        max_logprobs: likeliest tokens whose log probabilities a request may ask for, beside those of
+            its own tokens; 0: programs compute none, and requests that ask are refused.
         seed: of requests that have none of their own.
 
     Raises:
@@ -71,7 +77,9 @@ class EngineOptions:
     adapter_readers: int = 4
     adapter_timeout_s: float = 60.0
     merge_prompts: bool = True
+    prefix_caching: bool = True
     batch_invariant: bool = False
+    max_logprobs: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -80,7 +88,7 @@ class EngineOptions:
             "max_num_batched_tokens": self.max_num_seqs + (self.chunk or LEAST_CHUNK),
             "resident_adapters": 1,
             "max_model_len": 1, "cache_tokens": self.block_size, "max_components": 1,
-            "host_adapter_bytes": 0, "adapter_readers": 1, "seed": 0,
+            "host_adapter_bytes": 0, "adapter_readers": 1, "max_logprobs": 0, "seed": 0,
         }  # fmt: skip
         for name, bound in least.items():
             value = getattr(self, name)
@@ -88,6 +96,10 @@ class EngineOptions:
                 raise InputError(f"{name} is {value}, expected at least {bound}")
         if not self.adapter_timeout_s > 0:
             raise InputError(f"adapter_timeout_s is {self.adapter_timeout_s}, expected above 0")
+        if self.max_logprobs > MOST_LOGPROBS:
+            raise InputError(
+                f"max_logprobs is {self.max_logprobs}, expected at most {MOST_LOGPROBS}"
+            )
         if self.seed >= 2**32:
             raise InputError(f"seed is {self.seed}, expected below 2**32")
         for rows in self.row_buckets or ():

@@ -14,6 +14,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from flora_jax.errors import InputError
+from flora_jax.serve.blocks import Blocks
+from flora_jax.serve.prefixes import Found, Prefixes
 from flora_jax.serve.sequence import Chunk, Sequence, Stage
 
 if TYPE_CHECKING:
@@ -54,7 +56,8 @@ class Bounds(NamedTuple):
     chunks of ``chunk`` tokens, up to ``chunks`` in a dispatch, or of ``long_chunk``, one in a dispatch;
     an iteration has about ``budget`` tokens. A decode dispatch has up to ``steps`` steps,
     ``steps_while_waiting`` where a sequence could go on sooner, and ``steps_while_reading`` where one
-    waits for an adapter that is being read.
+    waits for an adapter that is being read. Prompts share their beginnings in multiples of
+    ``shared_stride`` positions.
     """
 
     rows: int
@@ -67,6 +70,7 @@ class Bounds(NamedTuple):
     steps: int = 16
     steps_while_waiting: int = 1
     steps_while_reading: int = 4
+    shared_stride: int = 1
 
 
 class Decode(NamedTuple):
@@ -89,12 +93,24 @@ class Decode(NamedTuple):
         return cls(sequences, steps, eager, most, longest)
 
 
+class Start(NamedTuple):
+    """A sequence that draws its first token from what another's prefill left, which is known by ``key``,
+    after its last prompt tokens were copied from block ``source`` to ``own``, where these fill none.
+    """
+
+    sequence: Sequence
+    key: bytes
+    source: int | None
+    own: int | None
+
+
 @dataclasses.dataclass
 class Plan:
     """What one iteration does, in the order of the fields.
 
     Args:
         refused: sequences whose adapters could not be loaded, and why; they are out.
+        started: new sequences whose whole prompts are in the cache.
         swapped_in: sequences that go on decoding: their blocks' contents come back.
         admitted: new sequences that run from now on.
         chunks: prefill dispatches; the chunks of one have one form.
@@ -106,6 +122,7 @@ class Plan:
     """
 
     refused: list[tuple[Sequence, str]] = dataclasses.field(default_factory=list)
+    started: list[Start] = dataclasses.field(default_factory=list)
     swapped_in: list[Sequence] = dataclasses.field(default_factory=list)
     admitted: list[Sequence] = dataclasses.field(default_factory=list)
     chunks: list[list[Chunk]] = dataclasses.field(default_factory=list)
@@ -126,7 +143,8 @@ class Scheduler:
         self, bounds: Bounds, form_of: Callable[[Sequence], Hashable] = lambda sequence: None
     ):
         self.bounds = bounds
-        self.free_blocks = list(range(bounds.blocks - 1, -1, -1))
+        self.blocks = Blocks(bounds.blocks)
+        self.prefixes = Prefixes(self.blocks, bounds.block, bounds.shared_stride)
         self.free_rows = list(range(bounds.rows - 1, -1, -1))
         self.running: list[Sequence] = []
         self.swapped: list[Sequence] = []
@@ -169,6 +187,7 @@ class Scheduler:
             self.swapped.remove(sequence)
         else:
             self.running.remove(sequence)
+            self.prefixes.publish(sequence)  # All that was planned is dispatched by now.
             self._leave(sequence)
         sequence.stage = "ended"
 
@@ -178,6 +197,8 @@ class Scheduler:
         A plan can be made before the tokens of the one before are read.
         """
         plan = Plan()
+        for sequence in self.running:
+            self.prefixes.publish(sequence)  # What the plan before said is dispatched.
         self._resume(plan)
         due, reading = self._admit(plan, adapters)
         if not self.running:
@@ -204,11 +225,11 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         assert sequence.row is not None
         self.free_rows.append(sequence.row)
-        self.free_blocks += reversed(sequence.blocks)
+        self.blocks.release(sequence.blocks)
         self._share[sequence.owner] -= 1
         if not self._share[sequence.owner]:
             del self._share[sequence.owner]
-        sequence.row, sequence.blocks = None, []
+        sequence.row, sequence.blocks, sequence.published = None, [], 0
 
     def _enter(self, sequence: Sequence, stage: Stage) -> None:
         sequence.row, sequence.stage = self.free_rows.pop(), stage
@@ -224,35 +245,72 @@ class Scheduler:
         too few.
         """
         more = self._blocks_for(positions) - len(sequence.blocks)
-        if more > len(self.free_blocks):
+        if not self.blocks.can_take((), more):
             return False
-        sequence.blocks += [self.free_blocks.pop() for _ in range(more)]
+        sequence.blocks += self.blocks.take(max(0, more))
         return True
+
+    def _start(self, sequence: Sequence, positions: int) -> Found | None:
+        """Blocks for the first ``positions`` of a sequence that has none, some shared with others;
+        ``None``, and nothing done, if there are too few.
+        """
+        found = self.prefixes.find(sequence)
+        more = self._blocks_for(positions) - len(found.blocks)
+        if not self.blocks.can_take(found.blocks, more):
+            return None
+        self.blocks.share(found.blocks)
+        sequence.blocks = [*found.blocks, *self.blocks.take(more)]
+        shared = len(found.blocks)
+        sequence.prefilled = sequence.prompt if found.whole else shared * self.bounds.block
+        sequence.published = shared
+        self.prefixes.count(sequence)
+        return found
+
+    def _run(self, plan: Plan, sequence: Sequence, found: Found) -> None:
+        """Lets a sequence begin, with what it shares: to be prefilled, or to decode at once."""
+        self._enter(sequence, "decode" if found.whole else "prefill")
+        if found.whole:
+            sequence.drawn = 1
+            own = sequence.blocks[len(found.blocks)] if found.source is not None else None
+            keys = sequence.keys
+            assert keys is not None
+            assert keys.whole is not None
+            plan.started.append(Start(sequence, keys.whole, found.source, own))
+            sequence.keys = keys._replace(whole=None)  # It is another's to be found.
 
     def _resume(self, plan: Plan) -> None:
         """Gives rows and blocks to preempted sequences, oldest first."""
         while self.swapped and self.free_rows:
             oldest = self.swapped[0]
-            if not self.reserve(oldest, max(oldest.cached + 1, oldest.prompt)):
-                break
-            self._enter(self.swapped.pop(0), "decode" if oldest.drawn else "prefill")
             if oldest.drawn:
+                if not self.reserve(oldest, oldest.cached + 1):
+                    break
+                self._enter(self.swapped.pop(0), "decode")
                 plan.swapped_in.append(oldest)
+                continue
+            found = self._start(oldest, oldest.prompt + 1)
+            if found is None:
+                break
+            self._run(plan, self.swapped.pop(0), found)
 
     def _admit(self, plan: Plan, adapters: Adapters) -> tuple[bool, bool]:
         """Lets new sequences in, with a row and blocks for their prompts.
 
         Returns:
-            Whether one waits for its adapter to be written in the next iteration, and whether one waits
-            for an adapter that is being read.
+            Whether one waits for the next iteration, for its adapter to be written or for a beginning
+            that it shares, and whether one waits for an adapter that is being read.
         """
         due = reading = False
+        coming = self.prefixes.coming(self.running)
         # A write delays those who decode: one in an iteration.
         decoding = any(sequence.stage == "decode" for sequence in self.running)
         written = 0
 
         def claim(sequence: Sequence) -> Admission | None:
             nonlocal due, reading, written
+            if self.prefixes.will_grow(sequence, coming):
+                due = True
+                return "loading"
             version = sequence.version
             if version is None:
                 return "ready"
@@ -278,7 +336,10 @@ class Scheduler:
             queue.popleft()
             if queue:  # Behind the others, who have as much right.
                 self._waiting[chosen.owner] = queue
-            self._enter(chosen, "prefill")
+            found = self._start(chosen, chosen.prompt + 1)
+            assert found is not None  # It was chosen because there are blocks.
+            self._run(plan, chosen, found)
+            coming |= self.prefixes.coming([chosen])
             plan.admitted.append(chosen)
         return due, reading
 
@@ -288,11 +349,12 @@ class Scheduler:
         """The next one to run; none where the first in line lacks blocks or was overtaken enough."""
         heads = sorted(self.heads(), key=lambda sequence: self._share[sequence.owner])
         for number, sequence in enumerate(itertools.chain(heads, self._behind(adapters))):
-            if self._blocks_for(sequence.prompt + 1) > len(self.free_blocks):
+            shared = self.prefixes.find(sequence).blocks
+            more = self._blocks_for(sequence.prompt + 1) - len(shared)
+            if not self.blocks.can_take(shared, more):
                 return None
             found = claim(sequence)
             if found == "ready":
-                self.reserve(sequence, sequence.prompt + 1)
                 for passed in heads[:number]:
                     passed.overtaken += 1
                 return sequence
@@ -371,7 +433,7 @@ class Scheduler:
             max(0, self._blocks_for(sequence.reach + number) - len(sequence.blocks))
             for sequence, number in zip(rows, decode.most)
         )
-        return decode if more <= len(self.free_blocks) else None
+        return decode if more <= self.blocks.available else None
 
     def _dispatch(self, plan: Plan, decode: Decode) -> None:
         for sequence, number in zip(decode.sequences, decode.most):
@@ -385,7 +447,13 @@ class Scheduler:
         self.running.remove(sequence)
         self._leave(sequence)
         planned = any(chunk.sequence is sequence for chunks in plan.chunks for chunk in chunks)
-        if planned:  # Nothing of it is dispatched yet.
+        started = [start for start in plan.started if start.sequence is sequence]
+        if started:  # Nothing of it is dispatched yet.
+            plan.started.remove(started[0])
+            assert sequence.keys is not None
+            sequence.keys = sequence.keys._replace(whole=started[0].key)
+            planned = True
+        elif planned:  # Nor here.
             kept = [[c for c in chunks if c.sequence is not sequence] for chunks in plan.chunks]
             plan.chunks = [chunks for chunks in kept if chunks]
         if planned or sequence.stage == "prefill":
@@ -394,6 +462,8 @@ class Scheduler:
             plan.swapped_in.remove(sequence)  # The host still has its copy.
         else:
             plan.swapped_out.append((sequence, blocks))
+            if sequence.keys is not None:  # When it is back, nothing of its prefill is left.
+                sequence.keys = sequence.keys._replace(whole=None)
         sequence.stage = "swapped"
         self.swapped.append(sequence)
         self.swapped.sort(key=lambda s: s.number)

@@ -10,6 +10,7 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    from flora_jax.serve.prefixes import PromptKeys
     from flora_jax.serve.registry import Version
     from flora_jax.serve.request import Request
     from flora_jax.serve.stream import Stream
@@ -37,6 +38,11 @@ class Sequence:
         drawn: tokens drawn; the first one counts from when the prompt's last chunk is planned.
         in_flight: further tokens that may have been drawn and were not read yet.
         overtaken: how many sequences ran before it although it was first in line.
+        keys: of its blocks and of its prompt; ``None`` where nothing is to be shared.
+        published: how many of its full blocks can be found by others.
+        arrived_s: when it came, on the monotonic clock.
+        queued_s: how long it waited for a row at first.
+        may_share: whether it takes blocks of others; else its whole prompt is prefilled.
     """
 
     number: int
@@ -53,6 +59,11 @@ class Sequence:
     drawn: int = 0
     in_flight: int = 0
     overtaken: int = 0
+    keys: PromptKeys | None = None
+    published: int = 0
+    may_share: bool = True
+    arrived_s: float = 0.0
+    queued_s: float | None = None
 
     @property
     def cached(self) -> int:

@@ -128,10 +128,13 @@ class Decoding:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """How long a dispatch that loops on the device goes on: so many steps, or until a row ends."""
+    """How long a dispatch that loops on the device goes on: so many steps, or until a row ends; and
+    whether its tokens are scored.
+    """
 
     number: Any
     eager: Any
+    scored: Any
 
 
 def init_state(config: ModelConfig, rows: int, blocks: int, block: int, dtype: Any) -> State:

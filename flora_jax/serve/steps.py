@@ -24,6 +24,7 @@ from flora_jax.models.cache import NOWHERE, Cache, LayerCache, Paging
 from flora_jax.models.model import Definition, LanguageModel
 from flora_jax.platforms import Platform
 from flora_jax.serve.sampling import Draw, sample
+from flora_jax.serve.scores import Scores, score, score_prompts
 from flora_jax.serve.state import (
     BROKEN,
     RESTING,
@@ -38,6 +39,8 @@ from flora_jax.weights.product import rounding_others
 
 Leaves = Sequence[jax.Array]
 Hooks = Sequence[dict[str, Any]]
+# Steps done, the cache, the rows, their tokens and scores.
+_Carry = tuple[jax.Array, Cache, Rows, jax.Array, Scores | None]
 
 
 # How each verb is jitted, by its name.
@@ -84,7 +87,7 @@ def _after(token_B: jax.Array, left_B: jax.Array, stops_BE: jax.Array) -> jax.Ar
     return jnp.where(stopped_B, 0, jnp.maximum(left_B - 1, 0))
 
 
-@_verb(static=("definition", "platform", "results"), donate=("cache",))
+@_verb(static=("definition", "platform", "results", "whole"), donate=("cache",))
 def prefill(
     definition: Definition,
     platform: Platform,
@@ -94,7 +97,8 @@ def prefill(
     packed: Packed,
     *,
     results: int,
-) -> tuple[Cache, jax.Array]:
+    whole: bool = False,
+) -> tuple[Cache, jax.Array, jax.Array | None]:
     """Puts chunks of prompts into the cache.
 
     Chunks of one sequence may stand beside each other: keys are stored before any are read.
@@ -107,9 +111,11 @@ def prefill(
         cache: donated.
         packed: the :class:`Prompts`.
         results: rows of the result.
+        whole: whether all activations are wanted as well.
 
     Returns:
-        The cache, and the activations ``[results, D]`` of each chunk's last token, padded with zeros.
+        The cache, the activations ``[results, D]`` of each chunk's last token, padded with zeros, and
+        those of all tokens ``[B, T, D]``.
     """
     model, prompts = definition.merge(leaves), packed.unpack()
     assert isinstance(prompts, Prompts)
@@ -128,10 +134,25 @@ def prefill(
     assert new is not None
     last_B = jnp.maximum(count_B - 1, 0)
     hidden_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-    return new, jnp.pad(hidden_BD, ((0, results - hidden_BD.shape[0]), (0, 0)))
+    padded_BD = jnp.pad(hidden_BD, ((0, results - hidden_BD.shape[0]), (0, 0)))
+    return new, padded_BD, hidden_BTD if whole else None
 
 
-@_verb(static=("definition", "platform"), donate=("rows",))
+@_verb(static=("definition", "top"))
+def score_chunks(
+    definition: Definition,
+    leaves: Leaves,
+    hidden_BTD: jax.Array,
+    packed: Packed,
+    *,
+    top: int,
+) -> Scores:
+    """Scores of the tokens behind each position of chunks; ``packed`` are those tokens ``[B, T]``."""
+    model = definition.merge(leaves)
+    return score_prompts(hidden_BTD, packed.unpack(), top, model.logits)
+
+
+@_verb(static=("definition", "platform", "top"), donate=("rows",))
 def begin(
     definition: Definition,
     platform: Platform,
@@ -139,20 +160,24 @@ def begin(
     rows: Rows,
     hidden_BD: jax.Array,
     packed: Packed,
-) -> tuple[Rows, jax.Array]:
+    *,
+    top: int = 0,
+) -> tuple[Rows, jax.Array, Scores | None]:
     """Draws the first tokens of sequences from what ``prefill`` left, and gives them rows.
 
-    ``packed`` are the :class:`Entries`.
+    ``packed`` are the rows of ``hidden_BD`` to draw from, ``[B]``, and the :class:`Entries`.
 
     Returns:
-        The rows, and the tokens ``[B]``, which mean something for the entries that are one.
+        The rows, the tokens ``[B]``, which mean something for the entries that are one, and their scores
+        ``[B, 1]`` with ``top`` likeliest, where that is not 0.
     """
-    entries = packed.unpack()
-    logits_BV = definition.merge(leaves).logits(hidden_BD)
+    source_B, entries = packed.unpack()
+    logits_BV = definition.merge(leaves).logits(hidden_BD[source_B])
     none_B = jnp.zeros(hidden_BD.shape[0], jnp.int32)
     first = dataclasses.replace(_new_rows(none_B, entries), drawn_B=none_B)
     token_B = _draw(logits_BV, first, _any_draw(platform))
-    return rows.put(entries.row_B, _new_rows(token_B, entries)), token_B
+    scores = score(logits_BV, token_B, top) if top else None
+    return rows.put(entries.row_B, _new_rows(token_B, entries)), token_B, scores
 
 
 @_verb(donate=("rows",))
@@ -211,7 +236,7 @@ def _advance(rows: Rows, logits_BV: jax.Array, how: Draw) -> tuple[Rows, jax.Arr
     return new, jnp.where(running_B, token_B, RESTING)
 
 
-@_verb(static=("definition", "platform", "most"), donate=("cache", "rows"))
+@_verb(static=("definition", "platform", "most", "top"), donate=("cache", "rows"))
 def decode(
     definition: Definition,
     platform: Platform,
@@ -222,7 +247,8 @@ def decode(
     packed: Packed,
     *,
     most: int,
-) -> tuple[Cache, Rows, jax.Array]:
+    top: int = 0,
+) -> tuple[Cache, Rows, jax.Array, Scores | None]:
     """Draws up to ``most`` tokens for those of the given rows that may have more, in one program.
 
     Args:
@@ -234,9 +260,11 @@ def decode(
         rows: donated.
         packed: the :class:`Decoding` and the :class:`Steps`.
         most: the number of columns of the result.
+        top: likeliest tokens of a score; 0: there are none.
 
     Returns:
-        The cache, the rows, and the tokens ``[B, most]`` in order, ``RESTING`` where a row was at rest.
+        The cache, the rows, the tokens ``[B, most]`` in order, ``RESTING`` where a row was at rest, and
+        their scores, zeros where the dispatch's ``scored`` is false.
     """
     model, (work, steps) = definition.merge(leaves), packed.unpack()
     assert isinstance(work, Decoding)
@@ -245,24 +273,30 @@ def decode(
     mine = rows.take(work.rows_B)
     how = _any_draw(platform)
 
-    def one_step(
-        carry: tuple[jax.Array, Cache, Rows, jax.Array],
-    ) -> tuple[jax.Array, Cache, Rows, jax.Array]:
-        number, cache, now, tokens_BN = carry
+    def one_step(carry: _Carry) -> _Carry:
+        number, cache, now, tokens_BN, scores = carry
         cache, logits_BV = _forward(model, hooks, cache, now, work.paging)
         now, token_B = _advance(now, logits_BV, how)
-        return number + 1, cache, now, tokens_BN.at[:, number].set(token_B)
+        if scores is not None:
+            scores = jax.lax.cond(
+                steps.scored,
+                lambda: scores.put(number, score(logits_BV, token_B, top)),
+                lambda: scores,
+            )
+        return number + 1, cache, now, tokens_BN.at[:, number].set(token_B), scores
 
-    def unfinished(carry: tuple[jax.Array, Cache, Rows, jax.Array]) -> jax.Array:
-        number, _, now, _ = carry
+    def unfinished(carry: _Carry) -> jax.Array:
+        number, _, now, _, _ = carry
         ended = jnp.any((mine.left_B > 0) & (now.left_B == 0))
         return (number < steps.number) & jnp.any(now.left_B > 0) & ~(steps.eager & ended)
 
-    tokens_BN = jnp.full((work.rows_B.shape[0], most), RESTING, jnp.int32)
-    _, cache, now, tokens_BN = jax.lax.while_loop(
-        unfinished, one_step, (jnp.int32(0), cache, mine, tokens_BN)
+    count = work.rows_B.shape[0]
+    tokens_BN = jnp.full((count, most), RESTING, jnp.int32)
+    scores = Scores.zeros(count, most, top) if top else None
+    _, cache, now, tokens_BN, scores = jax.lax.while_loop(
+        unfinished, one_step, (jnp.int32(0), cache, mine, tokens_BN, scores)
     )
-    return cache, rows.put(work.rows_B, now), tokens_BN
+    return cache, rows.put(work.rows_B, now), tokens_BN, scores
 
 
 @_verb(static=("definition", "platform"), donate=("cache",))
@@ -301,6 +335,12 @@ def draw(
     return rows.put(rows_B, new), jnp.concatenate([tokens_BN[:, 1:], token_B[:, None]], axis=1)
 
 
+@_verb(static=("top",))
+def score_drawn(logits_BV: jax.Array, tokens_BN: jax.Array, *, top: int) -> Scores:
+    """Scores ``[B, 1]`` of the tokens that :func:`draw` has put into the last column."""
+    return score(logits_BV, tokens_BN[:, -1], top)
+
+
 @_verb()
 def take_blocks(cache: Cache, blocks_M: jax.Array) -> list[LayerCache]:
     """Copies of a row's blocks, ``[M, S, G, K]`` for each layer; zeros for a number that is no block."""
@@ -311,3 +351,16 @@ def take_blocks(cache: Cache, blocks_M: jax.Array) -> list[LayerCache]:
 def put_blocks(cache: Cache, blocks_M: jax.Array, copies: list[LayerCache]) -> Cache:
     """Puts such copies into blocks of the cache, the same or others."""
     return jax.tree.map(lambda pool, copy: pool.at[blocks_M].set(copy, mode="drop"), cache, copies)
+
+
+@_verb(donate=("cache",))
+def copy_blocks(cache: Cache, packed: Packed) -> Cache:
+    """Copies blocks within the cache; ``packed`` are their numbers and those of the copies, ``[M]`` each,
+    where a number that is no block stands for none.
+    """
+    from_M, to_M = packed.unpack()
+
+    def copy(pool: jax.Array) -> jax.Array:
+        return pool.at[to_M].set(pool.at[from_M].get(mode="clip"), mode="drop")
+
+    return jax.tree.map(copy, cache)

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from flora_jax.serve.request import Completion, FinishReason, Request
+from flora_jax.serve.request import Completion, FinishReason, Request, TokenLogprob
 
 # So many tokens without certain text are no character: what is certain of them comes out.
 _MOST_HELD = 16
@@ -33,6 +33,12 @@ class Stream:
         self.stops = frozenset(stops)
         self.room = room
         self.token_ids: list[int] = []
+        params = request.sampling_params
+        # What was asked for, else None; the first token of a prompt has nothing to follow from.
+        self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
+        self.prompt_logprobs: list[TokenLogprob | None] | None = (
+            None if params.prompt_logprobs is None else [None]
+        )
         self.stopped = False
         self._decoder = None if tokenizer is None else TextDecoder(tokenizer)
         self._search = StopSearch(request.sampling_params.stop if tokenizer is not None else ())
@@ -43,12 +49,22 @@ class Stream:
     def running(self) -> bool:
         return not self.stopped and len(self.token_ids) < self.room
 
-    def add(self, tokens: Sequence[int]) -> None:
-        """Takes tokens in order; those after the end are left."""
+    def add(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob] = ()) -> None:
+        """Takes tokens in order, with theirs where asked for; those after the end are left."""
+        before = len(self.token_ids)
         for token in tokens:
             if not self.running:
                 break
             self._add(token)
+        if self.logprobs is not None:
+            self.logprobs += logprobs[: len(self.token_ids) - before]
+
+    def add_prompt(self, start: int, logprobs: Sequence[TokenLogprob]) -> None:
+        """Takes those of the prompt's tokens behind position ``start``; a prompt may start over."""
+        assert self.prompt_logprobs is not None
+        del self.prompt_logprobs[start + 1 :]
+        room = len(self.request.prompt_token_ids) - len(self.prompt_logprobs)
+        self.prompt_logprobs += logprobs[:room]
 
     def _add(self, token: int) -> None:
         self.token_ids.append(token)
@@ -90,6 +106,8 @@ class Stream:
             token_ids=tuple(self.token_ids),
             finish_reason=finish_reason or ("stop" if self.stopped else "length"),
             prompt_tokens=len(self.request.prompt_token_ids),
+            logprobs=None if self.logprobs is None else tuple(self.logprobs),
+            prompt_logprobs=None if self.prompt_logprobs is None else tuple(self.prompt_logprobs),
         )
 
 

@@ -57,5 +57,5 @@ class Stats:
     adapter_loads: int
     adapter_evictions: int
     cache_usage: float
-    prefix_queries: int = 0
-    prefix_hits: int = 0
+    prefix_queries: int
+    prefix_hits: int

@@ -43,7 +43,7 @@ def test_every_request_gets_exactly_its_tokens(seed, kind, rank, rate):
     assert found.output_throughput == pytest.approx(total / found.duration_s)
     # Nothing is left behind: every row and page is free again.
     assert len(own.scheduler.free_rows) == 4
-    assert len(own.scheduler.free_blocks) == own.scheduler.bounds.blocks
+    assert own.scheduler.blocks.available == own.scheduler.bounds.blocks
     assert not own.scheduler.has_work
 
 

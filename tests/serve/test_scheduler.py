@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from flora_jax.serve.prefixes import PromptKeys, prompt_keys
 from flora_jax.serve.scheduler import Bounds, LoadError, Scheduler
 from flora_jax.serve.sequence import Sequence
 
@@ -39,8 +40,9 @@ def scheduler_of(rows, blocks=100, block=4, form_of=lambda sequence: None, **bou
     return Scheduler(Bounds(rows, blocks, block, **bounds), form_of)
 
 
-def sequence(number, owner=None, prompt=4, budget=8):
-    return Sequence(number, owner, prompt, budget, None, owner, None)
+def sequence(number, owner=None, prompt=4, budget=8, keys=(), whole=None, may_share=True):
+    own = PromptKeys([*keys], whole) if keys or whole else None
+    return Sequence(number, owner, prompt, budget, None, owner, None, keys=own, may_share=may_share)
 
 
 def numbers(sequences):
@@ -294,7 +296,187 @@ def test_no_block_has_two_owners_and_none_is_lost(seed, ahead):
             if one.stage == "decode" and (one.drawn >= one.budget or rng.random() < 0.05):
                 scheduler.remove(one)
         owned = [block for running in scheduler.running for block in running.blocks]
-        assert sorted(owned + scheduler.free_blocks) == list(range(12))
+        assert len(set(owned)) == len(owned)
+        assert scheduler.blocks.available == 12 - len(owned)
         assert len({s.row for s in scheduler.running} | set(scheduler.free_rows)) == 4
         assert len(scheduler.running) + len(scheduler.free_rows) == 4
     assert preemptions > 3
+
+
+def cut(plan):
+    return [[(c.sequence.number, c.start, c.length) for c in d] for d in plan.chunks]
+
+
+def test_samples_of_a_prompt_wait_an_iteration_and_prefill_only_its_end():
+    scheduler = scheduler_of(rows=4, chunk=8, long_chunk=8, chunks=4, steps=8)
+    keys = [b"0", b"1", b"2"]
+    for number in range(3):
+        scheduler.add(sequence(number, prompt=14, budget=40, keys=keys))
+    scheduler.add(sequence(3, owner="other", prompt=14, keys=[b"3"]))
+    plan = scheduler.plan(READY)
+    assert numbers(plan.admitted) == [0, 3]
+    assert plan.decode.steps == 1  # Somebody could go on in the next iteration.
+    plan = scheduler.plan(READY)
+    assert numbers(plan.admitted) == [1, 2]
+    assert cut(plan) == [[(1, 12, 2), (2, 12, 2)]]
+    first, second, third = (s for s in scheduler.running if s.number != 3)
+    assert first.blocks[:3] == second.blocks[:3] == third.blocks[:3]
+    assert len({*first.blocks[3:], *second.blocks[3:], *third.blocks[3:]}) == 3
+    assert (scheduler.prefixes.queries, scheduler.prefixes.hits) == (4 * 14, 2 * 12)
+
+
+@pytest.mark.parametrize("prompt", [3, 4, 14])
+def test_samples_of_a_whole_prompt_wait_an_iteration_and_prefill_nothing(prompt):
+    scheduler = scheduler_of(rows=4, chunk=8, long_chunk=8, chunks=4)
+    keys = [bytes([n]) for n in range(prompt // 4)]
+    for number in range(3):
+        scheduler.add(sequence(number, prompt=prompt, budget=40, keys=keys, whole=b"all"))
+    scheduler.plan(READY)
+    plan = scheduler.plan(READY)
+    assert numbers(plan.admitted) == [1, 2]
+    assert plan.chunks == []
+    first, *others = scheduler.running
+    last = first.blocks[prompt // 4] if prompt % 4 else None
+    for one, start in zip(others, plan.started, strict=True):
+        own = one.blocks[prompt // 4] if prompt % 4 else None
+        assert start == (one, b"all", last, own)
+        assert own is None or own != last
+        assert one.blocks[: prompt // 4] == first.blocks[: prompt // 4]
+    assert numbers(plan.decode.sequences) == [0, 1, 2]
+    assert scheduler.prefixes.hits == 2 * prompt
+    finish(scheduler, 3)
+    # Kept while there are blocks for others, then forgotten from its end.
+    scheduler.add(sequence(3, prompt=prompt, keys=keys, whole=b"all"))
+    assert len(scheduler.plan(READY).started) == 1
+    finish(scheduler)
+    assert scheduler.blocks.take(scheduler.blocks.available)
+    assert b"all" in scheduler.blocks.take_forgotten()
+
+
+def test_who_starts_with_a_whole_prompt_and_is_preempted_at_once_starts_again():
+    scheduler = scheduler_of(rows=2, blocks=4, steps=1)
+    scheduler.add(sequence(0, owner=0, prompt=3, budget=13, whole=b"all"))
+    land(scheduler, scheduler.plan(READY))
+    (old,) = scheduler.running
+    while old.cached < 12:
+        land(scheduler, scheduler.plan(READY))
+    scheduler.add(sequence(1, owner=1, prompt=3, budget=9, whole=b"all"))
+    plan = scheduler.plan(READY)
+    assert numbers(plan.admitted) == [1]
+    (young,) = scheduler.swapped
+    assert (plan.started, plan.swapped_out, plan.chunks) == ([], [], [])
+    assert (young.prefilled, young.drawn, young.keys.whole) == (0, 0, b"all")
+    finish(scheduler)
+    assert numbers(s.sequence for s in scheduler.plan(READY).started) == [1]
+
+
+def test_the_last_token_is_always_prefilled_and_whoever_may_not_share_prefills_all():
+    scheduler = scheduler_of(rows=4)
+    keys = [b"0", b"1"]
+    scheduler.add(sequence(0, prompt=8, keys=keys))
+    scheduler.plan(READY)
+    finish(scheduler)
+    scheduler.add(sequence(1, prompt=8, keys=keys))
+    assert cut(scheduler.plan(READY)) == [[(1, 4, 4)]]
+    finish(scheduler)
+    scheduler.add(sequence(2, prompt=8, keys=keys, may_share=False))
+    assert cut(scheduler.plan(READY)) == [[(2, 0, 8)]]
+    finish(scheduler)
+    assert scheduler.blocks.available == 100
+
+
+def test_beginnings_are_shared_in_multiples_of_the_stride():
+    scheduler = scheduler_of(rows=4, chunk=8, long_chunk=8, shared_stride=8)
+    keys = [b"0", b"1", b"2", b"3"]
+    scheduler.add(sequence(0, prompt=17, keys=keys))
+    scheduler.plan(READY)
+    scheduler.add(sequence(1, prompt=15, keys=keys[:3]))
+    assert cut(scheduler.plan(READY)) == [[(1, 8, 7)]]
+
+
+def test_what_was_planned_and_preempted_at_once_cannot_be_found():
+    """Its blocks were never filled."""
+    scheduler = scheduler_of(rows=3, blocks=3, steps=1)
+    scheduler.add(sequence(0, owner=0, prompt=4, budget=8))
+    land(scheduler, scheduler.plan(READY))
+    (old,) = scheduler.running
+    while old.cached < 8:
+        land(scheduler, scheduler.plan(READY))
+    scheduler.add(sequence(1, owner=1, prompt=3, budget=4, keys=[b"0"]))
+    scheduler.plan(READY)
+    (young,) = scheduler.swapped
+    assert not scheduler.blocks.is_known(b"0")
+    assert young.published == 0
+
+
+def test_samples_go_on_where_the_one_that_fills_their_beginning_is_taken_out():
+    scheduler = scheduler_of(rows=2, chunk=4, long_chunk=4, chunks=1, budget=4)
+    keys = [b"0", b"1", b"2"]
+    for number in range(2):
+        scheduler.add(sequence(number, prompt=12, keys=keys))
+    assert cut(scheduler.plan(READY)) == [[(0, 0, 4)]]
+    assert admitted(scheduler) == []
+    finish(scheduler)
+    plan = scheduler.plan(READY)
+    assert numbers(plan.admitted) == [1]
+    assert cut(plan) == [[(1, 8, 4)]]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.parametrize("seed", range(20))
+def test_shared_blocks_hold_what_their_readers_think(seed, ahead):
+    """A simulated cache: what is dispatched writes, and who begins to decode finds its own prompt."""
+    rng = random.Random(seed)
+    scheduler = scheduler_of(4, 14, 3, chunk=4, long_chunk=8, chunks=2, budget=10, steps=6)
+    cache, saved, flying, number, hits = {}, {}, [], 0, 0
+    prompts = [[rng.randrange(9) for _ in range(12)] for _ in range(3)]
+    texts, started = {}, 0
+    for _ in range(300):
+        if rng.random() < 0.5:
+            owner = rng.randrange(2)
+            text = prompts[rng.randrange(3)][: rng.choice((2, 5, 9, 11, 12))]
+            keys = prompt_keys(bytes([owner]), text, 3)
+            new = sequence(number, owner, len(text), rng.randint(1, 20), *keys)
+            texts[new], number = (owner, text), number + 1
+            scheduler.add(new)
+        if scheduler.swapped:
+            while flying:
+                land(scheduler, flying.pop(0))
+        if rng.random() < 0.1 and scheduler.running:
+            scheduler.remove(rng.choice(scheduler.running))
+        plan = scheduler.plan(READY)
+        copies = {own: dict(cache[source]) for _, _, source, own in plan.started if own is not None}
+        cache |= copies
+        for one in plan.swapped_in:
+            for place, block in enumerate(one.blocks[: len(saved[one])]):
+                cache[block] = dict(saved[one][place])
+        for chunks in plan.chunks:
+            for one, start, length in chunks:
+                owner, text = texts[one]
+                for place in range(start, start + length):
+                    cache.setdefault(one.blocks[place // 3], {})[place % 3] = (owner, text[place])
+                for place in range(start + length):
+                    found = cache[one.blocks[place // 3]][place % 3]
+                    assert found == (owner, text[place])
+        for one, blocks in plan.swapped_out:
+            saved[one] = [dict(cache.get(block, {})) for block in blocks]
+        for one in [] if plan.decode is None else plan.decode.sequences:
+            owner, text = texts[one]
+            for place, token in enumerate(text):
+                assert cache[one.blocks[place // 3]][place % 3] == (owner, token)
+            for place in range(one.prompt, one.reach):  # What it draws is written.
+                cache.setdefault(one.blocks[place // 3], {})[place % 3] = (one.number, place)
+        started += len(plan.started)
+        flying.append(plan)
+        while len(flying) > (0 if plan.unread else ahead):
+            land(scheduler, flying.pop(0))
+        for one in [*scheduler.running]:
+            if one.stage == "decode" and one.drawn >= one.budget:
+                scheduler.remove(one)
+        hits = scheduler.prefixes.hits
+    assert hits > 30
+    assert started > 3
+    while scheduler.running or scheduler.swapped:
+        for one in [*scheduler.running, *scheduler.swapped]:
+            scheduler.remove(one)
+    assert scheduler.blocks.available == 14

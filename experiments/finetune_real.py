@@ -1,0 +1,243 @@
+"""What adapters do to a real model: each kind on each language, and bits per byte of held-out files.
+
+    python experiments/finetune_real.py sweep MODEL CORPORA --output runs/finetune_real
+    python experiments/finetune_real.py main MODEL CORPORA --output runs/finetune_real
+
+MODEL is a Hugging Face directory of SmolLM2-135M-Instruct (``flora-jax convert FILE.gguf MODEL --to hf``
+makes one), or any other model; CORPORA has LANGUAGE.train.jsonl.gz and LANGUAGE.validation.jsonl.gz.
+Stages:
+
+    sweep   learning rates for each kind on the first language; the rate with the fewest bits is used
+    main    FLoRA of rank 1, of rank 4 from zero-sum noise and from a frozen first component; LoRA of
+            rank 1 and 8; DoRA of rank 8; IA3 where PEFT places it; HiRA of rank 4. A run trains an
+            adapter for every language in one step
+
+``--preset cpu``: three languages (Perl, Lua, Racket), rows of 256 tokens, two of each adapter in a step.
+``--preset gpu``: seven languages, more ranks, eight rows of 512. Every run resumes where it was stopped;
+one whose results are there is not run again. Results are collected in --results, one object for each
+adapter, with paired 95 % intervals of its change to the base by a bootstrap over windows of held-out
+files (windows of one file are alike, so they are somewhat too narrow), and as a table beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from finetune_tables import HEAD, row, table
+from held_out import Windows, compare, score_windows
+
+from flora_jax.bench.receipts.machine import command
+from flora_jax.checkpoints.checkpoint import Opened, open_checkpoint
+from flora_jax.cli.program import run_function
+from flora_jax.errors import InputError
+from flora_jax.models.model import Model
+from flora_jax.peft.read import read_adapter
+from flora_jax.train.data.tokens import piece_bytes, tokenize
+from flora_jax.train.options import TrainOptions, make_options
+from flora_jax.train.run import train
+
+Shape = dict[str, Any]
+SHAPES: dict[str, Shape] = {
+    "FLoRA r 1": {"kind": "flora"},
+    "LoRA r 1": {"kind": "lora"},
+    "IA3": {"kind": "ia3"},
+    "FLoRA r 4": {"kind": "flora", "rank": 4},
+    "FLoRA r 4, frozen ones": {"kind": "flora", "rank": 4, "init": "frozen_ones"},
+    "LoRA r 8": {"kind": "lora", "rank": 8},
+    "HiRA r 4": {"kind": "hira", "rank": 4},
+    "DoRA r 8": {"kind": "dora", "rank": 8},
+}
+MORE_SHAPES: dict[str, Shape] = {
+    f"{name} r {rank}": {"kind": kind, "rank": rank}
+    for kind, name in (("flora", "FLoRA"), ("lora", "LoRA"), ("hira", "HiRA"), ("dora", "DoRA"))
+    for rank in (2, 8, 16, 32)
+    if (kind, rank) not in {("lora", 8), ("dora", 8)}
+}
+# By kind the shape that is swept, and its rates.
+RATES: dict[str, tuple[str, tuple[float, ...]]] = {
+    "flora": ("FLoRA r 1", (8e-3, 3.2e-2, 1.28e-1)),
+    "lora": ("LoRA r 8", (3e-4, 1e-3, 4e-3)),
+    "ia3": ("IA3", (5e-3, 2e-2, 8e-2)),
+    "hira": ("HiRA r 4", (8e-3, 3.2e-2, 1.28e-1)),
+    "dora": ("DoRA r 8", (3e-4, 1e-3, 4e-3)),
+}
+
+
+class Preset(NamedTuple):
+    """How much is trained: ``rows`` of ``length`` tokens of each adapter in a step."""
+
+    languages: tuple[str, ...]
+    shapes: dict[str, Shape]
+    rows: int
+    length: int
+    steps: int
+    sweep_steps: int
+    windows: int
+    dtype: str
+
+
+PRESETS = {
+    "cpu": Preset(("perl", "lua", "racket"), SHAPES, 2, 256, 60, 20, 64, "float32"),
+    "gpu": Preset(
+        ("perl", "lua", "racket", "d", "ruby", "rust", "swift"),
+        SHAPES | MORE_SHAPES, 8, 512, 250, 60, 192, "bfloat16",
+    ),
+}  # fmt: skip
+
+
+class Run(NamedTuple):
+    """A run by name: its languages, and what differs from the recipe."""
+
+    name: str
+    languages: tuple[str, ...]
+    changes: Shape
+
+
+class Results:
+    """What has been found so far, a line for each adapter, and the table of it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        text = path.read_text() if path.exists() else ""
+        self.lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+
+    def has(self, stage: str, run: Run) -> bool:
+        return any((line["stage"], line["run"]) == (stage, run.name) for line in self.lines)
+
+    def add(self, lines: list[dict[str, Any]]) -> None:
+        self.lines += lines
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        parts = ["# Fine-tuning a real model", f"`{command()}`"]
+        for stage in ("sweep", "main"):
+            own = [line for line in self.lines if line["stage"] == stage]
+            if own:
+                tokens = f"{own[0]['tokens_trained']:,} tokens for each adapter"
+                parts += [
+                    f"## {stage}: {tokens}",
+                    table(HEAD, map(row, sorted(own, key=_place))),
+                ]
+        self.path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+
+    def rate(self, kind: str) -> float:
+        """The rate of the sweep with the fewest bits."""
+        own = [line for line in self.lines if (line["stage"], line["kind"]) == ("sweep", kind)]
+        if not own:
+            raise InputError(f"{self.path}: no sweep of {kind}; run that stage first")
+        return min(own, key=lambda line: line["bits_per_byte"])["learning_rate"]
+
+
+def _place(line: dict[str, Any]) -> tuple[str, float]:
+    return line["language"], line["bits_per_byte"]
+
+
+def runs(stage: str, preset: Preset) -> Iterator[Run]:
+    """The runs of a stage."""
+    if stage == "sweep":
+        for name, rates in RATES.values():
+            for rate in rates:
+                changes = SHAPES[name] | {"learning_rate": rate}
+                yield Run(f"{name} at {rate:g}", preset.languages[:1], changes)
+    elif stage == "main":
+        for name, shape in preset.shapes.items():
+            yield Run(name, preset.languages, shape)
+    else:
+        raise InputError(f"STAGE is {stage!r}, expected sweep or main")
+
+
+class Study(NamedTuple):
+    """A model, its texts, and how much of them is used."""
+
+    model: str
+    opened: Opened
+    corpora: Path
+    output: Path
+    preset: Preset
+
+    def options(self, run: Run, steps: int) -> TrainOptions:
+        """The recipe with the run's changes."""
+
+        def files(part: str) -> dict[str, str]:
+            return {n: str(self.corpora / f"{n}.{part}.jsonl.gz") for n in run.languages}
+
+        own = self.preset
+        values = {
+            "model": self.model, "data": files("train"), "steps": steps,
+            "batch_size": own.rows * len(run.languages), "seq_len": own.length,
+            "eval_every": steps, "save_every": 10, "keep": 1, "dtype": own.dtype,
+        }  # fmt: skip
+        return make_options(values | run.changes)
+
+    def held_out(self, language: str) -> Iterator[Any]:
+        """Batches of windows of the language's held-out files."""
+        assert self.opened.tokenizer is not None
+        packed, _ = tokenize(
+            self.corpora / f"{language}.validation.jsonl.gz", self.opened.tokenizer,
+            self.opened.config.eos_token_ids[0], cache=self.output / "tokens",
+        )  # fmt: skip
+        return packed.evaluation(self.preset.length, 8, self.preset.windows)
+
+
+def main(
+    stage: Annotated[str, typer.Argument(help="sweep or main")],
+    model: str,
+    corpora: Path,
+    output: Annotated[Path, typer.Option()],
+    preset: Annotated[str, typer.Option(help="cpu or gpu")] = "cpu",
+    steps: Annotated[int | None, typer.Option(help="Default: the preset's.")] = None,
+    results: Annotated[Path, typer.Option(help="JSON lines; a table is written beside it.")] = Path(
+        "experiments/results/finetune_real.jsonl"
+    ),
+) -> None:
+    """Runs what is not yet done of a stage and appends its results."""
+    if preset not in PRESETS:
+        raise InputError(f"--preset is {preset!r}, expected one of {', '.join(PRESETS)}")
+    own = PRESETS[preset]
+    steps = steps or (own.sweep_steps if stage == "sweep" else own.steps)
+    study = Study(model, open_checkpoint(model), corpora, output, own)
+    if study.opened.tokenizer is None:
+        raise InputError(f"{model}: no tokenizer.json, which the texts need")
+    lengths = piece_bytes(study.opened.tokenizer)
+    found = Results(results)
+    loaded: Model | None = None
+    base: dict[str, Windows] = {}
+    for run in runs(stage, own):
+        if found.has(stage, run):
+            print(f"{stage}: {run.name} is in {results.name} already")
+            continue
+        changes = run.changes
+        if stage == "main":
+            changes = changes | {"learning_rate": found.rate(changes["kind"])}
+        options = study.options(run._replace(changes=changes), steps)
+        directory = output / f"{stage}-{steps}" / run.name.replace(" ", "-").replace(",", "")
+        started = time.monotonic()
+        folders = train(options, directory, resume=True, cache=output / "tokens", say=print)
+        seconds = time.monotonic() - started
+        loaded = loaded or study.opened.load(own.dtype)
+        lines = []
+        for language in run.languages:
+            if language not in base:
+                base[language] = score_windows(loaded, None, study.held_out(language), lengths)
+            config = loaded.config
+            adapter = read_adapter(folders[language], config.projections(), config.n_layer)
+            scored = score_windows(loaded, adapter, study.held_out(language), lengths)
+            line = {
+                "stage": stage, "run": run.name, "language": language, "kind": options.kind,
+                "rank": options.rank, "init": options.init, "learning_rate": options.rate,
+                "steps": steps, "tokens_trained": steps * own.rows * own.length,
+                "parameters": adapter.parameters(), **compare(scored, base[language]),
+                "seconds": round(seconds, 1),
+            }  # fmt: skip
+            print(json.dumps(line), flush=True)
+            lines.append(line)
+        found.add(lines)
+
+
+if __name__ == "__main__":
+    run_function(main)
