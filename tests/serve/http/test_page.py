@@ -4,7 +4,6 @@
 in place of a tiny one, and keeps the picture.
 """
 
-import dataclasses
 import os
 import re
 from pathlib import Path
@@ -14,10 +13,16 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
+from flora_jax.checkpoints import open_checkpoint
+from flora_jax.serve.engine import Engine
 from flora_jax.serve.http import page
 from flora_jax.serve.http.runner import Timing, WarmUp
+from flora_jax.serve.http.served import Served
+from flora_jax.serve.http.settings import Settings
+from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.updates import Stats
-from tests.helpers.http_server import running
+from flora_jax.shipped import ASSETS
+from tests.helpers.http_server import adapters, running, small_engine, small_served
 from tests.helpers.requests import make_request
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -118,45 +123,35 @@ def test_the_policy_lets_nothing_but_the_pages_own_script_and_style_run(client):
 # In a browser.
 
 
-def tiny_engine(names):
-    from flora_jax.models.model import init_model
-    from flora_jax.serve.engine import Engine
-    from flora_jax.serve.options import EngineOptions
-    from tests.helpers.byte_tokenizer import PIECES, byte_tokenizer
-    from tests.helpers.random_adapters import random_adapter
-    from tests.helpers.tiny_engine import CONFIG
-
-    config = dataclasses.replace(CONFIG, vocab_size=PIECES)
-    options = EngineOptions(max_num_seqs=4, max_model_len=96, chunk=16, prefill_chunks=1,
-                            decode_steps=2)  # fmt: skip
-    adapters = {
-        name: random_adapter("lora", seed, config.projections(), 2, rank=2, targets=("c_attn",))
-        for seed, name in enumerate(names)
-    }
-    model = init_model(config, 5)
-    return Engine(model, adapters, tokenizer=byte_tokenizer(), options=options)
+def tiny():
+    """A small random model with two of its adapters, and one with a name for browsers to trip over."""
+    engine = small_engine()
+    made = adapters()
+    for name, kind in (("perl", "lora"), ("ruby", "flora"), (HOSTILE, "ia3")):
+        engine.register(name, made[kind])
+    return engine, small_served()
 
 
-def embedded_engine():
-    from flora_jax.checkpoints import open_checkpoint
-    from flora_jax.serve.engine import Engine
-    from flora_jax.serve.options import EngineOptions
-    from flora_jax.shipped import ASSETS
-
+def embedded():
+    """The embedded model, with its adapters, of which half are resident."""
     opened = open_checkpoint("mini")
     folders = {folder.name: folder for folder in sorted((ASSETS / "adapters/flora").iterdir())}
     options = EngineOptions(max_num_seqs=16, resident_adapters=4)
-    return Engine(opened.load("float32"), folders, tokenizer=opened.tokenizer, options=options)
+    model = opened.load("float32")
+    engine = Engine(model, folders, tokenizer=opened.tokenizer, options=options)
+    return engine, Served(("mini",), "mini", engine.limits)
 
 
 @pytest.fixture(scope="module")
 def server():
-    engine = embedded_engine() if SCREENSHOT else tiny_engine(["perl", "ruby", HOSTILE])
+    engine, served = embedded() if SCREENSHOT else tiny()
     engine.warm_up()
-    name = "mini" if SCREENSHOT else "base"
-    with running(engine, name, api_key="the key") as server:
-        server.base = name
-        yield server
+    settings = Settings(api_keys=("the key",))
+    with running(lambda report: engine, served, settings) as server:
+        server.base = served.names[0]
+        with server.client(headers={"Authorization": "Bearer the key"}) as client:
+            server.ask = lambda path, body: client.post(path, json=body).json()
+            yield server
 
 
 @pytest.fixture(scope="module")
