@@ -1,7 +1,7 @@
 """The application: every path, and what it answers.
 
 ``make_app(runner, served, settings)`` makes it. It holds nothing of its own but ``app.state``:
-``runner``, ``served`` and ``settings``.
+``runner``, ``served``, ``settings`` and ``recent``.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.requests import Request as HttpRequest
 
 from flora_jax import __version__
 from flora_jax.serve.http import errors
+from flora_jax.serve.http.adapters import adapter_paths
 from flora_jax.serve.http.chat import chat_job
 from flora_jax.serve.http.completions import completion_job
+from flora_jax.serve.http.encoding import Json
 from flora_jax.serve.http.errors import responses
-from flora_jax.serve.http.jobs import Json, answer
+from flora_jax.serve.http.jobs import answer
+from flora_jax.serve.http.metrics import EngineMetrics, Metrics, metrics_path
+from flora_jax.serve.http.recent import Recent
 from flora_jax.serve.http.runner import Runner
 from flora_jax.serve.http.schemas import (
     ChatCompletion,
@@ -69,12 +73,21 @@ def make_app(
         redirect_slashes=False, lifespan=lifespan,
     )  # fmt: skip
     app.state.runner, app.state.served, app.state.settings = runner, served, settings
+    metrics = Metrics(served.names[0], served.limits.context, settings.metric_adapters)
+    metrics.registry.register(EngineMetrics(runner, served.names[0]))
+    app.state.recent = Recent()
+    runner.observers += [metrics, app.state.recent]
     keys = Keys(settings.api_keys, settings.admin_keys)
     app.add_middleware(
         Gate, keys=keys, most_bytes=settings.max_body_bytes, timeout_s=settings.request_timeout_s
     )
     errors.install(app)
-    for router in (_model_paths(runner, served), _state_paths(runner), *routers):
+    paths = [_model_paths(runner, served), _state_paths(runner), metrics_path(metrics)]
+    if settings.adapter_root is not None:
+        paths.append(
+            adapter_paths(runner, served, settings.adapter_root, settings.max_adapter_rank)
+        )
+    for router in (*paths, *routers):
         app.include_router(router)
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]
     return app
@@ -148,7 +161,7 @@ def _state_paths(runner: Runner) -> APIRouter:
         if runner.state != "failed":
             return Json(Health(status="ok").model_dump())
         found = Health(status="failed", error=type(runner.error).__name__)
-        return JSONResponse(found.model_dump(), 503)
+        return Json(found.model_dump(), 503)
 
     @router.get("/ready", response_model=Readiness, responses={503: {"model": Readiness}})
     async def ready() -> Response:
@@ -157,7 +170,7 @@ def _state_paths(runner: Runner) -> APIRouter:
         if runner.state == "starting":
             name, done, total = runner.warm_up
             found = Readiness(status=runner.state, name=name, done=done, total=total)
-        return JSONResponse(found.model_dump(), 200 if runner.state == "ready" else 503)
+        return Json(found.model_dump(), 200 if runner.state == "ready" else 503)
 
     return router
 

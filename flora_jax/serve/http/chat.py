@@ -98,5 +98,5 @@ class ChatForm:
         return {
             "token": texts.text(token),
             "logprob": clamped(logprob),
-            "bytes": texts.bytes(token),
+            "bytes": texts.byte_list(token),
         }

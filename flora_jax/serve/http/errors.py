@@ -7,11 +7,11 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from flora_jax.errors import InputError
+from flora_jax.serve.http.encoding import Json
 from flora_jax.serve.http.runner import EngineFailed, QueueFull, Refused, TimedOut
 
 # OpenAI's word for each status.
@@ -68,8 +68,8 @@ class ApiError(Exception):
     def to_json(self) -> dict[str, Any]:
         return self.body.model_dump()
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.to_json(), self.status, self.headers)
+    def response(self) -> Json:
+        return Json(self.to_json(), self.status, self.headers)
 
 
 def invalid(message: str, param: str | None = None) -> ApiError:
@@ -119,10 +119,10 @@ _DESCRIBED = {
 def install(app: FastAPI) -> None:
     """Has an application answer all errors in this shape, the framework's own included."""
 
-    async def known(request: Request, error: Exception) -> JSONResponse:
+    async def known(request: Request, error: Exception) -> Json:
         return api_error(error).response()
 
-    async def framework(request: Request, error: Exception) -> JSONResponse:
+    async def framework(request: Request, error: Exception) -> Json:
         assert isinstance(error, HTTPException)
         method, path = request.method, request.url.path
         message = {
@@ -133,7 +133,7 @@ def install(app: FastAPI) -> None:
         headers = error.headers
         return ApiError(error.status_code, message, code=code, headers=headers).response()
 
-    async def malformed(request: Request, error: Exception) -> JSONResponse:
+    async def malformed(request: Request, error: Exception) -> Json:
         assert isinstance(error, RequestValidationError)
         message, param = described(error.errors())
         return invalid(message, param).response()

@@ -34,7 +34,8 @@ class Infill:
         for marks in _MARKS:
             ids = [tokenizer.token_to_id(mark) for mark in marks]
             if None not in ids:
-                return cls(*ids, first=tuple(tokenizer.encode("", add_special_tokens=True).ids))
+                first = tuple(tokenizer.encode("", add_special_tokens=True).ids)
+                return cls(ids[0], ids[1], ids[2], first)
         return None
 
     def join(self, before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:

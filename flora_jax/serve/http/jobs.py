@@ -8,14 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from flora_jax.serve.http.encoding import Json, event
 from flora_jax.serve.http.errors import ApiError, api_error
 from flora_jax.serve.http.runner import Answers, Runner
 from flora_jax.serve.request import Request, TokenLogprob
@@ -124,7 +124,7 @@ async def answer_whole(job: Job, answers: Answers, http: HttpRequest) -> Respons
     return Json(job.body(job.form.whole_object, choices, usage=usage))
 
 
-async def stream_parts(job: Job, answers: Answers) -> AsyncIterator[bytes]:
+async def stream_parts(job: Job, answers: Answers) -> AsyncGenerator[bytes, None]:
     """The events of a stream, up to the last; an error is one of them."""
     tokens = 0
     try:
@@ -149,29 +149,6 @@ def _merged(come: Iterable[tuple[int, Update]]) -> Iterable[tuple[int, Piece]]:
     return pieces.items()
 
 
-class Json(JSONResponse):
-    """JSON as it is, without escapes for what is no ASCII."""
-
-    def render(self, content: Any) -> bytes:
-        return encode(content)
-
-
-def encode(content: Any) -> bytes:
-    """An object as JSON.
-
-    Raises:
-        ValueError: a number that JSON does not have.
-    """
-    return json.dumps(
-        content, ensure_ascii=False, allow_nan=False, separators=(",", ":")
-    ).encode("utf-8", "replace")  # fmt: skip
-
-
-def event(content: Any) -> bytes:
-    """A server-sent event."""
-    return b"data: " + encode(content) + b"\n\n"
-
-
 class EventStream(Response):
     """Server-sent events.
 
@@ -185,7 +162,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], answers: Answers, stalled_s: float):
+    def __init__(self, events: AsyncGenerator[bytes, None], answers: Answers, stalled_s: float):
         # Proxies that collect an answer before they pass it on are told not to.
         self.status_code, self.background = 200, None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -208,6 +185,7 @@ class EventStream(Response):
             pass  # The connection is closed, since the answer is not complete.
         finally:
             self._answers.cancel()
+            await self._events.aclose()
 
 
 async def _while_there(

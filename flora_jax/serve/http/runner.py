@@ -93,10 +93,14 @@ class Timing:
 class Observer(Protocol):
     """Who is told how requests go; the one who knows latencies is :class:`Runner`."""
 
-    def arrived(self, timing: Timing) -> None: ...
+    def arrived(self, timing: Timing) -> None:
+        """It was taken in."""
 
     def refused(self, request: Request) -> None:
         """The queue was full."""
+
+    def began(self, timing: Timing) -> None:
+        """The first token is there."""
 
     def progressed(self, timing: Timing, tokens: int, gap_s: float) -> None:
         """``tokens`` more are there, ``gap_s`` after the last ones, or after the arrival."""
@@ -258,11 +262,13 @@ class Runner:
         Raises:
             Unavailable: the engine is not ready.
             QueueFull: there is no room for all of them.
-            InputError: the engine cannot serve one of them.
+            InputError: the engine cannot serve one of them, or they are too many for an empty queue.
         """
         self.check_open()
-        engine = self.engine
-        if len(self._open) + len(requests) > self.rows + self.max_queue:
+        engine, room = self.engine, self.rows + self.max_queue
+        if len(requests) > room:
+            raise InputError(f"{len(requests)} choices are asked for, at most {room} are served")
+        if len(self._open) + len(requests) > room:
             for observer in self.observers:
                 for request in requests:
                     observer.refused(request)
@@ -387,16 +393,22 @@ class Runner:
                 continue  # Given up while this was on its way.
             timing = one.timing
             if update.token_ids:
-                before_s = timing.arrived_s if timing.last_s is None else timing.last_s
-                if timing.first_s is None:
-                    timing.first_s = now_s
-                timing.last_s = now_s
-                timing.tokens += len(update.token_ids)
-                for observer in self.observers:
-                    observer.progressed(timing, len(update.token_ids), now_s - before_s)
+                self._progress(timing, update, now_s)
             if update.finish_reason is not None:
                 self._end(update.request_id, update.finish_reason, now_s)
             one.answers._add(update)
+
+    def _progress(self, timing: Timing, update: Update, now_s: float) -> None:
+        tokens, first = len(update.token_ids), timing.last_s is None
+        gap_s = now_s - (timing.arrived_s if timing.last_s is None else timing.last_s)
+        if first:
+            timing.first_s, timing.queued_s = now_s, update.queued_s
+        timing.last_s = now_s
+        timing.tokens += tokens
+        for observer in self.observers:
+            if first:
+                observer.began(timing)
+            observer.progressed(timing, tokens, gap_s)
 
     def _broke(self, error: BaseException) -> None:
         self.error = error

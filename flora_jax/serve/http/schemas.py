@@ -111,7 +111,7 @@ class Sampling(Strict):
     """What completions and chats have in common."""
 
     model: str = Field(description="The base, an adapter, or BASE:ADAPTER.")
-    temperature: float | None = Field(None, ge=0, description="0 is greedy. Default 1.")
+    temperature: float | None = Field(None, ge=0, le=100, description="0 is greedy. Default 1.")
     top_p: float | None = Field(None, gt=0, le=1, description="Default 1.")
     top_k: int | None = Field(None, ge=-1, le=LARGEST_INT32, description="0 and -1 are off.")
     n: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Choices of each prompt.")

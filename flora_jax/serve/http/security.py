@@ -140,8 +140,8 @@ class _Body:
             async with asyncio.timeout_at(self._until):
                 message = await self._receive()
         except TimeoutError:
-            message = f"the body did not come within {self._timeout_s:g} s"
-            raise ApiError(408, message, code="timeout") from None
+            late = f"the body did not come within {self._timeout_s:g} s"
+            raise ApiError(408, late, code="timeout") from None
         self._size += len(message.get("body", b""))
         if self._size > self._most:
             raise _too_large(self._size, self._most)

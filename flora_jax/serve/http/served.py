@@ -126,4 +126,6 @@ def _plain(message: Message) -> Mapping[str, str]:
 
 
 def _root(version: Version) -> str:
-    return str(version.source) if isinstance(version.source, str | Path) else "memory"
+    if not isinstance(version.source, str | Path):
+        return "memory"
+    return str(version.source).encode("utf-8", "replace").decode()  # A path may be no text.

@@ -17,6 +17,8 @@ from flora_jax.serve.http.runner import Runner
 
 # What is left of answers when the engine has ended is written within this time.
 _FLUSH_S = 5
+# So long a server whose engine broke off still answers that it did.
+_FAILED_S = 1.0
 # A thread that has something to do gets the interpreter so soon; Python's own 5 ms would be a third of
 # what a first token may wait for.
 _SWITCH_S = 0.0005
@@ -43,6 +45,7 @@ def serve(
     *,
     drain_timeout_s: float = 30.0,
     access_log: bool = False,
+    on_start: Callable[[Server], None] = lambda server: None,
     on_ready: Callable[[], None] = lambda: None,
 ) -> None:
     """Serves until SIGTERM or Ctrl-C, after which what runs may end within ``drain_timeout_s``.
@@ -54,6 +57,7 @@ def serve(
         listener: of :func:`listen`.
         drain_timeout_s: for requests that run when the signal comes.
         access_log: a line for every request.
+        on_start: is given the server before it runs.
         on_ready: called once requests are taken.
 
     Raises:
@@ -67,6 +71,7 @@ def serve(
         timeout_graceful_shutdown=_FLUSH_S, server_header=False,
     )  # fmt: skip
     server = Server(config, runner, drain_timeout_s, on_ready)
+    on_start(server)
     server.run(sockets=[listener])
     if isinstance(runner.error, InputError | OSError):
         raise runner.error
@@ -89,6 +94,7 @@ class Server(uvicorn.Server):
         self._runner, self._drain_timeout_s = runner, drain_timeout_s
         self._on_ready = on_ready
         self._until_s: float | None = None
+        self._failed_s: float | None = None
         self._said = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -104,7 +110,9 @@ class Server(uvicorn.Server):
             self._said = True
             self._on_ready()
         if runner.state == "failed":
-            return True
+            self._failed_s = self._failed_s or time.monotonic()
+            if time.monotonic() > self._failed_s + _FAILED_S:
+                return True
         if self._until_s is not None:
             starting = runner.state == "starting"
             runner.drain()

@@ -35,16 +35,16 @@ class TokenTexts:
             self._anchor = tokenizer.encode("a", add_special_tokens=False).ids
         self.text = functools.lru_cache(maxsize=1 << 16)(self._text)
 
-    def bytes(self, token: int) -> list[int] | None:
+    def byte_list(self, token: int) -> list[int] | None:
         """The token's bytes, which may be a part of a character; ``None`` where it has no text."""
-        found = self._bytes(token)
+        found = self._bytes_of(token)
         return None if found is None else [*found]
 
     def _text(self, token: int) -> str:
         """The token's text; one that is no whole characters is "bytes:" and its bytes, as OpenAI has it,
         so that different tokens have different texts.
         """
-        found = self._bytes(token)
+        found = self._bytes_of(token)
         if found is None:
             return f"token_id:{token}"
         try:
@@ -52,7 +52,7 @@ class TokenTexts:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
-    def _bytes(self, token: int) -> bytes | None:
+    def _bytes_of(self, token: int) -> bytes | None:
         if self.tokenizer is None:
             return None
         if token in self._added:

@@ -1,0 +1,201 @@
+"""Parts of the server by themselves: keys, metrics, tokens' texts, fill-in-the-middle, messages."""
+
+import json
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.exposition import generate_latest
+
+from flora_jax.errors import InputError
+from flora_jax.serve.http.encoding import encode
+from flora_jax.serve.http.errors import ApiError, short
+from flora_jax.serve.http.infill import Infill
+from flora_jax.serve.http.metrics import Metrics
+from flora_jax.serve.http.recent import Recent
+from flora_jax.serve.http.runner import Timing
+from flora_jax.serve.http.security import Keys
+from flora_jax.serve.http.settings import Settings
+from flora_jax.serve.http.token_texts import TokenTexts, clamped
+from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.http_server import FIM, tokenizer
+from tests.helpers.requests import make_request
+
+KEYS = Keys(["user"], ["admin"])
+
+
+@pytest.mark.parametrize(
+    "path, header, status",
+    [
+        ("/v1/models", None, 401),
+        ("/v1/models", "Bearer user", None),
+        ("/v1/models", "bearer  user", None),
+        ("/v1/models", "Bearer admin", None),
+        ("/v1/models", "Bearer use", 401),
+        ("/v1/models", "Bearer ", 401),
+        ("/v1/models", "Basic user", 401),
+        ("/v1/models", "user", 401),
+        ("/v1/anything", None, 401),
+        ("/tokenize", None, 401),
+        ("/detokenize", "Bearer other", 401),
+        ("/health", None, None),
+        ("/ready", None, None),
+        ("/metrics", None, None),
+        ("/", None, None),
+        ("/openapi.json", None, None),
+        ("/v1/load_lora_adapter", None, 401),
+        ("/v1/load_lora_adapter", "Bearer other", 401),
+        ("/v1/load_lora_adapter", "Bearer user", 403),
+        ("/v1/unload_lora_adapter", "Bearer user", 403),
+        ("/v1/unload_lora_adapter", "Bearer admin", None),
+    ],
+)
+def test_a_key_opens_what_it_is_for(path, header, status):
+    if status is None:
+        KEYS.check(path, header)
+        return
+    with pytest.raises(ApiError) as caught:
+        KEYS.check(path, header)
+    assert caught.value.status == status
+    assert (status == 401) == ("WWW-Authenticate" in caught.value.headers)
+    assert "user" not in str(caught.value)
+
+
+def test_without_api_keys_all_but_loading_is_open():
+    keys = Keys([], ["admin"])
+    keys.check("/v1/models", None)
+    with pytest.raises(ApiError):
+        keys.check("/v1/load_lora_adapter", None)
+
+
+def test_keys_are_nowhere_to_be_read(tmp_path):
+    settings = Settings(("secret-a",), ("secret-b",), tmp_path)
+    assert "secret" not in repr(settings) + repr(Keys(settings.api_keys)) + repr(vars(Keys(["secret"])))
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        ({"api_keys": ("",)}, "a key is empty"),
+        ({"api_keys": ("a\nb",)}, "no header carries"),
+        ({"admin_keys": ("a",)}, "no adapter root"),
+        ({"adapter_root": "."}, "no admin key"),
+        ({"stalled_s": 0}, "stalled_s is 0, expected above 0"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(changes, match, tmp_path):
+    if "adapter_root" in changes:
+        changes = {"adapter_root": tmp_path}
+    with pytest.raises(InputError, match=match):
+        Settings(**changes)
+
+
+def timing(adapter, tokens=0, first_s=None, last_s=None):
+    request = make_request(None, (1, 2, 3), adapter, request_id="a")
+    return Timing(request, 100.0, first_s, last_s, tokens, queued_s=0.25)
+
+
+def samples(metrics):
+    found = {}
+    for family in text_string_to_metric_families(generate_latest(metrics.registry).decode()):
+        for sample in family.samples:
+            found[sample.name, sample.labels.get("adapter"), sample.labels.get("le")] = sample.value
+    return found
+
+
+def test_adapters_beyond_the_first_share_a_label():
+    metrics = Metrics("base", 100, 2)
+    for name in (None, "a", "b", "c", "d", "a"):
+        one = timing(name, 1, 100.5, 100.5)
+        metrics.began(one)
+        metrics.progressed(one, 1, 0.5)
+        metrics.ended(one, "stop", 0.5)
+    found = samples(metrics)
+    name = "flora_jax:generation_tokens_total"
+    assert [found[name, adapter, None] for adapter in ("", "a", "b", "other")] == [1, 2, 1, 2]
+    assert {adapter for _, adapter, _ in found} == {"", "a", "b", "other"}
+
+
+def test_latencies_are_counted_where_they_belong():
+    metrics, recent = Metrics("base", 100, 2), Recent()
+    one = timing(None, 1, 100.5, 100.5)
+    for observer in (metrics, recent):
+        observer.arrived(one)
+        observer.began(one)
+        observer.progressed(one, 1, 0.5)
+    one.tokens, one.last_s = 5, 100.9
+    for observer in (metrics, recent):
+        observer.progressed(one, 4, 0.4)
+        observer.ended(one, "length", 1.0)
+    found = samples(metrics)
+    prefix = "flora_jax:"
+    assert found[prefix + "time_to_first_token_seconds_sum", "", None] == 0.5
+    assert found[prefix + "time_to_first_token_seconds_bucket", "", "0.25"] == 0
+    assert found[prefix + "time_to_first_token_seconds_bucket", "", "0.5"] == 1
+    assert found[prefix + "inter_token_latency_seconds_count", "", None] == 4
+    assert found[prefix + "inter_token_latency_seconds_sum", "", None] == pytest.approx(0.4)
+    per_token = prefix + "request_time_per_output_token_seconds_sum"
+    assert found[per_token, "", None] == pytest.approx(0.1)
+    assert found[prefix + "request_queue_time_seconds_sum", "", None] == 0.25
+    assert found[prefix + "e2e_request_latency_seconds_sum", "", None] == 1.0
+    assert found[prefix + "prompt_tokens_total", "", None] == 3
+    assert found[prefix + "request_generation_tokens_sum", "", None] == 5
+    assert found[prefix + "request_success_total", "", None] == 1
+    (last,) = recent.requests
+    assert (last.output_tokens, last.outcome, last.latency_s) == (5, "length", 1.0)
+    assert last.time_per_output_token_s == pytest.approx(0.1)
+
+
+def test_a_tokens_text_is_its_own_and_its_bytes_are_those_of_the_text():
+    made = tokenizer()
+    texts = TokenTexts(made)
+    assert len({texts.text(token) for token in range(made.get_vocab_size())}) == (
+        made.get_vocab_size()
+    )
+    for text in ("def f(x):\n", "Grüße, 世界 🙂", "abc ab a"):
+        ids = made.encode(text).ids
+        assert bytes(byte for token in ids for byte in texts.byte_list(token)).decode() == text
+    assert texts.text(made.encode("é").ids[0]) == "bytes:\\xc3"
+    assert texts.text(0) == "<|endoftext|>"
+    assert texts.text(10_000) == "token_id:10000"
+    assert texts.byte_list(10_000) is None
+    assert TokenTexts(None).text(3) == "token_id:3"
+
+
+def test_a_sentencepiece_token_keeps_its_space():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {"<unk>": 0, "▁a": 1, "▁b": 2, "b": 3, "<0xE2>": 4, "a": 5, "▁": 6}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a"), ("▁", "b")], unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    texts = TokenTexts(made)
+    assert [texts.text(token) for token in (2, 3, 4)] == [" b", "b", "bytes:\\xe2"]
+
+
+def test_fill_in_the_middle_is_the_tokenizers_own():
+    made = tokenizer()
+    first, second, third = (made.token_to_id(mark) for mark in FIM)
+    assert Infill.of(made).join([1, 2], [3]) == (first, 1, 2, second, 3, third)
+    assert Infill.of(byte_tokenizer()) is None
+    assert Infill.of(None) is None
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (1.5, "1.5"), ("a", "'a'"), ([1, 2], "a list of 2"), ({}, "an object"), (None, "None"),
+        (10**5000, "an integer of 16610 bits"), ("x" * 100, "'" + "x" * 59 + "..."),
+        ("\ud800", "'\\ud800'"),
+    ],
+)  # fmt: skip
+def test_a_value_in_a_message_is_short(value, text):
+    assert short(value) == text
+
+
+def test_an_answer_is_json_whatever_it_holds():
+    assert json.loads(encode({"a": "\ud800 é\u2028"})) == {"a": "? é\u2028"}
+    with pytest.raises(ValueError):
+        encode({"a": float("nan")})
+    assert clamped(float("-inf")) == -9999.0
