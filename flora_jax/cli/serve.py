@@ -109,7 +109,6 @@ def serve(options: ServeOptions) -> None:
         raise InputError(f"serving needs {error.name}: pip install 'flora-jax[serve]'") from None
     from flora_jax.checkpoints import open_checkpoint
     from flora_jax.serve.http.app import make_app
-    from flora_jax.serve.http.page import page_router
     from flora_jax.serve.http.runner import Runner
     from flora_jax.serve.http.served import Served
     from flora_jax.serve.http.server import listen
@@ -131,7 +130,7 @@ def serve(options: ServeOptions) -> None:
         return _make_engine(options, opened, adapters, engine_options, report)
 
     runner = Runner(make, rows, max_queue)
-    app = make_app(runner, served, settings, [page_router(runner, names[0])])
+    app = make_app(runner, served, settings)
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     say(f"listening on {address}, compiling")

@@ -8,25 +8,20 @@ key guards as all of ``/v1``.
 from __future__ import annotations
 
 import base64
-import collections
 import hashlib
 import re
-import time
-from collections.abc import Callable
 from importlib import resources
 
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
-from flora_jax.serve.http.errors import responses
-from flora_jax.serve.http.runner import Outcome, Runner, State, Timing
 from pydantic import BaseModel, Field
 
-from flora_jax.serve.request import Request
+from flora_jax.serve.http.errors import responses
+from flora_jax.serve.http.recent import Recent
+from flora_jax.serve.http.runner import Runner, State
 
-# Requests that are listed, and seconds whose tokens are.
-RECENT, HISTORY_S = 12, 60
-# Seconds that the present rate is the mean of.
-_RATE_S = 5
+# Requests that are listed.
+LISTED = 12
 
 
 class Warming(BaseModel):
@@ -77,92 +72,46 @@ class Status(BaseModel):
     recent: list[Ended]
 
 
-class Activity:
-    """What requests did lately: an observer of the runner's.
-
-    Args:
-        model: the base's name.
-        now: a clock, in seconds.
-    """
-
-    def __init__(self, model: str, now: Callable[[], float] = time.monotonic) -> None:
-        self.model, self._now = model, now
-        self._seconds: collections.deque[list[int]] = collections.deque(maxlen=HISTORY_S + 1)
-        self._ended: collections.deque[tuple[Ended, float]] = collections.deque(maxlen=RECENT)
-
-    def arrived(self, timing: Timing) -> None:
-        """Nothing that the page shows."""
-
-    def refused(self, request: Request) -> None:
-        """Nothing that the page shows."""
-
-    def began(self, timing: Timing) -> None:
-        """Nothing that the page shows."""
-
-    def progressed(self, timing: Timing, tokens: int, gap_s: float) -> None:
-        second = int(self._now())
-        if not self._seconds or self._seconds[-1][0] != second:
-            self._seconds.append([second, 0])
-        self._seconds[-1][1] += tokens
-
-    def ended(self, timing: Timing, outcome: Outcome, seconds: float) -> None:
-        one = Ended(
-            model=timing.request.adapter or self.model,
-            prompt_tokens=len(timing.request.prompt_token_ids),
-            tokens=timing.tokens,
-            queued_s=timing.queued_s,
-            ttft_s=timing.time_to_first_token_s,
-            tpot_s=timing.time_per_output_token_s,
-            e2e_s=seconds,
-            outcome=outcome,
-            ago_s=0.0,
+def read_status(runner: Runner, recent: Recent, model: str) -> Status:
+    """What the page shows now; ``model`` is the base's name."""
+    now = recent.now()
+    ended = [
+        Ended(
+            model=one.adapter or model,
+            prompt_tokens=one.prompt_tokens,
+            tokens=one.output_tokens,
+            queued_s=one.queued_s,
+            ttft_s=one.time_to_first_token_s,
+            tpot_s=one.time_per_output_token_s,
+            e2e_s=one.latency_s,
+            outcome=one.outcome,
+            ago_s=now - one.ended_s,
         )
-        self._ended.appendleft((one, self._now()))
-
-    def history(self) -> list[int]:
-        """Output tokens of each of the last whole seconds, ``HISTORY_S`` of them, the oldest first."""
-        now, counts = int(self._now()), dict(map(tuple, self._seconds))
-        return [counts.get(second, 0) for second in range(now - HISTORY_S, now)]
-
-    def recent(self) -> list[Ended]:
-        """The last requests that ended, the last one first."""
-        now = self._now()
-        return [one.model_copy(update={"ago_s": now - at}) for one, at in self._ended]
-
-
-def read_status(runner: Runner, activity: Activity) -> Status:
-    """What the page shows now."""
-    history = activity.history()
+        for one in [*recent.requests][: -LISTED - 1 : -1]
+    ]
     status = Status(
-        model=activity.model,
+        model=model,
         state=runner.state,
         warm_up=Warming(**runner.warm_up._asdict()),
         rows=runner.rows,
-        tokens_per_s=sum(history[-_RATE_S:]) / _RATE_S,
-        history=history,
-        recent=activity.recent(),
+        tokens_per_s=recent.tokens_per_s(),
+        history=recent.history(),
+        recent=ended,
     )
     if runner.state not in ("ready", "draining"):
         return status
     engine = runner.engine
     stats = engine.stats
-    places = [AdapterPlace(name=name, state=state) for name, state in engine.adapters.items()]
-    queries = stats.prefix_queries
-    return status.model_copy(
-        update={
-            "running": stats.running,
-            "waiting": stats.waiting,
-            "cache_usage": stats.cache_usage,
-            "prefix_hit_rate": stats.prefix_hits / queries if queries else None,
-            "adapters": places,
-        }
-    )
+    status.running, status.waiting = stats.running, stats.waiting
+    status.cache_usage = stats.cache_usage
+    if stats.prefix_queries:
+        status.prefix_hit_rate = stats.prefix_hits / stats.prefix_queries
+    status.adapters = [AdapterPlace(name=name, state=state) for name, state in engine.adapters.items()]
+    return status
 
 
-def page_router(runner: Runner, model: str) -> APIRouter:
-    """The page and its status; observes the runner from now on. ``model`` is the base's name."""
-    activity = Activity(model)
-    runner.observers.append(activity)
+def page_paths(runner: Runner, recent: Recent, model: str) -> APIRouter:
+    """The page and its status; ``model`` is the base's name."""
     page, policy = read_page()
     headers = {
         "Content-Security-Policy": policy,
@@ -180,7 +129,7 @@ def page_router(runner: Runner, model: str) -> APIRouter:
     @router.get("/v1/status", responses=responses(401, 500))
     async def status() -> Status:
         """What the page shows."""
-        return read_status(runner, activity)
+        return read_status(runner, recent, model)
 
     return router
 

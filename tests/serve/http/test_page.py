@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 from flora_jax.checkpoints import open_checkpoint
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.http import page
+from flora_jax.serve.http.recent import Recent
 from flora_jax.serve.http.runner import Timing, WarmUp
 from flora_jax.serve.http.served import Served
 from flora_jax.serve.http.settings import Settings
@@ -40,57 +41,58 @@ class Clock:
 
 def test_tokens_are_counted_by_whole_seconds():
     clock = Clock()
-    activity = page.Activity("base", clock)
+    recent = Recent(window_s=60, now=clock)
     for now, tokens in ((1000.1, 3), (1000.9, 4), (1002.0, 5)):
         clock.now = now
-        activity.progressed(None, tokens, 0.1)
+        recent.progressed(None, tokens, 0.1)
     # The second that has not ended is left out.
-    assert activity.history() == [0] * 58 + [7, 0]
+    assert recent.history() == [0] * 58 + [7, 0]
     clock.now = 1003.5
-    assert activity.history() == [0] * 57 + [7, 0, 5]
+    assert recent.history() == [0] * 57 + [7, 0, 5]
+    assert recent.tokens_per_s(2) == 2.5
     clock.now = 1000.0 + 60
-    assert activity.history()[:3] == [7, 0, 5]
+    assert recent.history()[:3] == [7, 0, 5]
     for second in range(1100, 1300):
         clock.now = second
-        activity.progressed(None, 1, 0.1)
-    assert activity.history() == [1] * page.HISTORY_S
-
-
-def test_the_last_requests_come_first_and_no_more_than_fit():
-    clock = Clock()
-    activity = page.Activity("base", clock)
-    for number in range(page.RECENT + 3):
-        adapter = "x" if number % 2 else None
-        timing = Timing(make_request(number, (1, 2), adapter), 0.0, 0.5, 1.5, 5, 0.25)
-        clock.now += 1
-        activity.ended(timing, "length", 2.0)
-    clock.now += 3
-    found = activity.recent()
-    assert len(found) == page.RECENT
-    assert [one.ago_s for one in found[:3]] == [3.0, 4.0, 5.0]
-    assert [one.model for one in found[:2]] == ["base", "x"]
-    assert found[0].model_dump() == {
-        "model": "base", "prompt_tokens": 2, "tokens": 5, "queued_s": 0.25, "ttft_s": 0.5,
-        "tpot_s": 0.25, "e2e_s": 2.0, "outcome": "length", "ago_s": 3.0,
-    }  # fmt: skip
+        recent.progressed(None, 1, 0.1)
+    clock.now += 1
+    assert recent.history() == [1] * 60
+    assert recent.tokens_per_s() == 1.0
 
 
 def fake_runner(state="ready"):
     stats = Stats(2, 1, 0, 0, 0, 0.25, 100, 40)
     engine = SimpleNamespace(stats=stats, adapters={"b": "resident", "a": "disk"})
-    return SimpleNamespace(
-        observers=[], rows=4, state=state, engine=engine, warm_up=WarmUp("decode", 3, 9)
-    )
+    return SimpleNamespace(rows=4, state=state, engine=engine, warm_up=WarmUp("decode", 3, 9))
 
 
 @pytest.fixture
 def client():
-    def make(**given):
+    def make(recent=None, **given):
         app = FastAPI()
-        app.include_router(page.page_router(fake_runner(**given), "base"))
+        app.include_router(page.page_paths(fake_runner(**given), recent or Recent(), "base"))
         return TestClient(app)
 
     return make
+
+
+def test_the_last_requests_come_first_and_no_more_than_fit(client):
+    clock = Clock()
+    recent = Recent(now=clock)
+    for number in range(page.LISTED + 3):
+        adapter = "x" if number % 2 else None
+        timing = Timing(make_request(number, (1, 2), adapter), 0.0, 0.5, 1.5, 5, 0.25)
+        clock.now += 1
+        recent.ended(timing, "length", 2.0)
+    clock.now += 3
+    found = client(recent).get("/v1/status").json()["recent"]
+    assert len(found) == page.LISTED
+    assert [one["ago_s"] for one in found[:3]] == [3.0, 4.0, 5.0]
+    assert [one["model"] for one in found[:2]] == ["base", "x"]
+    assert found[0] == {
+        "model": "base", "prompt_tokens": 2, "tokens": 5, "queued_s": 0.25, "ttft_s": 0.5,
+        "tpot_s": 0.25, "e2e_s": 2.0, "outcome": "length", "ago_s": 3.0,
+    }  # fmt: skip
 
 
 def test_the_status_says_what_runs_and_where_adapters_lie(client):
