@@ -46,7 +46,9 @@ def main(
     max_tokens: int = 64,
     rows: Annotated[int, typer.Option(help="Requests that run at once.")] = 32,
     rounds: int = 5,
-    problems: Annotated[Path | None, typer.Option(help="MultiPL-E's, a JSON object a line.")] = None,
+    problems: Annotated[
+        Path | None, typer.Option(help="MultiPL-E's, a JSON object a line.")
+    ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Of --problems.")] = None,
     results: Path = RESULTS,
 ) -> None:
@@ -83,7 +85,9 @@ def main(
             found = list(generate(engines[name], asked))
             seconds[name].append(time.perf_counter() - started)
             drawn = sum(len(completion.token_ids) for completion in found)
-            print(f"round {number + 1}, {name}: {drawn / seconds[name][-1]:.1f} tokens/s", flush=True)
+            print(
+                f"round {number + 1}, {name}: {drawn / seconds[name][-1]:.1f} tokens/s", flush=True
+            )
     ratios = [alone / shared for shared, alone in zip(seconds["shared"], seconds["each its own"])]
     stats = engines["shared"].stats
     found_ = {

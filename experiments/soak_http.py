@@ -208,7 +208,9 @@ def alone(url: str, kept: list[Answered]) -> list[list[int]]:
 def metric(server: ServerProcess, name: str) -> float:
     """The sum of a metric over its labels."""
     lines = server.read("/metrics").splitlines()
-    values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name]
+    values = [
+        float(line.rsplit(" ", 1)[1]) for line in lines if line.split("{")[0].split(" ")[0] == name
+    ]
     if not values:
         raise ValueError(f"/metrics has no {name}")
     return sum(values)

@@ -106,7 +106,9 @@ def read_status(runner: Runner, recent: Recent, model: str) -> Status:
     status.cache_usage = stats.cache_usage
     if stats.prefix_queries:
         status.prefix_hit_rate = stats.prefix_hits / stats.prefix_queries
-    status.adapters = [AdapterPlace(name=name, state=state) for name, state in engine.adapters.items()]
+    status.adapters = [
+        AdapterPlace(name=name, state=state) for name, state in engine.adapters.items()
+    ]
     return status
 
 

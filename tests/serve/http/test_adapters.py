@@ -49,7 +49,18 @@ def test_every_kind_below_the_root_is_taken_by_relative_and_by_whole_path(root, 
 
 @pytest.mark.parametrize(
     "folder",
-    ["../outside", "good/../../outside", "/etc", "missing", "", "x\0y", "\ud800", "a" * 5000, "~", "."],
+    [
+        "../outside",
+        "good/../../outside",
+        "/etc",
+        "missing",
+        "",
+        "x\0y",
+        "\ud800",
+        "a" * 5000,
+        "~",
+        ".",
+    ],
 )
 def test_nothing_outside_the_root_is_looked_at(root, folder):
     refused(root, folder, "below the adapters' root|is missing, or lies outside")
@@ -146,7 +157,9 @@ def test_a_plain_pattern_is_taken(root):
     assert check(root, folder) == folder
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000, json.dumps({"peft_type": "LORA", "r": 10**9})])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "[" * 100_000, json.dumps({"peft_type": "LORA", "r": 10**9})]
+)
 def test_a_damaged_configuration_is_refused(root, text):
     folder = write(root / "damaged")
     (folder / "adapter_config.json").write_text(text)

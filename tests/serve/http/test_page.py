@@ -241,7 +241,11 @@ def test_a_key_is_asked_for_and_a_wrong_one_is_refused(tab, server):
     ready(tab)
     assert not tab.get_by_label("API key").is_visible()
     # It is in no storage of the browser's: a new visit asks again.
-    assert tab.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
+    assert tab.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [
+        0,
+        0,
+        "",
+    ]
     tab.reload()
     tab.get_by_label("API key").wait_for()
 

@@ -38,7 +38,8 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     for kind in KINDS:
         write_adapter(
-            random_adapter(kind, 8, CONFIG.projections(), 2, rank=RANK, targets=TARGETS), root / kind
+            random_adapter(kind, 8, CONFIG.projections(), 2, rank=RANK, targets=TARGETS),
+            root / kind,
         )
     other = random_adapter("lora", 8, CONFIG.projections(), 2, rank=RANK, targets=("mlp.c_fc",))
     write_adapter(other, root / "unreserved")
@@ -190,7 +191,13 @@ def test_a_stop_string_ends_the_text_before_it(client, alone):
     text = alone("abc", "flora", max_tokens=30, ignore_eos=True).text
     stop = text[5:7]
     found = complete(
-        client, model="flora", prompt="abc", max_tokens=30, temperature=0, stop=stop, ignore_eos=True
+        client,
+        model="flora",
+        prompt="abc",
+        max_tokens=30,
+        temperature=0,
+        stop=stop,
+        ignore_eos=True,
     )
     assert found["choices"][0]["text"] == text[: text.index(stop)]
     assert found["choices"][0]["finish_reason"] == "stop"
@@ -269,13 +276,20 @@ def test_a_chat_is_what_the_template_makes_of_it(client, alone):
         [one.logprob for one in expected.logprobs]
     )
     assert all(len(one["top_logprobs"]) == 1 for one in content)
-    parts = [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}
+    ]
     again = chat(client, model="flora", messages=parts, max_tokens=6, temperature=0)
     assert again["choices"][0]["message"]["content"] == expected.text
     whole = chat(client, model="flora", messages=messages, temperature=0)
     assert whole["usage"]["total_tokens"] <= 96
     chunks = stream(
-        client, "/v1/chat/completions", model="flora", messages=messages, max_tokens=6, temperature=0
+        client,
+        "/v1/chat/completions",
+        model="flora",
+        messages=messages,
+        max_tokens=6,
+        temperature=0,
     )
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert deltas[0]["role"] == "assistant" and not any("role" in delta for delta in deltas[1:])
@@ -283,15 +297,15 @@ def test_a_chat_is_what_the_template_makes_of_it(client, alone):
 
 
 def test_tokens_and_their_texts_go_both_ways(client):
-    found = client.post(
-        "/tokenize", json={"prompt": "abc é", "return_token_strs": True}
-    ).json()
+    found = client.post("/tokenize", json={"prompt": "abc é", "return_token_strs": True}).json()
     assert found["tokens"] == TOKENS.encode("abc é").ids
     assert (found["count"], found["max_model_len"]) == (len(found["tokens"]), 96)
     assert found["token_strs"] == ["abc", " ", "bytes:\\xc3", "bytes:\\xa9"]
     text = client.post("/detokenize", json={"tokens": found["tokens"]}).json()
     assert text == {"prompt": "abc é"}
-    messages = client.post("/tokenize", json={"messages": [{"role": "user", "content": "a"}]}).json()
+    messages = client.post(
+        "/tokenize", json={"messages": [{"role": "user", "content": "a"}]}
+    ).json()
     assert messages["count"] > 10
 
 
@@ -576,9 +590,7 @@ def test_many_at_once_each_get_their_own(server, alone):
                 parts = await official.completions.create(**body, stream=True)
                 return "".join([part.choices[0].text async for part in parts])
 
-            return await asyncio.gather(
-                *(one(*job, number % 2) for number, job in enumerate(jobs))
-            )
+            return await asyncio.gather(*(one(*job, number % 2) for number, job in enumerate(jobs)))
 
     def in_turn(job):
         with server.client(headers=API) as own:

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.exposition import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from flora_jax.errors import InputError
 from flora_jax.serve.http.encoding import encode
@@ -69,7 +69,9 @@ def test_without_api_keys_all_but_loading_is_open():
 
 def test_keys_are_nowhere_to_be_read(tmp_path):
     settings = Settings(("secret-a",), ("secret-b",), tmp_path)
-    assert "secret" not in repr(settings) + repr(Keys(settings.api_keys)) + repr(vars(Keys(["secret"])))
+    assert "secret" not in repr(settings) + repr(Keys(settings.api_keys)) + repr(
+        vars(Keys(["secret"]))
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,10 +167,17 @@ def test_a_sentencepiece_token_keeps_its_space():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     vocabulary = {"<unk>": 0, "▁a": 1, "▁b": 2, "b": 3, "<0xE2>": 4, "a": 5, "▁": 6}
-    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a"), ("▁", "b")], unk_token="<unk>"))
+    made = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=[("▁", "a"), ("▁", "b")], unk_token="<unk>")
+    )
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     texts = TokenTexts(made)
     assert [texts.text(token) for token in (2, 3, 4)] == [" b", "b", "bytes:\\xe2"]
