@@ -61,7 +61,7 @@ from flora_jax.errors import InputError, RunError  # noqa: E402
 from flora_jax.files import require_file  # noqa: E402
 from flora_jax.terminal import progress  # noqa: E402
 
-RANK, TARGETS = 8, "c_fc"
+RANK, TARGETS, MAX_LOGPROBS = 8, "c_fc", 20
 # Requests of each load by the number of rows, and how many are on their way at most.
 LOADS = {"full": (8, None), "clients": (4, 1), "alone": (0, 0)}
 ALONE = 8
@@ -178,7 +178,8 @@ class Setting:
         for name, folder in self.adapters(rows).items():
             words += ["--adapter", f"{name}={folder}"]
         words += ["--max-num-seqs", str(rows), "--max-model-len", str(self.max_model_len)]
-        return [*words, "--max-queue", "100000", "--served-model-name", "model"]
+        words += ["--max-logprobs", str(MAX_LOGPROBS), "--max-queue", "100000"]
+        return [*words, "--served-model-name", "model"]
 
     def vllm(self, rows: int) -> list[str]:
         """The command of vLLM's."""
@@ -299,6 +300,8 @@ def main(
     """Measures the server, its engine and, if asked, vLLM's server, and says how they compare."""
     if output is not None:
         require_file(output, overwrite=True)
+    if vllm_python is not None and tokenizer is None:
+        raise InputError("--vllm-python is given and no --tokenizer, which vLLM's server needs")
     all_rows = [int(word) for word in rows.split(",")]
     cpus = sorted(os.sched_getaffinity(0))
     servers = server_cpus or ",".join(map(str, cpus))

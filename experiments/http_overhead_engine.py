@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from http_overhead import Load
+from http_overhead import MAX_LOGPROBS, Load
 
 from flora_jax.bench.serving.drive import run_latency
 from flora_jax.checkpoints import open_checkpoint
@@ -26,8 +26,10 @@ def main(model: Path, adapters: Path, rows: int, max_model_len: int) -> None:
     prepare_jax()
     opened = open_checkpoint(str(model))
     folders = {path.name: path for path in sorted(adapters.iterdir())[:rows]}
-    options = EngineOptions(max_num_seqs=rows, max_model_len=max_model_len)
-    # As the server makes its own: the same weights, adapters, tokenizer and sizes.
+    # As the server makes its own: the same weights, adapters, tokenizer, sizes and programs.
+    options = EngineOptions(
+        max_num_seqs=rows, max_model_len=max_model_len, max_logprobs=MAX_LOGPROBS
+    )
     loaded = opened.load(dtype_of(None))
     with Engine(loaded, folders, tokenizer=opened.tokenizer, options=options) as engine:
         engine.warm_up()

@@ -34,9 +34,8 @@ def check(root, folder, max_rank=RANK):
 
 
 def refused(root, folder, match, max_rank=RANK):
-    with pytest.raises(InputError, match=match) as caught:
+    with pytest.raises(InputError, match=match):
         check(root, folder, max_rank)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.exposition import generate_latest
 
 from flora_jax.errors import InputError
 from flora_jax.serve.http.encoding import encode
@@ -195,7 +195,7 @@ def test_fill_in_the_middle_is_the_tokenizers_own():
     "value, text",
     [
         (1.5, "1.5"), ("a", "'a'"), ([1, 2], "a list of 2"), ({}, "an object"), (None, "None"),
-        (10**5000, "an integer of 16610 bits"), ("x" * 100, "'" + "x" * 59 + "..."),
+        (10**60, "an integer of 200 bits"), ("x" * 100, "'" + "x" * 59 + "..."),
         ("\ud800", "'\\ud800'"),
     ],
 )  # fmt: skip
