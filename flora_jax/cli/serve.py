@@ -74,6 +74,20 @@ class ServeOptions:
     quantization: Annotated[
         Literal["int8", "int4"] | None, typer.Option(help="The base in 8 or 4 bits.")
     ] = None
+    cache_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the key/value cache. Default: MAX_NUM_SEQS whole contexts."),
+    ] = None
+    enable_prefix_caching: Annotated[
+        bool, typer.Option(help="Prompts that begin alike share that beginning.")
+    ] = True
+    max_logprobs: Annotated[
+        int,
+        typer.Option(min=0, help="Likeliest tokens that a request may ask for; 0: no logprobs."),
+    ] = 20
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A Jinja file in place of the model's own.")
+    ] = None
     batch_invariant: Annotated[
         bool, typer.Option(help="A request's bits do not depend on its neighbours; slower.")
     ] = False
@@ -196,9 +210,16 @@ def _plain(value: str) -> str:
 def _limits(options: ServeOptions, opened: Opened) -> Limits:
     from flora_jax.serve.request import Limits
 
-    config = opened.config
+    config, chat = opened.config, opened.chat
+    if options.chat_template is not None:
+        path = options.chat_template
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"--chat-template {path}: cannot be read: {error}") from None
+        chat = dataclasses.replace(chat, template=text, where=str(path))
     context = options.max_model_len or config.n_positions
-    return Limits(context, config.vocab_size, opened.tokenizer, opened.chat)
+    return Limits(context, config.vocab_size, opened.tokenizer, chat, options.max_logprobs)
 
 
 def _engine_options(options: ServeOptions, opened: Opened) -> EngineOptions:
@@ -216,6 +237,9 @@ def _engine_options(options: ServeOptions, opened: Opened) -> EngineOptions:
         max_num_batched_tokens=options.max_num_batched_tokens,
         max_model_len=options.max_model_len,
         resident_adapters=options.max_loras,
+        cache_tokens=options.cache_tokens,
+        prefix_caching=options.enable_prefix_caching,
+        max_logprobs=options.max_logprobs,
         batch_invariant=options.batch_invariant,
         seed=options.seed,
         **reserved,

@@ -103,19 +103,15 @@ class Gate:
             await _refuse(error, scope, receive, send)
             return
         body = _Body(receive, self.most_bytes, self.timeout_s)
-        started = False
 
-        async def sending(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
+        async def answer_body(message: Message) -> None:
+            # Whatever the application makes of a body that broke off, the answer is this one.
+            if body.error is None:
+                await send(message)
+            elif message["type"] == "http.response.start":
+                await _refuse(body.error, scope, receive, send)
 
-        try:
-            await self.app(scope, body.receive, sending)
-        except ApiError as error:
-            if started:
-                raise
-            await _refuse(error, scope, receive, send)
+        await self.app(scope, body.receive, answer_body)
 
     def _check_length(self, length: str | None) -> None:
         if length is not None and length.isdecimal() and len(length) < 20:
@@ -132,6 +128,7 @@ class _Body:
         self._receive, self._most = receive, most_bytes
         self._until = asyncio.get_running_loop().time() + timeout_s
         self._timeout_s, self._size, self._complete = timeout_s, 0, False
+        self.error: ApiError | None = None
 
     async def receive(self) -> Message:
         if self._complete:  # What is left is the client going away.
@@ -141,10 +138,12 @@ class _Body:
                 message = await self._receive()
         except TimeoutError:
             late = f"the body did not come within {self._timeout_s:g} s"
-            raise ApiError(408, late, code="timeout") from None
+            self.error = ApiError(408, late, code="timeout")
+            raise self.error from None
         self._size += len(message.get("body", b""))
         if self._size > self._most:
-            raise _too_large(self._size, self._most)
+            self.error = _too_large(self._size, self._most)
+            raise self.error
         self._complete = not message.get("more_body", False)
         return message
 
