@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,44 @@ def test_the_lines_of_shell_run_as_they_stand(tmp_path):
     assert [json.loads(line)["adapter"] for line in lines] == ["perl", None]
     config = json.loads((tmp_path / "runs/mine/mine/adapter_config.json").read_text())
     assert (config["peft_type"], config["r"]) == ("FLORA", 2)
+
+
+# Streams a completion under each adapter, all at once.
+STREAMS = """
+import asyncio, openai
+
+async def one(client, name):
+    parts = await client.completions.create(model=name, prompt="\\n", max_tokens=24, stream=True)
+    return name, len([part async for part in parts if part.choices[0].text])
+
+async def main():
+    async with openai.AsyncOpenAI(base_url="http://localhost:PORT/v1", api_key="none") as client:
+        names = [card.id async for card in client.models.list() if card.parent]
+        for name, parts in await asyncio.gather(*(one(client, name) for name in names)):
+            print(name, parts)
+
+asyncio.run(main())
+"""
+
+
+def test_the_server_runs_as_it_stands_and_streams_seven_languages_at_once(tmp_path):
+    """But for the port, which may be taken."""
+    (command,) = [block for block in blocks("sh") if "flora-jax serve" in block]
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = command.replace("serve mini ", f"serve mini --port {port} ").replace("8000", port)
+    (tmp_path / "streams.py").write_text(STREAMS.replace("PORT", port))
+    # SIGTERM ends it with 0.
+    ended = f"\n{sys.executable} streams.py\nkill $!\nwait $!\n"
+    done = run(["bash", "-euc", command + ended], tmp_path, **QUICK)
+    lines = done.stdout.splitlines()
+    # curl ends no line.
+    answer = json.JSONDecoder().raw_decode(lines[0])[0]
+    assert answer["model"] == "perl"
+    assert answer["usage"]["completion_tokens"] > 0
+    streams = dict(line.split() for line in done.stdout.partition("}}")[2].split("\n") if line)
+    assert set(streams) == {"d", "lua", "perl", "ruby", "rust", "racket", "swift"}
+    assert all(int(parts) > 0 for parts in streams.values())
 
 
 def test_the_guides_requests_are_completed_under_their_adapters(tmp_path):

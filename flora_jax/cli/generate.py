@@ -132,12 +132,16 @@ class Job:
 
 def _run(job: Job, sink: Output, name: str) -> None:
     from flora_jax.checkpoints import open_checkpoint
+    from flora_jax.serve.options import MOST_LOGPROBS
     from flora_jax.serve.request import Limits, Reader, Request
 
     opened = open_checkpoint(job.model)
     config, tokenizer = opened.config, opened.tokenizer
     adapters = read_adapters(job.adapters, config)
-    limits = Limits(config.n_positions, config.vocab_size, tokenizer, opened.chat)
+    limits = Limits(
+        config.n_positions, config.vocab_size, tokenizer, opened.chat,
+        max_logprobs=min(MOST_LOGPROBS, config.vocab_size),
+    )  # fmt: skip
     reader = Reader(limits, adapters, job.defaults, job.keep_last)
     requests: list[Request] = []
     errors: dict[int, str] = {}
@@ -185,8 +189,9 @@ def _open(job: Job, opened: Opened, adapters: Mapping[str, Any], requests: list[
         rows = min(rows, len(requests))
         longest = min(longest, max(request.reach for request in requests))
     options = EngineOptions(
-        max_num_seqs=rows, max_model_len=longest, batch_invariant=job.batch_invariant, seed=job.seed
-    )
+        max_num_seqs=rows, max_model_len=longest, batch_invariant=job.batch_invariant,
+        max_logprobs=_most_logprobs(requests), seed=job.seed,
+    )  # fmt: skip
     choices = platform()
     if not job.batch_invariant and len(requests) <= job.batch_size:
         # One batch would wait for shapes longer than for tokens.
@@ -199,6 +204,17 @@ def _open(job: Job, opened: Opened, adapters: Mapping[str, Any], requests: list[
         with compiling() as report:
             engine.warm_up(report)
     return engine
+
+
+def _most_logprobs(requests: list[Request]) -> int:
+    """What the engine needs programs for; 0 where no request asks for log probabilities."""
+    asked = [
+        wanted
+        for params in (request.sampling_params for request in requests)
+        for wanted in (params.logprobs, params.prompt_logprobs)
+        if wanted is not None
+    ]
+    return max(1, *asked) if asked else 0
 
 
 def _complete(engine: Engine, requests: list[Request], sink: Output, skip: bool, total: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -156,6 +157,7 @@ def serve(options: ServeOptions) -> None:
         )
 
     prepare_jax()
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     run(
         app,
         listener,
@@ -186,9 +188,13 @@ _DEFAULT_RANK = 16
 
 def _adapters(values: list[str], names: tuple[str, ...]) -> Mapping[str, Path]:
     """The folders by name, none of them one of the base's names."""
+    from flora_jax.peft.read import describe_adapter
+
     found = named_adapters([_plain(value) for value in values])
     if taken := found.keys() & {*names}:
         raise InputError(f"--adapter {min(taken)}: the base has this name, choose another")
+    for folder in found.values():
+        describe_adapter(folder)  # What is damaged is told before anything listens.
     return found
 
 

@@ -384,8 +384,8 @@ class Device:
     def decode_call(self, work: Decoding, number: int, eager: bool, scored: bool = False) -> Call:
         packed = pack((work, Steps(np.int32(number), np.bool_(eager), np.bool_(scored))))
         arguments = (*self._base(), self.residency.layers, self.cache, self.state_rows, packed)
-        static = dict(most=self.options.decode_steps) | self._top
-        return self._call(steps.decode, arguments, static)
+        columns = steps.Columns(self.options.decode_steps, self.options.max_logprobs)
+        return self._call(steps.decode, arguments, dict(columns=columns))
 
     def copy_call(self, pairs: Sequence[tuple[int, int]]) -> Call:
         """Copies blocks, each to another; all are read before any is written."""

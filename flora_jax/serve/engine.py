@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 import threading
 import time
@@ -28,7 +29,7 @@ from flora_jax.serve.ahead import Compilations, compile_all
 from flora_jax.serve.device import Device, Drawn, Flight
 from flora_jax.serve.lattice import Lattice
 from flora_jax.serve.options import WHILE_READING, EngineOptions
-from flora_jax.serve.prefixes import PromptKeys, prompt_keys
+from flora_jax.serve.prefixes import PromptKeys, block_keys, prompt_keys
 from flora_jax.serve.readers import Readers
 from flora_jax.serve.registry import Registry, Source, Version, version
 from flora_jax.serve.request import MAX_STOP_TOKENS, Limits, Request, RequestId, is_request_id
@@ -72,6 +73,10 @@ class Engine:
     ):
         config, options = model.config, options or EngineOptions()
         context = _longest_sequence(config, options)
+        if options.max_logprobs > config.vocab_size:
+            raise InputError(
+                f"max_logprobs is {options.max_logprobs}, the vocabulary has {config.vocab_size} tokens"
+            )
         self.compilations = Compilations()
         self.platform = platform = platform or platform_of()
         self.model, self.tokenizer, self.options = model, tokenizer, options
@@ -480,8 +485,7 @@ class Engine:
         """What a prompt under an adapter, and its full blocks, can be found by."""
         if not self.options.prefix_caching:
             return None
-        root = b"" if own is None else own.digest.encode()
-        return prompt_keys(root, token_ids, self.options.block_size)
+        return prompt_keys(_root(own), token_ids, self.options.block_size)
 
     def _drop(self, sequence: Sequence) -> None:
         """Takes a sequence out with all that it holds."""
@@ -489,10 +493,12 @@ class Engine:
         keys = sequence.keys
         if sequence.stage == "decode" and keys is not None and not self.options.batch_invariant:
             # Who goes on with a conversation finds the answer as well. Its bits are those of decoding.
-            tokens = [*sequence.request.prompt_token_ids, *sequence.stream.token_ids]
-            every = self._keys(sequence.version, tokens)
-            assert every is not None
-            sequence.keys = every._replace(whole=keys.whole)
+            size = self.options.block_size
+            start = len(keys.blocks) * size
+            rest = [*sequence.request.prompt_token_ids[start:], *sequence.stream.token_ids]
+            before = keys.blocks[-1] if keys.blocks else _root(sequence.version)
+            more = block_keys(before, rest, size)
+            sequence.keys = keys._replace(blocks=[*keys.blocks, *more])
         self.scheduler.remove(sequence)
         self._release(sequence, claimed)
 
@@ -541,6 +547,12 @@ def _longest_sequence(config: ModelConfig, options: EngineOptions) -> int:
     if context > config.n_positions:
         raise InputError(f"max_model_len is {context}, the model has {positions_in_words(config)}")
     return context
+
+
+def _root(version: Version | None) -> bytes:
+    """Stands for what decides the cache's content beside the tokens; as long as a block's key."""
+    own = b"" if version is None else version.digest.encode()
+    return hashlib.blake2b(own, digest_size=16).digest()
 
 
 def _told(sequence: Sequence, new: tuple[int, ...] = (), **end: Any) -> _Told:

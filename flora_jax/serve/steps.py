@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -236,7 +236,16 @@ def _advance(rows: Rows, logits_BV: jax.Array, how: Draw) -> tuple[Rows, jax.Arr
     return new, jnp.where(running_B, token_B, RESTING)
 
 
-@_verb(static=("definition", "platform", "most", "top"), donate=("cache", "rows"))
+class Columns(NamedTuple):
+    """What a decode dispatch gives for a row: tokens at most, and the likeliest ones beside each, if any
+    are scored (0: none).
+    """
+
+    tokens: int
+    top: int = 0
+
+
+@_verb(static=("definition", "platform", "columns"), donate=("cache", "rows"))
 def decode(
     definition: Definition,
     platform: Platform,
@@ -246,10 +255,9 @@ def decode(
     rows: Rows,
     packed: Packed,
     *,
-    most: int,
-    top: int = 0,
+    columns: Columns,
 ) -> tuple[Cache, Rows, jax.Array, Scores | None]:
-    """Draws up to ``most`` tokens for those of the given rows that may have more, in one program.
+    """Draws up to ``columns.tokens`` tokens for those given rows that may have more, in one program.
 
     Args:
         definition: the model's static part.
@@ -259,11 +267,10 @@ def decode(
         cache: donated.
         rows: donated.
         packed: the :class:`Decoding` and the :class:`Steps`.
-        most: the number of columns of the result.
-        top: likeliest tokens of a score; 0: there are none.
+        columns: of the results.
 
     Returns:
-        The cache, the rows, the tokens ``[B, most]`` in order, ``RESTING`` where a row was at rest, and
+        The cache, the rows, the tokens ``[B, N]`` in order, ``RESTING`` where a row was at rest, and
         their scores, zeros where the dispatch's ``scored`` is false.
     """
     model, (work, steps) = definition.merge(leaves), packed.unpack()
@@ -280,7 +287,7 @@ def decode(
         if scores is not None:
             scores = jax.lax.cond(
                 steps.scored,
-                lambda: scores.put(number, score(logits_BV, token_B, top)),
+                lambda: scores.put(number, score(logits_BV, token_B, columns.top)),
                 lambda: scores,
             )
         return number + 1, cache, now, tokens_BN.at[:, number].set(token_B), scores
@@ -290,9 +297,9 @@ def decode(
         ended = jnp.any((mine.left_B > 0) & (now.left_B == 0))
         return (number < steps.number) & jnp.any(now.left_B > 0) & ~(steps.eager & ended)
 
-    count = work.rows_B.shape[0]
+    count, most = work.rows_B.shape[0], columns.tokens
     tokens_BN = jnp.full((count, most), RESTING, jnp.int32)
-    scores = Scores.zeros(count, most, top) if top else None
+    scores = Scores.zeros(count, most, columns.top) if columns.top else None
     _, cache, now, tokens_BN, scores = jax.lax.while_loop(
         unfinished, one_step, (jnp.int32(0), cache, mine, tokens_BN, scores)
     )

@@ -166,6 +166,20 @@ def test_text_comes_from_the_tokenizer_beside_the_weights(generate):
     assert chat == found | {"index": 2}  # What the chat template makes of it is the same text.
 
 
+def test_log_probabilities_are_written_for_the_lines_that_ask(generate):
+    ids = {"prompt_token_ids": [5, 6, 7], "max_tokens": 2, "ignore_eos": True}
+    plain, scored = generate("bare", [ids, ids | {"logprobs": 2, "prompt_logprobs": 0}])
+    assert plain == {k: v for k, v in scored.items() if "logprobs" not in k} | {"index": 0}
+    assert [one["token_id"] for one in scored["logprobs"]] == scored["token_ids"]
+    for one in scored["logprobs"]:  # Greedy: the token itself is the likeliest.
+        assert one["top"][0] == [one["token_id"], one["logprob"]]
+        assert len(one["top"]) == 2
+    first, *others = scored["prompt_logprobs"]
+    assert first is None
+    assert [(one["token_id"], one["top"]) for one in others] == [(6, []), (7, [])]
+    assert all(one["logprob"] < 0 for one in (*others, *scored["logprobs"]))
+
+
 def test_batch_invariance_has_the_same_shapes_for_every_file(generate, monkeypatch):
     found = []
     checked = EngineOptions.__post_init__

@@ -114,7 +114,7 @@ def test_mixed_kinds_up_to_rank_8_need_at_most_16_programs():
     assert len(mixed) <= 16
     assert len({program.name for program in mixed}) == len(mixed)
     base = programs(abstract_device(model, options, GPU, {}, 0))
-    assert len(base) <= 9
+    assert len(base) <= 10  # The copy of a shared prompt's last block among them.
 
 
 @pytest.mark.parametrize("choices, copies", [(CPU, 1), (GPU, 2)])

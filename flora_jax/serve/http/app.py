@@ -46,8 +46,10 @@ from flora_jax.serve.http.settings import Settings
 
 _ASKED = (400, 401, 404, 408, 413, 500, 503)
 _GENERATED = (*_ASKED, 429, 504)
+# Each event's data is a chunk, or [DONE].
+_EVENT = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
 _STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    200: {"content": {"text/event-stream": {"schema": _EVENT}}}
 }
 
 
@@ -192,5 +194,20 @@ def _described(app: FastAPI) -> dict[str, Any]:
             operation["responses"].pop("422", None)
             if path in ADMIN_PATHS or (settings.api_keys and is_guarded(path)):
                 operation["security"] = [{"key": []}]
+    for name, example in _examples(app.state.served.names[0]).items():
+        schemas[name]["examples"] = [example]
+        for field, value in example.items():
+            schemas[name]["properties"][field]["examples"] = [value]
     app.openapi_schema = found
     return found
+
+
+def _examples(model: str) -> dict[str, dict[str, Any]]:
+    """Requests that this server answers, by the names of their schemas."""
+    message = {"role": "user", "content": "Hello"}
+    return {
+        "CompletionRequest": {"model": model, "prompt": "def f(", "max_tokens": 4},
+        "ChatRequest": {"model": model, "messages": [message], "max_tokens": 4},
+        "TokenizeRequest": {"prompt": "def f("},
+        "DetokenizeRequest": {"tokens": [1, 2]},
+    }

@@ -68,7 +68,7 @@ def serve(
     runner: Runner = app.state.runner
     config = uvicorn.Config(
         app, log_level="info" if access_log else "warning", access_log=access_log, ws="none",
-        timeout_graceful_shutdown=_FLUSH_S, server_header=False,
+        timeout_graceful_shutdown=_FLUSH_S, server_header=False, log_config=None,
     )  # fmt: skip
     server = Server(config, runner, drain_timeout_s, on_ready)
     on_start(server)

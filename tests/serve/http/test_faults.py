@@ -75,7 +75,7 @@ def test_more_than_fit_the_queue_are_told_to_come_back(engine):
 def test_a_client_that_goes_away_frees_its_row_at_once(engine, stream):
     with running(lambda report: engine, rows=2) as server:
         body = json.dumps(ENDLESS | {"stream": stream}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as sock:
             sock.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
             until(lambda: engine.stats.running == 1)
@@ -107,7 +107,7 @@ def test_a_client_that_does_not_read_its_stream_is_cut_off():
     engine = ScriptedEngine(script=b"x" * 64)
     with running(lambda report: engine, settings=Settings(stalled_s=0.3)) as server:
         body = json.dumps(ENDLESS | {"stream": True}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             sock.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))

@@ -3,7 +3,11 @@
 import asyncio
 import concurrent.futures
 import json
+import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import openai
 import pytest
@@ -230,7 +234,7 @@ def test_logprobs_are_the_engines_with_the_prompts_where_it_is_echoed(client, al
     values = [None if one is None else one.logprob for one in expected.prompt_logprobs]
     values += [one.logprob for one in expected.logprobs]
     assert told["token_logprobs"] == pytest.approx(values)
-    assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
+    assert (told["token_logprobs"][0], told["top_logprobs"][0]) == (None, None)
     assert len(told["tokens"]) == len(ids) + len(expected.token_ids)
     assert told["tokens"][:2] == ["abc", " "]
     for one, top in zip(expected.logprobs, told["top_logprobs"][len(ids) :]):
@@ -292,7 +296,7 @@ def test_a_chat_is_what_the_template_makes_of_it(client, alone):
         temperature=0,
     )
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
-    assert deltas[0]["role"] == "assistant" and not any("role" in delta for delta in deltas[1:])
+    assert [delta.get("role") for delta in deltas] == ["assistant"] + [None] * (len(deltas) - 1)
     assert "".join(delta.get("content", "") for delta in deltas) == expected.text
 
 
@@ -363,7 +367,7 @@ HUGE = 10**40
         ({"suffix": "a", "echo": True}, "echo and suffix"),
         ({"suffix": "a", "prompt": [1]}, "suffix is given and prompt has token ids"),
         ({"no_such_field": 1}, "unknown field 'no_such_field'"),
-        ({"\ud800": 1}, "unknown field"),
+        ({"\ud800": 1}, "\\ud800"),
         ({"model": 3}, "model: input should be a valid string, found 3"),
         ({"model": None}, "model"),
     ],
@@ -377,7 +381,8 @@ def test_what_cannot_be_served_is_one_clear_line(client, changes, words):
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert words in error["message"]
-    assert "\n" not in error["message"] and len(error["message"]) < 400
+    assert "\n" not in error["message"]
+    assert len(error["message"]) < 400
     assert error["type"] == "invalid_request_error"
 
 
@@ -414,19 +419,27 @@ def test_a_large_body_without_a_length_is_refused(client):
     assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
 
 
+CHAT = "/v1/chat/completions"
+
+
+def said(content, role="user"):
+    """A chat's request."""
+    return {"model": "tiny", "messages": [{"role": role, "content": content}]}
+
+
 @pytest.mark.parametrize(
     "method, path, body, status",
     [
         ("POST", "/v1/completions", {"model": "other", "prompt": "a"}, 404),
         ("POST", "/v1/completions", {"model": "tiny:other", "prompt": "a"}, 404),
         ("POST", "/v1/completions", {"model": "other:lora", "prompt": "a"}, 404),
-        ("POST", "/v1/chat/completions", {"model": "\ud800", "messages": [{"role": "user", "content": ""}]}, 404),
-        ("POST", "/v1/chat/completions", {"model": "tiny", "messages": []}, 400),
-        ("POST", "/v1/chat/completions", {"model": "tiny", "messages": [{"role": "tool", "content": ""}]}, 400),
-        ("POST", "/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": None}]}, 400),
-        ("POST", "/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}]}, 400),
-        ("POST", "/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": ""}], "top_logprobs": 1}, 400),
-        ("POST", "/v1/chat/completions", {"model": "tiny", "messages": [{"role": "user", "content": "x" * 200}]}, 400),
+        ("POST", CHAT, said("") | {"model": "\ud800"}, 404),
+        ("POST", CHAT, said("") | {"messages": []}, 400),
+        ("POST", CHAT, said("", role="tool"), 400),
+        ("POST", CHAT, said(None), 400),
+        ("POST", CHAT, said([{"type": "image_url", "image_url": "a"}]), 400),
+        ("POST", CHAT, said("") | {"top_logprobs": 1}, 400),
+        ("POST", CHAT, said("x" * 200), 400),
         ("POST", "/tokenize", {}, 400),
         ("POST", "/tokenize", {"prompt": "a", "messages": []}, 400),
         ("POST", "/tokenize", {"prompt": "\ud800"}, 400),
@@ -566,8 +579,8 @@ def test_the_official_client_completes_chats_lists_and_streams(server, alone):
         with official.chat.completions.stream(
             model="lora", messages=[{"role": "user", "content": "hi"}], max_tokens=4, temperature=0
         ) as events:
-            final = events.get_final_completion()
-        assert final.choices[0].finish_reason in ("stop", "length")
+            kinds = [event.type for event in events]
+        assert {"chunk", "content.delta", "content.done"} <= {*kinds}
         with pytest.raises(openai.NotFoundError):
             official.completions.create(model="none", prompt="a")
         with pytest.raises(openai.BadRequestError, match="the prompt is empty"):
@@ -633,17 +646,16 @@ CHECKS = (
 )  # fmt: skip
 
 
-def test_schemathesis_finds_no_answer_that_is_not_described(server, tmp_path):
-    import os
-    import subprocess
-    import sys
-
-    program = shutil.which("st", path=os.path.dirname(sys.executable))
+@pytest.mark.parametrize(
+    "phases", ["examples,fuzzing", pytest.param("coverage", marks=pytest.mark.slow)]
+)
+def test_schemathesis_finds_no_answer_that_is_not_described(server, tmp_path, phases):
+    program = shutil.which("st", path=Path(sys.executable).parent)
     done = subprocess.run(
         [
             program, "run", f"{server.url}/openapi.json", "--header", "Authorization: Bearer admin",
-            "--checks", ",".join(CHECKS), "--max-examples", "25", "--seed", "1", "--phases",
-            "examples,coverage,fuzzing", "--generation-database", ":memory:", "--no-color",
+            "--checks", ",".join(CHECKS), "--max-examples", "6", "--seed", "1", "--phases", phases,
+            "--generation-database", ":memory:", "--no-color",
         ],
         cwd=tmp_path, capture_output=True, text=True, timeout=300,
     )  # fmt: skip

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.exposition import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from flora_jax.errors import InputError
 from flora_jax.serve.http.encoding import encode

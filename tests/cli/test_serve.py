@@ -1,0 +1,106 @@
+"""``flora-jax serve`` as its users start it: bad options are one line and exit code 2."""
+
+import json
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from flora_jax import cli
+from flora_jax.checkpoints import open_checkpoint
+from flora_jax.cli.serve import ServeOptions, _adapters, _engine_options
+from flora_jax.peft.write import write_adapter
+from tests.helpers.random_adapters import random_adapter
+
+MINI = Path(__file__).resolve().parents[2] / "flora_jax/assets/mini"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    config = open_checkpoint(MINI).config
+    write_adapter(random_adapter("lora", 0, config.projections(), 6, rank=2), home / "good")
+    wide = {"attn.c_attn": (32, 48)}
+    write_adapter(random_adapter("lora", 0, wide, 6, rank=2), home / "wide")
+    shutil.copytree(home / "good", home / "broken")
+    (home / "broken/adapter_model.safetensors").write_bytes(b"nothing")
+    (home / "root").mkdir()
+    return home
+
+
+@pytest.fixture
+def program(home, monkeypatch, capsys):
+    """Runs the program; returns exit code and stderr."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    monkeypatch.chdir(home)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["flora-jax", "serve", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        return stopped.value.code, capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["missing"], "missing"),
+        (["mini", "--adapter", "x"], "--adapter is 'x', expected NAME=DIR"),
+        (["mini", "--adapter", "x=nowhere"], "nowhere"),
+        (["mini", "--adapter", "x=broken"], "broken/adapter_model.safetensors: not a whole"),
+        (["mini", "--adapter", "mini=good"], "--adapter mini: the base has this name"),
+        (["mini", "--lora-modules", '{"name": "x"}'], "--lora-modules is"),
+        (
+            ["mini", "--lora-modules", '{"name": "x", "path": "good", "more": 1}'],
+            "--lora-modules is",
+        ),
+        (["mini", "--admin-key", "a"], "no adapter root"),
+        (["mini", "--adapter-root", "root"], "no admin key"),
+        (["mini", "--admin-key", "a", "--adapter-root", "nowhere"], "nowhere: no such directory"),
+        (["mini", "--api-key", "a b\n"], "api_keys: a key is empty or has characters"),
+        (["mini", "--chat-template", "nowhere"], "--chat-template nowhere: cannot be read"),
+        (["mini", "--port", "70000"], "port"),
+        (["mini", "--host", "192.0.2.1"], "--host 192.0.2.1 --port 8000: cannot listen"),
+        (["mini", "--max-num-seqs", "0"], "max-num-seqs"),
+    ],
+)
+def test_bad_options_are_one_line_before_anything_listens(program, options, words):
+    code, error = program(*options)
+    assert (code, len(error.splitlines())) == (2, 1), error
+    assert words in error
+
+
+def test_a_port_that_is_taken_is_named(program):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, error = program("mini", "--port", port)
+    assert (code, len(error.splitlines())) == (2, 1)
+    assert f"--port {port}: cannot listen" in error
+
+
+def test_an_adapter_of_another_base_ends_the_server_with_its_reason(program):
+    code, error = program("mini", "--port", 0, "--adapter", "x=wide")
+    assert code == 2
+    assert "wide/adapter_model.safetensors" in error.splitlines()[-1]
+
+
+def test_an_adapter_may_be_given_as_vllm_has_it(home, monkeypatch):
+    monkeypatch.chdir(home)
+    written = json.dumps({"name": "x", "path": "good", "base_model_name": "mini"})
+    assert _adapters([written, "y=good"], ("mini",)) == {"x": Path("good"), "y": Path("good")}
+
+
+def test_a_rank_reserves_room_for_every_kind_on_every_target():
+    opened = open_checkpoint(MINI)
+    options = _engine_options(ServeOptions("mini", max_lora_rank=4, max_loras=3), opened)
+    assert (options.max_components, options.resident_adapters) == (5, 3)
+    assert options.targets == tuple(opened.config.projections())
+    assert options.max_logprobs == 20
+    plain = _engine_options(ServeOptions("mini"), opened)
+    assert (plain.max_components, plain.targets) == (None, ())
+    later = ServeOptions("mini", adapter_root=Path("x"))
+    assert _engine_options(later, opened).max_components == 17
