@@ -3,7 +3,6 @@
 import asyncio
 import concurrent.futures
 import json
-import re
 import shutil
 import subprocess
 import sys
