@@ -148,10 +148,9 @@ class Soak:
 
     async def run(self) -> None:
         """Has all requests answered."""
-        async with asyncio.TaskGroup() as tasks:
+        async with self.client, asyncio.TaskGroup() as tasks:
             for _ in range(CLIENTS):
                 tasks.create_task(self._client())
-        self.client.close()
 
     async def _client(self) -> None:
         for request in self.traffic:

@@ -23,6 +23,7 @@ from flora_jax.checkpoints.checkpoint import open_checkpoint
 from flora_jax.errors import InputError, RunError
 from flora_jax.models.family import ModelConfig
 from flora_jax.models.model import Model
+from flora_jax.models.splits import tensor_mesh
 from flora_jax.peft import read
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import run
@@ -48,9 +49,11 @@ class LLM:
         dtype: of the weights: "float32", "bfloat16" or "float16"; ``None`` is the checkpoint's own, and
             float32 on a CPU.
         quantize: "int8" or "int4" holds the projections' weights in 8 or 4 bits.
+        tensor_parallel_size: so many devices hold and compute the model together.
 
     Raises:
-        InputError: no such model or adapter, or one that does not fit the other.
+        InputError: no such model or adapter, or one that does not fit the other; or devices that are not
+            there or cannot share the model.
     """
 
     def __init__(
@@ -61,15 +64,17 @@ class LLM:
         options: EngineOptions | None = None,
         dtype: str | None = None,
         quantize: Literal["int8", "int4"] | None = None,
+        tensor_parallel_size: int = 1,
     ):
         opened = open_checkpoint(model)
+        mesh = tensor_mesh(opened.config, tensor_parallel_size, quantize)
         sources = {
             name: source if isinstance(source, ModelAdapter) else adapter_source(source)
             for name, source in (adapters or {}).items()
         }
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"  # A CPU computes 16 bits slower than 32.
-        loaded = opened.load(dtype, quantize=quantize)
+        loaded = opened.load(dtype, quantize=quantize, mesh=mesh)
         # The engine under it: for requests that come one by one.
         self.engine = Engine(loaded, sources, tokenizer=opened.tokenizer, options=options)
         self._limits = dataclasses.replace(self.engine.limits, chat=opened.chat)

@@ -25,6 +25,7 @@ from flora_jax.platforms import Platform, platform
 from flora_jax.serve.device import Device
 from flora_jax.serve.lattice import Lattice
 from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.placement import Placement
 from flora_jax.serve.request import Request, SamplingParams
 from flora_jax.serve.residency import Residency
 from flora_jax.serve.sequence import Sequence as Scheduled
@@ -93,7 +94,7 @@ class RandomResidency(Residency):
         if kind != "none":
             most = {TARGET: self.own}
             room = {TARGET: Count(*(n + count * m for n, m in zip(RESERVED, self.own)))}
-        super().__init__(config, room, most, additive=additive, allocate=False)
+        super().__init__(config, room, most, additive=additive, placement=Placement(allocate=False))
         # The sum over a row's components has about the size of one.
         mean = self.own.multiplicative**-0.5 if kind == "flora" else 0.0
         self.layers = _with_reserved(fill(self.layers, 7, mean=mean, scale=0.02))

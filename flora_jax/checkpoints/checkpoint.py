@@ -217,10 +217,17 @@ def _load_hf(stored: Mapping[str, StoredTensor], readings: Mapping[str, Reading]
         reading = readings[path]
         host = read_array(stored[path], reading.dtype or stored_dtype(stored[path].dtype))
         # A transfer still under way would keep the host's copy beside the next one's.
-        return jax.block_until_ready(reading.make(jax.device_put(host, reading.sharding)))
+        return jax.block_until_ready(reading.make(_put(host, reading.sharding)))
 
     by_size = sorted(stored, key=lambda path: -math.prod(stored[path].shape))
     return {path: load(path) for path in by_size}
+
+
+def _put(host: np.ndarray, sharding: Any) -> jax.Array:
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(host, sharding)
+    # ``device_put`` would compare the whole array among the processes.
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def save_hf(

@@ -159,6 +159,10 @@ def serve(options: ServeBench) -> None:
     import asyncio
     import dataclasses
 
+    try:
+        import aiohttp  # noqa: F401
+    except ImportError:
+        raise InputError("bench serve needs aiohttp: pip install 'flora-jax[bench]'") from None
     from flora_jax.bench.receipts import report
     from flora_jax.bench.serving.client import allow_connections
     from flora_jax.bench.serving.drive_http import run_http

@@ -62,6 +62,9 @@ def generate(
     batch_invariant: Annotated[
         bool, typer.Option(help="A request's bits do not depend on its neighbours; slower.")
     ] = False,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="So many devices hold and compute the model together.")
+    ] = 1,
     on_error: Annotated[
         Literal["stop", "skip"],
         typer.Option(help="At a bad request: end, or write its error as its line and go on."),
@@ -87,7 +90,7 @@ def generate(
         raise InputError(f"{output}: --output is the file of --input")
     job = Job(
         model, input, adapters, defaults, seed, dtype, quantize, batch_size, batch_invariant,
-        on_error == "skip", truncate_prompt == "left",
+        tensor_parallel_size, on_error == "skip", truncate_prompt == "left",
     )  # fmt: skip
     sink = open_output(output, overwrite)
     try:
@@ -109,6 +112,7 @@ class Job:
     quantize: Literal["none", "int8", "int4"]
     batch_size: int
     batch_invariant: bool
+    devices: int
     skip: bool
     keep_last: bool
 
@@ -126,6 +130,7 @@ class Job:
             "dtype": self.dtype,
             "quantize": self.quantize,
             "batch": [self.batch_size, self.batch_invariant],
+            "devices": self.devices,
             "truncation": self.keep_last,
         }
 
@@ -178,12 +183,14 @@ def _run(job: Job, sink: Output, name: str) -> None:
 def _open(job: Job, opened: Opened, adapters: Mapping[str, Any], requests: list[Request]) -> Engine:
     """The engine for all requests of the job, whichever of them are left."""
     prepare_jax()
+    from flora_jax.models.splits import tensor_mesh
     from flora_jax.platforms import platform
     from flora_jax.serve.engine import Engine
     from flora_jax.serve.options import EngineOptions
 
     quantize = None if job.quantize == "none" else job.quantize
-    model = opened.load(dtype_of(job.dtype), quantize=quantize)
+    mesh = tensor_mesh(opened.config, job.devices, quantize)
+    model = opened.load(dtype_of(job.dtype), quantize=quantize, mesh=mesh)
     rows, longest = job.batch_size, model.config.n_positions
     if not job.batch_invariant:  # Else the shapes, and so the bits, would be those of this file.
         rows = min(rows, len(requests))

@@ -22,7 +22,12 @@ def plan(
         ),
     ],
     gpu: Annotated[str, typer.Option(help="h100, h200, a100 or l4.")],
-    devices: Annotated[int, typer.Option(help="So many of them, by arithmetic only.")] = 1,
+    devices: Annotated[
+        int,
+        typer.Option(
+            "--tensor-parallel-size", "--devices", help="So many of them share the model."
+        ),
+    ] = 1,
     max_num_seqs: Annotated[
         int, typer.Option("--max-num-seqs", "--batch-size", help="Sequences that run at once.")
     ] = 16,
@@ -82,7 +87,7 @@ def plan(
         max_model_len=max_model_len, resident_adapters=resident_adapters,
     )  # fmt: skip
     if compile:
-        summary.check_compiling(setting)
+        summary.check_compiling()
     found = summary.summarise(setting)
     if compile:
         found["decode"] = summary.compile_decode(setting)

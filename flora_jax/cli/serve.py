@@ -18,6 +18,8 @@ from flora_jax.errors import InputError
 from flora_jax.terminal import say
 
 if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
     from flora_jax.checkpoints import Opened
     from flora_jax.serve.engine import Engine
     from flora_jax.serve.options import EngineOptions
@@ -68,6 +70,9 @@ class ServeOptions:
         int | None,
         typer.Option(min=1, help="Room for every kind up to it on every target."),
     ] = None  # fmt: skip
+    tensor_parallel_size: Annotated[
+        int, typer.Option(min=1, help="Devices that share the model.")
+    ] = 1
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="Default: float32 on a CPU, else the checkpoint's own."),
@@ -123,6 +128,7 @@ def serve(options: ServeOptions) -> None:
     except ImportError as error:
         raise InputError(f"serving needs {error.name}: pip install 'flora-jax[serve]'") from None
     from flora_jax.checkpoints import open_checkpoint
+    from flora_jax.serve.engine import Engine
     from flora_jax.serve.http.app import make_app
     from flora_jax.serve.http.runner import Runner
     from flora_jax.serve.http.served import Served
@@ -135,6 +141,8 @@ def serve(options: ServeOptions) -> None:
     opened = open_checkpoint(options.model)
     engine_options = _engine_options(options, opened)
     limits = _limits(options, opened)
+    prepare_jax()
+    mesh = _mesh(options.tensor_parallel_size)
     listener = listen(options.host, options.port)
     rows = options.max_num_seqs
     max_queue = 4 * rows + 256 if options.max_queue is None else options.max_queue
@@ -142,7 +150,13 @@ def serve(options: ServeOptions) -> None:
     started_s = time.monotonic()
 
     def make(report: Callable[[str, int, int], None]) -> Engine:
-        return _make_engine(options, opened, adapters, engine_options, report)
+        dtype = dtype_of(options.dtype)
+        model = opened.load(dtype, quantize=options.quantization, mesh=mesh)
+        engine = Engine(model, adapters, tokenizer=opened.tokenizer, options=engine_options)
+        if engine.attention_note is not None:
+            say(f"prompts: attention by {engine.attention_note}")
+        engine.warm_up(report)
+        return engine
 
     runner = Runner(make, rows, max_queue)
     app = make_app(runner, served, settings)
@@ -156,7 +170,6 @@ def serve(options: ServeOptions) -> None:
             f"ready after {seconds:.1f} s: {', '.join(names)} and {len(adapters)} adapters on {address}"
         )
 
-    prepare_jax()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     run(
         app,
@@ -165,6 +178,19 @@ def serve(options: ServeOptions) -> None:
         access_log=options.access_log,
         on_ready=ready,
     )
+
+
+def _mesh(size: int) -> Mesh | None:
+    """Of the devices that share the model."""
+    import jax
+
+    from flora_jax.models.sharding import make_mesh
+
+    if size == 1:
+        return None
+    if size > (found := len(jax.devices())):
+        raise InputError(f"--tensor-parallel-size is {size}, found {found} devices")
+    return make_mesh(1, size)
 
 
 def _settings(options: ServeOptions) -> Any:
@@ -250,21 +276,3 @@ def _engine_options(options: ServeOptions, opened: Opened) -> EngineOptions:
         seed=options.seed,
         **reserved,
     )
-
-
-def _make_engine(
-    options: ServeOptions,
-    opened: Opened,
-    adapters: Mapping[str, Path],
-    engine_options: EngineOptions,
-    report: Callable[[str, int, int], None],
-) -> Engine:
-    """The engine with everything compiled."""
-    from flora_jax.serve.engine import Engine
-
-    model = opened.load(dtype_of(options.dtype), quantize=options.quantization)
-    engine = Engine(model, adapters, tokenizer=opened.tokenizer, options=engine_options)
-    if engine.attention_note is not None:
-        say(f"prompts: attention by {engine.attention_note}")
-    engine.warm_up(report)
-    return engine

@@ -110,6 +110,15 @@ class TrainCommand:
         Path | None,
         typer.Option(help="A .toml or .json file of these options; the command line wins."),
     ] = None
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where process 0 of several listens; each is started with the same options.",
+        ),
+    ] = None
+    num_processes: Annotated[int | None, typer.Option(help="How many train together.")] = None
+    process_id: Annotated[int | None, typer.Option(help="Which one this is, from 0.")] = None
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT, if any.")
     ] = False
@@ -127,6 +136,7 @@ def train(command: TrainCommand) -> None:
 
     given = command.values()
     config = given.pop("config", None)
+    meeting = [given.pop(name, None) for name in ("coordinator", "num_processes", "process_id")]
     if not command.resume:
         del given["resume"]  # Its absence wishes nothing: a file may ask for it.
     for name in ("data", "validation"):
@@ -149,9 +159,11 @@ def train(command: TrainCommand) -> None:
     # Read by the hub's clients at import.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from flora_jax.train.interrupt import InterruptedRun, on_signals
+    from flora_jax.train.processes import join
 
     with on_signals() as interrupt:
         prepare_jax()
+        join(*meeting)
         from flora_jax.train.run import train as run
 
         try:

@@ -8,7 +8,7 @@ product. Slots 0 and 1 are never given away (``ragged.NOTHING``, ``ragged.IDENTI
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -162,11 +162,13 @@ def empty_layers(
     projections: Mapping[str, tuple[int, int]],
     layers: int,
     additive: Any = np.float32,
+    put: Callable[[str, TargetBank], TargetBank] = lambda target, bank: bank,
 ) -> tuple[dict[str, TargetBank], ...]:
     """A bank with room for so many components by target, the reserved ones included.
 
     ``additive`` is the dtype of the additive vectors. Multiplicative ones are float32 always: they lie
-    near one, where steps of 16 bits swallow a small update.
+    near one, where steps of 16 bits swallow a small update. ``put`` moves a target's bank to where it
+    belongs.
     """
 
     def target_bank(target: str) -> TargetBank:
@@ -174,13 +176,14 @@ def empty_layers(
         # Made on the host: an array of its own for every layer, so that all can be donated.
         pre_CI, post_CO = zeros(count.multiplicative, inputs), zeros(count.multiplicative, outputs)
         pre_CI[IDENTITY] = post_CO[IDENTITY] = 1.0
-        return TargetBank(
+        bank = TargetBank(
             jnp.array(pre_CI),
             jnp.array(post_CO),
             jnp.array(zeros(count.additive, inputs), additive),
             jnp.array(zeros(count.additive, outputs), additive),
             jnp.array(zeros(count.bias, outputs)) if count.bias > RESERVED.bias else None,
         )
+        return put(target, bank)
 
     targets = [target for target in projections if target in room]
     return tuple({target: target_bank(target) for target in targets} for _ in range(layers))

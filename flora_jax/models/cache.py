@@ -13,11 +13,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from flora_jax.models.family import ModelConfig
 
 # Where a token without a place stands: nothing is stored, and nothing sees it.
 NOWHERE = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitHeads:
+    """The queries' heads are cut along an axis of a mesh; so are those of keys and values (``own``), or
+    the one of them is whole on every device.
+    """
+
+    mesh: Mesh
+    axis: str
+    own: bool
+
+    @property
+    def pools(self) -> PartitionSpec:
+        """Of the keys and values, ``[L, S, G, K]``."""
+        return PartitionSpec(None, None, self.axis if self.own else None)
 
 
 @jax.tree_util.register_dataclass
@@ -28,12 +45,14 @@ class Paging:
     ``table [B, M]``, int32: the block of positions ``m·S`` to ``m·S + S - 1``; a number outside the
     pool where there is none. ``stretches``: how many stretches of keys attention looks at, an int32
     scalar; ``None`` is all of them, with a trip count that is known when compiling. ``attention``: a name
-    of :data:`flora_jax.models.cached_attention.IMPLEMENTATIONS`, static.
+    of :data:`flora_jax.models.cached_attention.IMPLEMENTATIONS`, static. ``heads``: how the heads lie on
+    devices that share them, static.
     """
 
     table_BM: Any
     stretches: Any = None
     attention: str = dataclasses.field(default="loop", metadata=dict(static=True))
+    heads: SplitHeads | None = dataclasses.field(default=None, metadata=dict(static=True))
 
 
 @jax.tree_util.register_dataclass

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flora_jax.models.attention import queries_as_rows, rows_as_tokens, softmax_options
 from flora_jax.models.cache import LayerCache, Paging
@@ -33,12 +34,28 @@ def attend_cached(
 ) -> jax.Array:
     """Attention over cached positions up to each token's own, ``[B, T, H·K]`` in the queries' dtype.
 
-    With ``window`` a token sees so many of the last positions, its own among them.
+    With ``window`` a token sees so many of the last positions, its own among them. Where ``paging.heads``
+    says that devices share the heads, each computes its own, and so is the result cut.
 
     Raises:
         KeyError: ``paging.attention`` names no implementation.
     """
-    return IMPLEMENTATIONS[paging.attention](q_BTHK, cache, paging, positions_BT, config, window)
+    run, heads = IMPLEMENTATIONS[paging.attention], paging.heads
+    if heads is None:
+        return run(q_BTHK, cache, paging, positions_BT, config, window)
+    whole = PartitionSpec()
+    if not heads.own:
+        # The queries came with the one key and value, so each device has all of them already; without
+        # this XLA would cut what it has and then exchange the edges.
+        q_BTHK = jax.lax.with_sharding_constraint(q_BTHK, NamedSharding(heads.mesh, whole))
+    by_heads = jax.shard_map(
+        lambda *arrays: run(*arrays, config, window),
+        mesh=heads.mesh,
+        in_specs=(PartitionSpec(None, None, heads.axis), heads.pools, whole, whole),
+        out_specs=PartitionSpec(None, None, heads.axis),
+        check_vma=False,
+    )
+    return by_heads(q_BTHK, cache, paging, positions_BT)
 
 
 def _loop(

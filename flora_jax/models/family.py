@@ -285,6 +285,35 @@ def parameters(config: ModelConfig) -> int:
     return sum(math.prod(t.shape) for t in family_of(config).tensors(config).values())
 
 
+def check_parts(config: ModelConfig, size: int, units: Callable[[str, int], int]) -> None:
+    """Whether tensor parallelism can cut the model's blocks into ``size`` parts.
+
+    Args:
+        config: the model's.
+        size: number of devices.
+        units: ``(path, inputs)`` of a kernel gives the groups of inputs that stay together.
+
+    Raises:
+        InputError: it cannot; names the heads or the tensor. One key and value for all heads is not cut.
+    """
+    family, groups = family_of(config), config.kv_heads
+    given = f"tensor_parallel_size is {size}, expected a number that divides"
+    if config.n_head % size:
+        raise InputError(f"{given} the model's {config.n_head} heads")
+    if groups > 1 and groups % size:
+        raise InputError(f"{given} the model's {groups} heads of keys and values")
+    for path, tensor in family.tensors(config).items():
+        if not family.is_kernel(path):
+            continue
+        inputs, outputs = tensor.shape[::-1] if tensor.by_outputs else tensor.shape
+        count, what = outputs, "outputs"
+        if not family.splits_outputs(path):
+            count = units(path, inputs)
+            what = "inputs" if count == inputs else "groups of inputs"
+        if count % size:
+            raise InputError(f"{given} the {count} {what} of {path}")
+
+
 def _load(module: str) -> Family:
     family: Family = importlib.import_module(module).FAMILY
     return family

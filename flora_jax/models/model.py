@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from flax import nnx
 from flora_jax.models.cache import Cache, Paging
 from flora_jax.models.family import ModelConfig, family_of
 from flora_jax.weights.product import Weight
+
+if TYPE_CHECKING:
+    from flora_jax.models.splits import Splits
 
 LayerAdapters = Mapping[str, Any]
 Adapters = Sequence[LayerAdapters]
@@ -110,13 +113,14 @@ class Definition:
 
     A ``nnx.GraphDef`` hashes all that is in it at every call, 4.5 ms at 40 layers, and an ``nnx.State``
     is flattened by Python code. There is one object for all models of one structure: see
-    :func:`definition_of`.
+    :func:`definition_of`. ``splits``: how devices share it;
+    ``None`` on one.
     """
 
-    __slots__ = ("__weakref__", "_graph", "_structure")
+    __slots__ = ("__weakref__", "_graph", "_structure", "splits")
 
-    def __init__(self, graph: nnx.GraphDef, structure: Any):
-        self._graph, self._structure = graph, structure
+    def __init__(self, graph: nnx.GraphDef, structure: Any, splits: Splits | None = None):
+        self._graph, self._structure, self.splits = graph, structure, splits
 
     def merge(self, leaves: Sequence[jax.Array]) -> LanguageModel:
         """The model with the parameters of :func:`leaves_of`; inside a jitted step."""
@@ -126,9 +130,9 @@ class Definition:
 _DEFINITIONS: weakref.WeakValueDictionary[Any, Definition] = weakref.WeakValueDictionary()
 
 
-def definition_of(model: Model) -> Definition:
-    """The model's definition, the same object for every model of an equal structure."""
-    key = model.graph, jax.tree.structure(model.params)
+def definition_of(model: Model, splits: Splits | None = None) -> Definition:
+    """The model's definition, the same object for every model of an equal structure that is split so."""
+    key = model.graph, jax.tree.structure(model.params), splits
     return _DEFINITIONS.setdefault(key, Definition(*key))
 
 

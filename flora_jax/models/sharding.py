@@ -17,6 +17,9 @@ from flora_jax.models.family import family_of
 from flora_jax.models.model import Model
 from flora_jax.weights.held import Held
 
+# The mesh axis of :data:`~flora_jax.models.axes.MESH_AXES`.
+TENSOR = "tensor"
+
 
 def make_mesh(data: int, tensor: int) -> Mesh:
     """A mesh of ``data * tensor`` devices with the axes "data" and "tensor".
@@ -24,7 +27,7 @@ def make_mesh(data: int, tensor: int) -> Mesh:
     The axes are ``Auto`` (jax.make_mesh alone gives ``Explicit`` ones, under which the model's
     products would have to name the sharding of their results).
     """
-    return jax.make_mesh((data, tensor), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    return jax.make_mesh((data, tensor), ("data", TENSOR), axis_types=(AxisType.Auto,) * 2)
 
 
 def named_leaves(params: Any) -> tuple[dict[str, Any], Any]:
@@ -93,3 +96,13 @@ def shardings(
 
     rules = family_of(model.config).axes if rules is None else rules
     return jax.tree.map(fit, model.params, partition_specs(model.params, rules, mesh_axes))
+
+
+def place_abstract(model: Model, mesh: Mesh) -> Model:
+    """A model of shapes and dtypes, each with the sharding that it has on a mesh."""
+    placed = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        model.params,
+        shardings(model, mesh),
+    )
+    return model._replace(params=placed)

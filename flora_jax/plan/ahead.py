@@ -121,9 +121,22 @@ def check_compiler() -> None:
         )
 
 
-@functools.cache
 def one_device(card: Card) -> Any:
-    """A sharding on one card. The same at every call: devices of two topologies do not mix in a program.
+    """A sharding on one card."""
+    return everywhere(card, 1)
+
+
+def everywhere(card: Card, devices: int) -> Any:
+    """A sharding of what is whole on each of so many cards of one machine."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    return NamedSharding(mesh(card, devices), PartitionSpec())
+
+
+@functools.cache
+def mesh(card: Card, devices: int) -> Any:
+    """A mesh of so many cards as :func:`flora_jax.models.sharding.make_mesh` makes it. The same at every
+    call: devices of two topologies do not mix in a program.
 
     Raises:
         InputError: there is no compiler for it.
@@ -131,26 +144,25 @@ def one_device(card: Card) -> Any:
     check_compiler()
     find_toolkit()
     from jax.experimental import topologies
-    from jax.sharding import NamedSharding, PartitionSpec
 
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology="1x1x1", target_config=target_config(card)
+            platform="cuda", topology=f"1x1x{devices}", target_config=target_config(card)
         )
     except NotImplementedError as error:  # JAX looked for a driver, and did not take the plugin.
         raise InputError(
             f"no compiler for {card.title} ({error}), start with JAX_PLATFORMS=cpu"
         ) from None
-    return NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
+    return topologies.make_mesh(topology, (1, devices), ("data", "tensor"))
 
 
 def placed(card: Card, tree: Any) -> Any:
     """Shapes and dtypes of a tree's leaves as arrays of one card."""
     import jax
 
-    everywhere = one_device(card)
+    place = one_device(card)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), tree
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree
     )
 
 

@@ -8,6 +8,7 @@ own loop gives the launches of one step. A conditional counts its dearest branch
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import re
 from collections.abc import Collection, Iterator
@@ -24,6 +25,9 @@ _NAME = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = ")
 _TRIP = re.compile(r'"known_trip_count":\{"n":"?(\d+)"?\}')
 _ARRAY = re.compile(r"^([a-z]+\d*)\[([\d,]*)\]")
 _MOVES = ("copy", "transpose", "copy-start")
+_COLLECTIVES = frozenset(
+    "all-reduce all-gather reduce-scatter all-to-all collective-permute collective-broadcast".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +122,11 @@ class Program:
         if one.op == "call" or (one.op == "async-start" and one.callee("calls")):
             return self.launches(one.callee("to_apply") or one.callee("calls"))
         return Launches(1)
+
+    def collectives(self) -> dict[str, int]:
+        """By HLO's name how many instructions send between devices, wherever they stand."""
+        ops = (one.op.removesuffix("-start") for one in self._instructions())
+        return dict(sorted(collections.Counter(op for op in ops if op in _COLLECTIVES).items()))
 
     def copies_of(self, shapes: Collection[tuple[str, tuple[int, ...]]]) -> list[str]:
         """Copies and transposes, alone or inside a kernel, whose result is one of these arrays.

@@ -98,10 +98,14 @@ def cache_bytes(setting: Setting) -> int:
 
 
 def bank_bytes(setting: Setting) -> int:
-    """Bytes of the adapters' bank."""
-    total = 0
+    """Bytes of the adapters' bank on one device: vectors lie beside the part of the weight they scale."""
+    total, family = 0, setting.family
     for target, (multiplicative, additive, bias) in setting.room().items():
         inputs, outputs = setting.config.projections()[target]
+        if family.splits_outputs(f"{family.blocks}.0.{target}.kernel"):
+            outputs //= setting.devices
+        else:
+            inputs //= setting.devices
         total += 4 * multiplicative * (inputs + outputs)
         total += setting.additive_itemsize * additive * (inputs + outputs)
         total += 4 * bias * outputs if bias > RESERVED[2] else 0

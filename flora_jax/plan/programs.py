@@ -15,6 +15,7 @@ import numpy as np
 from flora_jax.mixing.bank import Count, Slots
 from flora_jax.models.model import Model, abstract_model
 from flora_jax.models.quantize import quantize_abstract
+from flora_jax.models.sharding import partition_specs, place_abstract
 from flora_jax.plan.setting import Setting
 from flora_jax.platforms import GPU
 from flora_jax.serve.ahead import abstract_device, lower_for
@@ -60,26 +61,37 @@ def model_of(setting: Setting) -> Model:
     return quantize_abstract(model, cast(Method, setting.quantize))
 
 
-def device_of(setting: Setting) -> Device:
-    """The engine's device with a GPU's choices, shapes in place of arrays."""
+def device_of(setting: Setting, mesh: Any = None) -> Device:
+    """The engine's device with a GPU's choices, shapes in place of arrays; cut over a mesh, if any."""
     most = {target: Count(*setting.count(target)) for target in setting.room()}
-    return abstract_device(model_of(setting), options_of(setting), GPU, most, setting.residents)
+    model = model_of(setting)
+    if mesh is not None:
+        model = place_abstract(model, mesh)
+    return abstract_device(model, options_of(setting), GPU, most, setting.residents)
 
 
 def decode(setting: Setting, sharding: Any) -> Callable[[], Any]:
     """What lowers a decode step, sampling apart, in which every row has an adapter and looks at the
     whole context.
     """
-    programs = lower_for(device_of(setting), sharding)
+    mesh = sharding.mesh if setting.devices > 1 else None
+    programs = lower_for(device_of(setting, mesh), sharding)
     # Listed from the fewest adapters and the shortest span to the most.
     return [lower for name, lower in programs.items() if name.startswith("forward ")][-1]
 
 
 def weight_shapes(setting: Setting) -> set[tuple[str, tuple[int, ...]]]:
-    """HLO's dtype and the dimensions of every projection's kernel as it is held, and of the embedding."""
-    config, own = setting.config, _HLO_DTYPES[setting.dtype]
-    found: set[tuple[str, tuple[int, ...]]] = {(own, (config.vocab_size, config.hidden_size))}
-    for leaf in jax.tree.leaves(model_of(setting).params):
+    """HLO's dtype and the dimensions of every projection's kernel as one device holds it, and of the
+    embedding.
+    """
+    found: set[tuple[str, tuple[int, ...]]] = set()
+    model = model_of(setting)
+    cuts = jax.tree.leaves(partition_specs(model.params, setting.family.axes))
+    for leaf, cut in zip(jax.tree.leaves(model.params), cuts, strict=True):
         if len(leaf.shape) == 2 and min(leaf.shape) > setting.max_num_seqs:
-            found.add((_HLO_DTYPES[np.dtype(leaf.dtype).name], tuple(leaf.shape)))
+            part = (
+                n // setting.devices if axis and n % setting.devices == 0 else n
+                for n, axis in zip(leaf.shape, cut)
+            )
+            found.add((_HLO_DTYPES[np.dtype(leaf.dtype).name], tuple(part)))
     return found

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from flora_jax.adapters.projections import match_targets
 from flora_jax.adapters.registry import TRAITS
 from flora_jax.errors import InputError
-from flora_jax.models.family import Family, ModelConfig, family_of, positions_in_words
+from flora_jax.models.family import Family, ModelConfig, check_parts, family_of, positions_in_words
 from flora_jax.plan.cards import Card
 from flora_jax.platforms import GPU
 
@@ -31,7 +31,7 @@ class Setting:
         name: the model's, for people.
         config: the model's.
         card: one of them.
-        devices: how many of it, tensor-parallel; by arithmetic only.
+        devices: how many of it, tensor-parallel.
         dtype: of weights, activations and cache.
         quantize: "none", "int8" or "int4".
         kind: of all adapters; "none" is the base alone.
@@ -88,11 +88,7 @@ class Setting:
                 f"--max-model-len is {self.context}, {self.name} has "
                 f"{positions_in_words(self.config)}"
             )
-        if self.config.n_head % self.devices:
-            raise InputError(
-                f"--devices is {self.devices}, expected a number that divides the "
-                f"{self.config.n_head} heads of {self.name}"
-            )
+        check_parts(self.config, self.devices, self._input_units)
         if self.quantize == "int4":
             for target, (inputs, _) in self.config.projections().items():
                 if not int4_group(inputs):
@@ -100,6 +96,10 @@ class Setting:
                         f"--quantize is int4, and {target} of {self.name} has {inputs} input "
                         "features, which no even group of 8 to 64 divides"
                     )
+
+    def _input_units(self, path: str, inputs: int) -> int:
+        group = int4_group(inputs) if self.quantize == "int4" else 0
+        return inputs // (group or 1)
 
     @property
     def context(self) -> int:
@@ -133,9 +133,8 @@ class Setting:
 
     @property
     def split_kv_heads(self) -> int:
-        """Heads of keys and values on one device; all of them where the devices cannot share them."""
-        heads = self.config.kv_heads
-        return heads // self.devices if heads % self.devices == 0 else heads
+        """Heads of keys and values on one device; the one of multi-query models is on all."""
+        return max(1, self.config.kv_heads // self.devices)
 
     @property
     def residents(self) -> int:

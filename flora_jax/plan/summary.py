@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flora_jax.errors import InputError
 from flora_jax.plan import ahead, memory, prompts, roofline
 from flora_jax.plan.setting import Setting
 
@@ -84,33 +83,29 @@ def _other(setting: Setting, kind: str, rank: int) -> dict[str, Any]:
     }
 
 
-def check_compiling(setting: Setting) -> None:
+def check_compiling() -> None:
     """Whether the real program can be compiled.
 
     Raises:
-        InputError: several devices, or no compiler for a GPU.
+        InputError: no compiler for a GPU.
     """
-    if setting.devices > 1:
-        raise InputError(
-            f"--compile with --devices {setting.devices}: there is no tensor-parallel serving whose "
-            "program could be compiled, only arithmetic; expected --devices 1"
-        )
     ahead.check_compiler()
     ahead.find_toolkit()
 
 
 def compile_decode(setting: Setting) -> dict[str, Any]:
     """What the real decode step is, sampling apart, compiled for the card: ``launches``,
-    ``copies_of_weights`` (how many), ``temporaries``, ``arguments`` and ``donated`` in bytes.
+    ``copies_of_weights`` (how many), ``collectives`` (by HLO's name how many), and one device's
+    ``temporaries``, ``arguments`` and ``donated`` in bytes.
 
     Raises:
         InputError: see :func:`check_compiling`.
     """
-    check_compiling(setting)
+    check_compiling()
     from flora_jax.plan import programs
     from flora_jax.plan.launches import Program
 
-    lower = programs.decode(setting, ahead.one_device(setting.card))
+    lower = programs.decode(setting, ahead.everywhere(setting.card, setting.devices))
     library = setting.quantize == "none"
     compiled = ahead.compile_lowered(lower, library_products=library)
     program = Program(compiled.text)
@@ -118,6 +113,7 @@ def compile_decode(setting: Setting) -> dict[str, Any]:
     return {
         "launches": found.total,
         "loops_in_a_step": found.static_loops,
+        "collectives": program.collectives(),
         "copies_of_weights": len(program.copies_of(programs.weight_shapes(setting))),
         "temporaries": compiled.temporaries,
         "arguments": compiled.arguments,
@@ -184,6 +180,9 @@ def _facts(plan: dict[str, Any]) -> list[tuple[str, str]]:
             "compiled", f"{own['launches']:,} launches a step, {own['copies_of_weights']} copies of "
             f"weights, {own['temporaries'] / (1 << 20):.1f} MiB of temporaries",
         ))  # fmt: skip
+        if own["collectives"]:
+            counted = ", ".join(f"{number} {name}" for name, number in own["collectives"].items())
+            rows.append(("collectives", f"{counted} a step"))
     return rows
 
 

@@ -17,11 +17,12 @@ import numpy as np
 
 from flora_jax.adapters.kind import KINDS
 from flora_jax.mixing.bank import Count
-from flora_jax.models.model import Model
+from flora_jax.models.model import Definition, Model
 from flora_jax.platforms import Platform
 from flora_jax.serve.device import Call, Device
 from flora_jax.serve.lattice import DecodeShape, Lattice, PrefillShape
 from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.placement import placement_of
 from flora_jax.serve.residency import Residency
 from flora_jax.serve.sampling import Draw
 from flora_jax.serve.state import pack
@@ -113,18 +114,20 @@ def compile_all(device: Device, progress: Callable[[str, int, int], None] | None
 def lower_for(device: Device, sharding: Any) -> dict[str, Callable[[], Any]]:
     """By name what lowers each program for the devices of a sharding, whatever runs here.
 
-    ``device`` may come from :func:`abstract_device`.
+    ``device`` may come from :func:`abstract_device`; what it has placed already stays where it is.
     """
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        own = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
+        return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=own or sharding)
 
     def lower(call: Callable[[], Call]) -> Any:
         function, arguments, static = call()
-        definition, platform = arguments[:2]
-        fixed = isinstance(platform, Platform)
-        arrays = arguments[2:] if fixed else arguments
-        placed = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding), arrays
+        placed = (
+            own if isinstance(own, Definition | Platform) else jax.tree.map(place, own)
+            for own in arguments
         )
-        return function.lower(*((definition, platform) if fixed else ()), *placed, **static)
+        return function.lower(*placed, **static)
 
     return {p.name: partial(lower, p.call) for p in programs(device) if p.call is not None}
 
@@ -139,7 +142,8 @@ def abstract_device(
     """A device with shapes in place of arrays: nothing is allocated, and its programs can be lowered.
 
     Args:
-        model: as of :func:`flora_jax.models.model.abstract_model`.
+        model: as of :func:`flora_jax.models.model.abstract_model`, or of
+            :func:`flora_jax.models.sharding.place_abstract`.
         options: the engine's.
         platform: whose choices the programs follow.
         most: by target the most components of one adapter.
@@ -148,11 +152,12 @@ def abstract_device(
     config = model.config
     context = options.max_model_len or config.n_positions
     dtype = model.embedding.dtype
+    placement = placement_of(model, allocate=False)
     residency = Residency.of_size(
-        config, most, residents, additive=platform.additive(dtype), allocate=False
+        config, most, residents, additive=platform.additive(dtype), placement=placement
     )
     lattice = Lattice(residency, options, context, platform)
-    return Device(model, residency, lattice, options, platform, allocate=False)
+    return Device(model, residency, lattice, options, platform, placement=placement)
 
 
 def _entering(device: Device) -> list[int]:
@@ -190,8 +195,7 @@ def _looping(device: Device, shape: DecodeShape) -> Program:
 
 def _forwarding(device: Device, shape: DecodeShape) -> Program:
     def call() -> Call:
-        packed = pack(device.nothing(shape))
-        return device.forward_call(packed)
+        return device.forward_call(device.sent(pack(device.nothing(shape))))
 
     def run() -> None:
         device.cache, _ = call().run()
@@ -201,10 +205,10 @@ def _forwarding(device: Device, shape: DecodeShape) -> Program:
 
 def _drawing(device: Device, rows: int, how: Draw) -> Program:
     shape = rows, device.config.vocab_size
-    abstract_BV = jax.ShapeDtypeStruct(shape, jnp.float32)
+    abstract_BV = device.beside_parameters(jax.ShapeDtypeStruct(shape, jnp.float32))
 
     def call(logits_BV: Any = abstract_BV) -> Call:
-        rows_B = np.full(rows, device.rows, np.int32)
+        rows_B = device.sent(np.full(rows, device.rows, np.int32))
         return device.draw_call(logits_BV, rows_B, device.resting(rows), how)
 
     def run() -> None:
@@ -216,7 +220,7 @@ def _drawing(device: Device, rows: int, how: Draw) -> Program:
 
 def _beginning(device: Device, count: int) -> Program:
     shape = count, device.config.hidden_size
-    abstract_BD = jax.ShapeDtypeStruct(shape, device.dtype)
+    abstract_BD = device.beside_parameters(jax.ShapeDtypeStruct(shape, device.dtype))
 
     def call(hidden_BD: Any = abstract_BD) -> Call:
         return device.begin_call([], hidden_BD)
@@ -230,7 +234,7 @@ def _beginning(device: Device, count: int) -> Program:
 
 def _scoring(device: Device, rows: int, length: int) -> Program:
     shape = rows, length, device.config.hidden_size
-    abstract_BTD = jax.ShapeDtypeStruct(shape, device.dtype)
+    abstract_BTD = device.beside_parameters(jax.ShapeDtypeStruct(shape, device.dtype))
 
     def call(hidden_BTD: Any = abstract_BTD) -> Call:
         return device.score_call(hidden_BTD, [])
@@ -243,7 +247,7 @@ def _scoring(device: Device, rows: int, length: int) -> Program:
 
 def _scoring_drawn(device: Device, rows: int) -> Program:
     shape = rows, device.config.vocab_size
-    abstract_BV = jax.ShapeDtypeStruct(shape, jnp.float32)
+    abstract_BV = device.beside_parameters(jax.ShapeDtypeStruct(shape, jnp.float32))
 
     def call(logits_BV: Any = abstract_BV) -> Call:
         return device.score_drawn_call(logits_BV, device.resting(rows))

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from flora_jax.mixing.pairs import Form, form, row_components
 from flora_jax.mixing.ragged import Pairs
@@ -27,6 +26,7 @@ from flora_jax.platforms import Platform
 from flora_jax.serve import steps
 from flora_jax.serve.lattice import DecodeShape, Lattice, PrefillShape
 from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.placement import Placement, placement_of
 from flora_jax.serve.registry import Version
 from flora_jax.serve.request import Request, TokenLogprob
 from flora_jax.serve.residency import Residency
@@ -157,7 +157,7 @@ class Device:
         lattice: the shapes they are padded to.
         options: the engine's.
         platform: whose choices the programs follow.
-        allocate: without it the state has shapes in place of arrays, and nothing can be run.
+        placement: where the arrays lie; beside the parameters by default.
     """
 
     def __init__(
@@ -168,27 +168,30 @@ class Device:
         options: EngineOptions,
         platform: Platform,
         *,
-        allocate: bool = True,
+        placement: Placement | None = None,
     ):
         self.residency, self.lattice, self.options = residency, lattice, options
         self.config, self.platform = model.config, platform
         self.blocks = options.cache_blocks(lattice.context)
         self.rows = options.max_num_seqs
         # The embedding is never quantised.
-        leaf = model.embedding
-        self.dtype, self._place = leaf.dtype, _replicated(leaf) if allocate else None
-        self.definition, self.leaves = definition_of(model), leaves_of(model)
+        self.dtype = model.embedding.dtype
+        self.placement = placement = placement or placement_of(model)
+        self.definition = definition_of(model, placement.splits)
+        self.leaves = leaves_of(model)
         make = partial(
             init_state, model.config, self.rows, self.blocks, options.block_size, self.dtype
         )
-        state = self.beside_parameters(make()) if allocate else jax.eval_shape(make)
+        state = placement.make(make)
         self.cache, self.state_rows = state.cache, state.rows
         # By the keys of whole prompts that can be found among the blocks.
         self._ends: dict[bytes, _End] = {}
         self._compiler_options = platform.invariant_options if options.batch_invariant else ()
-        self.prompt_attention, self.attention_note = self._choose_attention(allocate)
+        self.prompt_attention, self.attention_note = self._choose_attention(placement.allocate)
         self._resting = {
-            rows: self.beside_parameters(jnp.full((rows, options.decode_steps), RESTING, jnp.int32))
+            rows: placement.make(
+                partial(jnp.full, (rows, options.decode_steps), RESTING, jnp.int32)
+            )
             for rows in lattice.rows
         }
 
@@ -285,7 +288,7 @@ class Device:
         return self.lattice.form(None if version is None else form(self.residency, version))
 
     def _verb(self, verb: Any) -> Any:
-        return steps.under(verb, self._compiler_options)
+        return steps.under(verb, self._compiler_options, self.placement)
 
     def _call(self, verb: Any, arguments: tuple[Any, ...], static: Mapping[str, Any]) -> Call:
         return Call(self._verb(verb), arguments, static)
@@ -355,7 +358,7 @@ class Device:
             self.cache, self.state_rows, tokens_BN, found = call.run()
             return Decoded(tokens_BN, [found] if scored else [])
         how = _least_draw([sequence.request for sequence in decode.sequences])
-        packed, rows_B = jax.device_put((pack(work), work.rows_B))
+        packed, rows_B = self.sent((pack(work), work.rows_B))
         tokens_BN, scores = self.resting(shape.rows), []
         for _ in range(max(decode.most)):
             self.cache, logits_BV = self.forward_call(packed).run()
@@ -432,12 +435,18 @@ class Device:
         numbers_M = self._block_numbers(blocks)
         self.cache = self._verb(steps.put_blocks)(self.cache, numbers_M, jax.tree.map(pad, copies))
 
+    def sent(self, tree: Any) -> Any:
+        """Small arrays of the host on the device, once for several programs."""
+        if not self.placement.allocate:
+            return tree
+        return jax.device_put(tree, self.placement.everywhere)
+
     def beside_parameters(self, tree: Any) -> Any:
         """The arrays, committed to the parameters' devices where those are (as a checkpoint's can be).
 
         What a step returns is committed then, and a program compiled for other arrays would not do.
         """
-        return tree if self._place is None else jax.device_put(tree, self._place)
+        return self.placement.put(tree)
 
     def _block_numbers(self, blocks: Sequence[int]) -> np.ndarray:
         numbers_M = np.full(self.lattice.width, self.blocks, np.int32)
@@ -493,15 +502,6 @@ class Device:
             assert fold_in is not None
             seed_BX[row] = (self.options.seed, fold_in) if params.seed is None else (params.seed, 0)
         return Settings(temperature_B, top_k_B, top_p_B, seed_BX, seeded_B)
-
-
-def _replicated(leaf: jax.Array) -> Any:
-    """Where a parameter is committed to, whole on each of its devices; ``None`` where it is not."""
-    if not leaf.committed:
-        return None
-    if isinstance(leaf.sharding, NamedSharding):
-        return NamedSharding(leaf.sharding.mesh, PartitionSpec())
-    return leaf.sharding
 
 
 def _least_draw(requests: Sequence[Request]) -> Draw:

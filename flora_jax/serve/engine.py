@@ -29,6 +29,7 @@ from flora_jax.serve.ahead import Compilations, compile_all
 from flora_jax.serve.device import Device, Drawn, Flight
 from flora_jax.serve.lattice import Lattice
 from flora_jax.serve.options import WHILE_READING, EngineOptions
+from flora_jax.serve.placement import placement_of
 from flora_jax.serve.prefixes import PromptKeys, block_keys, prompt_keys
 from flora_jax.serve.readers import Readers
 from flora_jax.serve.registry import Registry, Source, Version, version
@@ -50,7 +51,7 @@ class Engine:
     """A model with adapters, ready to serve; a context manager, which closes it.
 
     Args:
-        model: the base.
+        model: the base; one that was loaded with a mesh is computed by all devices of it together.
         adapters: in memory, or folders, by the names that requests use. All are read at once, and what
             they need bounds later ones too, unless ``options`` ask for more.
         tokenizer: a ``tokenizers.Tokenizer``; without one completions have no text.
@@ -58,8 +59,8 @@ class Engine:
         platform: whose choices of shapes and kernels to follow; by default those of JAX's device.
 
     Raises:
-        InputError: an adapter that does not fit the model, options that it cannot have, or more end
-            tokens than are looked for.
+        InputError: an adapter that does not fit the model, options that it cannot have, more end tokens
+            than are looked for, or a mesh that cannot share the model.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Engine:
         self.platform = platform = platform or platform_of()
         self.model, self.tokenizer, self.options = model, tokenizer, options
         self.registry = Registry()
+        placement = placement_of(model)
         first: dict[Version, Prepared] = {}
         for name, source in (adapters or {}).items():
             known = version(name, source)
@@ -94,11 +96,12 @@ class Engine:
             platform.additive(model.embedding.dtype),
             readers=Readers(options.adapter_readers, options.adapter_timeout_s, self._notify),
             is_pinned=self.registry.is_pinned,
+            placement=placement,
         )  # fmt: skip
         self.residency.weights = model.weight
         groups = target_groups(first)
         self.lattice = lattice = Lattice(self.residency, options, context, platform, groups)
-        self.device = Device(model, self.residency, lattice, options, platform)
+        self.device = Device(model, self.residency, lattice, options, platform, placement=placement)
         bounds = bounds_of(lattice, options, platform, self.device.blocks)
         self.scheduler = Scheduler(bounds, self.device.form_of)
         self.limits = Limits(

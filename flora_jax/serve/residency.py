@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from flora_jax.adapters.model_adapter import WeightsOf
 from flora_jax.adapters.projections import match_targets
 from flora_jax.errors import InputError
@@ -31,10 +29,10 @@ from flora_jax.mixing.bank import (
     patch,
     room_for,
     sum_of,
-    write,
 )
 from flora_jax.models.family import ModelConfig
 from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.placement import ANYWHERE, Placement
 from flora_jax.serve.readers import Readers, Reading
 from flora_jax.serve.registry import Version
 from flora_jax.serve.scheduler import Admission, LoadError
@@ -66,7 +64,7 @@ class Residency:
         additive: dtype of the bank's additive vectors.
         readers: the threads that read adapters; two with a minute each where it is ``None``.
         is_pinned: of which versions are never evicted.
-        allocate: without it the bank has shapes in place of arrays.
+        placement: where the bank lies, and whether it has shapes in place of arrays.
     """
 
     def __init__(
@@ -79,7 +77,7 @@ class Residency:
         *,
         readers: Readers | None = None,
         is_pinned: Callable[[Version], bool] = lambda version: False,
-        allocate: bool = True,
+        placement: Placement = ANYWHERE,
     ):
         self.config = config
         self.room = room
@@ -87,8 +85,10 @@ class Residency:
         # Gives the base's weights to kinds of adapters that ask for them.
         self.weights: WeightsOf | None = None
         self.targets = tuple(room)
-        make = partial(empty_layers, room, config.projections(), config.n_layer, additive)
-        self.layers: Any = make() if allocate else jax.eval_shape(make)
+        self.layers: Any = placement.empty_bank(
+            partial(empty_layers, room, config.projections(), config.n_layer, additive)
+        )
+        self._writer = placement.writing(self.layers)
         self.loads = self.evictions = 0
         self.host_bytes = host_bytes
         self._free: dict[str, list[list[int]]] = {
@@ -276,7 +276,7 @@ class Residency:
 
     def _write(self, prepared: Prepared | None, owned: Mapping[str, Slots]) -> None:
         sizes = self.room, self.capacity, self.config.projections(), self.config.n_layer
-        self.layers = write(self.layers, *patch(prepared, owned, *sizes))
+        self.layers = self._writer(self.layers, *patch(prepared, owned, *sizes))
 
     def _missing(self, prepared: Prepared) -> Held:
         """How many slots too few are free."""

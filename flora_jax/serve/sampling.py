@@ -66,8 +66,9 @@ def _threshold_among_largest(
 ) -> tuple[jax.Array, jax.Array]:
     """Whether the largest logits tell the least one to keep, and that one (``-inf``: keep all)."""
     window = min(_WINDOW, logits_BV.shape[-1])
-    # Behind a barrier: merged with the slices below, XLA turns it into a sort of everything.
-    largest_BW, _ = jax.lax.optimization_barrier(jax.lax.top_k(logits_BV, window))
+    # Behind a barrier: merged with the slices below, XLA turns it into a sort of everything. The values
+    # alone: a barrier around both results ends XLA's compiler where it divides a program among devices.
+    largest_BW = jax.lax.optimization_barrier(jax.lax.top_k(logits_BV, window)[0])
     highest_B1 = largest_BW[:, :1]
     cut_B = top_k_B > 0
     inside_BW = ~cut_B[:, None] | (jnp.arange(window)[None] < top_k_B[:, None])

@@ -51,8 +51,9 @@ def score(logits_BV: jax.Array, token_B: jax.Array, top: int) -> Scores:
     norm_B1 = largest_B1 + total_B1
     index_B1 = jnp.clip(token_B, 0, logits_BV.shape[-1] - 1)[:, None]
     own_B1 = jnp.take_along_axis(logits_BV, index_B1, axis=-1) - norm_B1
-    # Behind a barrier: merged with what reads it, XLA turns it into a sort of everything.
-    top_BK, ids_BK = jax.lax.optimization_barrier(jax.lax.top_k(logits_BV, top))
+    # Behind a barrier each: merged with what reads it, XLA turns it into a sort of everything, and one
+    # barrier around both ends its compiler where it divides a program among devices.
+    top_BK, ids_BK = map(jax.lax.optimization_barrier, jax.lax.top_k(logits_BV, top))
     return Scores(own_B1, (top_BK - norm_B1)[:, None], ids_BK[:, None])
 
 

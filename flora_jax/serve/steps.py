@@ -23,7 +23,8 @@ from flora_jax.mixing.ragged import BankLayers, ragged_hooks, row_wise_hooks
 from flora_jax.models.cache import NOWHERE, Cache, LayerCache, Paging
 from flora_jax.models.model import Definition, LanguageModel
 from flora_jax.platforms import Platform
-from flora_jax.serve.sampling import Draw, sample
+from flora_jax.serve.placement import Placement, Result
+from flora_jax.serve.sampling import Draw, Sampling, sample
 from flora_jax.serve.scores import Scores, score, score_prompts
 from flora_jax.serve.state import (
     BROKEN,
@@ -43,42 +44,69 @@ Hooks = Sequence[dict[str, Any]]
 _Carry = tuple[jax.Array, Cache, Rows, jax.Array, Scores | None]
 
 
-# How each verb is jitted, by its name.
+# How each verb is jitted, and what it returns, by its name.
 _JITTED: dict[str, dict[str, Any]] = {}
 
 
+_RESULTS: dict[str, tuple[Result, ...]] = {}
+
+
 def _verb(
-    static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
+    *results: Result, static: tuple[str, ...] = (), donate: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], Any]:
-    """``jax.jit``, remembered for :func:`under`."""
+    """``jax.jit``, remembered for :func:`under`, with what each of the results is."""
 
     def wrap(function: Callable[..., Any]) -> Any:
         own = _JITTED[function.__name__] = dict(static_argnames=static, donate_argnames=donate)
+        _RESULTS[function.__name__] = results
         return jax.jit(function, **own)
 
     return wrap
 
 
 @functools.cache
-def under(verb: Any, options: tuple[tuple[str, Any], ...]) -> Any:
-    """A verb compiled under XLA's options; the verb itself where there are none."""
-    if not options:
-        return verb
+def under(verb: Any, options: tuple[tuple[str, Any], ...], placement: Placement) -> Any:
+    """A verb compiled under XLA's options, its results placed; the verb itself without either."""
     function = verb.__wrapped__
-    return jax.jit(function, **_JITTED[function.__name__], compiler_options=dict(options))
+    placed = placement.results(_RESULTS[function.__name__])
+    if not options and placed is None:
+        return verb
+    own = dict(_JITTED[function.__name__], compiler_options=dict(options) or None)
+    # Given where it is said alone: ``None`` would be a sharding as well.
+    return jax.jit(function, **own, **({} if placed is None else dict(out_shardings=placed)))
 
 
-def _with_others(hooks: Hooks, model: LanguageModel, platform: Platform) -> Hooks:
-    """The hooks, and those of the projections that the bank has no room for."""
-    if not platform.rounded_results:
-        return hooks
-    return rounding_others(hooks, model.config.projections())
+def _with_others(
+    hooks: Hooks, definition: Definition, model: LanguageModel, platform: Platform
+) -> Hooks:
+    """The hooks, and those of the projections that the bank has no room for; cut where these are."""
+    if platform.rounded_results:
+        hooks = rounding_others(hooks, model.config.projections())
+    return hooks if definition.splits is None else definition.splits.hooks(hooks)
 
 
-def _draw(logits_BV: jax.Array, rows: Rows, how: Draw) -> jax.Array:
+def _paging(definition: Definition, paging: Paging) -> Paging:
+    return paging if definition.splits is None else definition.splits.paging(paging)
+
+
+def _logits(definition: Definition, model: LanguageModel, hidden_BD: jax.Array) -> jax.Array:
+    """The scores ``[B, V]``, all of them where they are drawn from: drawing looks at them many times."""
+    logits_BV = model.logits(hidden_BD)
+    return logits_BV if definition.splits is None else definition.splits.logits(logits_BV)
+
+
+def _draw(
+    logits_BV: jax.Array, rows: Rows, how: Draw, definition: Definition | None = None
+) -> jax.Array:
     """The next tokens; ``BROKEN`` where a logit is NaN or infinite, which no draw may hide."""
-    finite_B = jnp.isfinite(jnp.max(logits_BV, axis=-1))
-    return jnp.where(finite_B, sample(logits_BV, rows.sampling, rows.drawn_B, how), BROKEN)
+
+    def drawn(logits_BV: jax.Array, sampling: Sampling, drawn_B: jax.Array) -> jax.Array:
+        finite_B = jnp.isfinite(jnp.max(logits_BV, axis=-1))
+        return jnp.where(finite_B, sample(logits_BV, sampling, drawn_B, how), BROKEN)
+
+    if definition is not None and definition.splits is not None:
+        drawn = definition.splits.each(drawn)
+    return drawn(logits_BV, rows.sampling, rows.drawn_B)
 
 
 def _after(token_B: jax.Array, left_B: jax.Array, stops_BE: jax.Array) -> jax.Array:
@@ -87,7 +115,10 @@ def _after(token_B: jax.Array, left_B: jax.Array, stops_BE: jax.Array) -> jax.Ar
     return jnp.where(stopped_B, 0, jnp.maximum(left_B - 1, 0))
 
 
-@_verb(static=("definition", "platform", "results", "whole"), donate=("cache",))
+@_verb(
+    "cache", "whole", "whole",
+    static=("definition", "platform", "results", "whole"), donate=("cache",),
+)  # fmt: skip
 def prefill(
     definition: Definition,
     platform: Platform,
@@ -128,8 +159,8 @@ def prefill(
         prompts.tokens_BT,
         positions_BT,
         cache=cache,
-        paging=prompts.paging,
-        adapters=_with_others(row_wise_hooks(layers, prompts.own), model, platform),
+        paging=_paging(definition, prompts.paging),
+        adapters=_with_others(row_wise_hooks(layers, prompts.own), definition, model, platform),
     )
     assert new is not None
     last_B = jnp.maximum(count_B - 1, 0)
@@ -138,7 +169,7 @@ def prefill(
     return new, padded_BD, hidden_BTD if whole else None
 
 
-@_verb(static=("definition", "top"))
+@_verb("whole", static=("definition", "top"))
 def score_chunks(
     definition: Definition,
     leaves: Leaves,
@@ -148,11 +179,11 @@ def score_chunks(
     top: int,
 ) -> Scores:
     """Scores of the tokens behind each position of chunks; ``packed`` are those tokens ``[B, T]``."""
-    model = definition.merge(leaves)
-    return score_prompts(hidden_BTD, packed.unpack(), top, model.logits)
+    logits = functools.partial(_logits, definition, definition.merge(leaves))
+    return score_prompts(hidden_BTD, packed.unpack(), top, logits)
 
 
-@_verb(static=("definition", "platform", "top"), donate=("rows",))
+@_verb("whole", "whole", "whole", static=("definition", "platform", "top"), donate=("rows",))
 def begin(
     definition: Definition,
     platform: Platform,
@@ -172,15 +203,15 @@ def begin(
         ``[B, 1]`` with ``top`` likeliest, where that is not 0.
     """
     source_B, entries = packed.unpack()
-    logits_BV = definition.merge(leaves).logits(hidden_BD[source_B])
+    logits_BV = _logits(definition, definition.merge(leaves), hidden_BD[source_B])
     none_B = jnp.zeros(hidden_BD.shape[0], jnp.int32)
     first = dataclasses.replace(_new_rows(none_B, entries), drawn_B=none_B)
-    token_B = _draw(logits_BV, first, _any_draw(platform))
+    token_B = _draw(logits_BV, first, _any_draw(platform), definition)
     scores = score(logits_BV, token_B, top) if top else None
     return rows.put(entries.row_B, _new_rows(token_B, entries)), token_B, scores
 
 
-@_verb(donate=("rows",))
+@_verb("whole", donate=("rows",))
 def insert(rows: Rows, packed: Packed) -> Rows:
     """Gives rows to sequences that go on; all before their last token is in the cache.
 
@@ -207,24 +238,27 @@ def _any_draw(platform: Platform) -> Draw:
 
 
 def _forward(
-    model: LanguageModel, hooks: Hooks, cache: Cache, rows: Rows, paging: Paging
-) -> tuple[Cache, jax.Array]:
+    definition: Definition, model: LanguageModel, hooks: Hooks, cache: Cache, rows: Rows, paging: Paging
+) -> tuple[Cache, jax.Array]:  # fmt: skip
     """The last tokens of rows that may have more into the cache, and the logits ``[B, V]`` after them."""
+    paging = _paging(definition, paging)
     positions_B1 = jnp.where(rows.left_B > 0, rows.position_B, NOWHERE)[:, None]
     hidden_B1D, new = model.hidden(
         rows.token_B[:, None], positions_B1, cache=cache, paging=paging, adapters=hooks
     )
     assert new is not None
-    return new, model.logits(hidden_B1D[:, 0])
+    return new, _logits(definition, model, hidden_B1D[:, 0])
 
 
-def _advance(rows: Rows, logits_BV: jax.Array, how: Draw) -> tuple[Rows, jax.Array]:
+def _advance(
+    rows: Rows, logits_BV: jax.Array, how: Draw, definition: Definition | None = None
+) -> tuple[Rows, jax.Array]:
     """The rows after another token, and the tokens ``[B]``, ``RESTING`` where a row is at rest."""
     running_B = rows.left_B > 0
     # What a resting row once asked for holds nobody up.
     temperature_B = jnp.where(running_B, rows.sampling.temperature_B, 0.0)
     asked = dataclasses.replace(rows.sampling, temperature_B=temperature_B)
-    token_B = _draw(logits_BV, dataclasses.replace(rows, sampling=asked), how)
+    token_B = _draw(logits_BV, dataclasses.replace(rows, sampling=asked), how, definition)
     step = running_B.astype(jnp.int32)
     new = dataclasses.replace(
         rows,
@@ -245,7 +279,10 @@ class Columns(NamedTuple):
     top: int = 0
 
 
-@_verb(static=("definition", "platform", "columns"), donate=("cache", "rows"))
+@_verb(
+    "cache", "whole", "whole", "whole",
+    static=("definition", "platform", "columns"), donate=("cache", "rows"),
+)  # fmt: skip
 def decode(
     definition: Definition,
     platform: Platform,
@@ -276,14 +313,14 @@ def decode(
     model, (work, steps) = definition.merge(leaves), packed.unpack()
     assert isinstance(work, Decoding)
     assert isinstance(steps, Steps)
-    hooks = _with_others(ragged_hooks(layers, work.pairs), model, platform)
+    hooks = _with_others(ragged_hooks(layers, work.pairs), definition, model, platform)
     mine = rows.take(work.rows_B)
     how = _any_draw(platform)
 
     def one_step(carry: _Carry) -> _Carry:
         number, cache, now, tokens_BN, scores = carry
-        cache, logits_BV = _forward(model, hooks, cache, now, work.paging)
-        now, token_B = _advance(now, logits_BV, how)
+        cache, logits_BV = _forward(definition, model, hooks, cache, now, work.paging)
+        now, token_B = _advance(now, logits_BV, how, definition)
         if scores is not None:
             scores = jax.lax.cond(
                 steps.scored,
@@ -306,7 +343,7 @@ def decode(
     return cache, rows.put(work.rows_B, now), tokens_BN, scores
 
 
-@_verb(static=("definition", "platform"), donate=("cache",))
+@_verb("cache", "whole", static=("definition", "platform"), donate=("cache",))
 def forward(
     definition: Definition,
     platform: Platform,
@@ -325,11 +362,11 @@ def forward(
     """
     model, work = definition.merge(leaves), packed.unpack()
     assert isinstance(work, Decoding)
-    hooks = _with_others(ragged_hooks(layers, work.pairs), model, platform)
-    return _forward(model, hooks, cache, rows.take(work.rows_B), work.paging)
+    hooks = _with_others(ragged_hooks(layers, work.pairs), definition, model, platform)
+    return _forward(definition, model, hooks, cache, rows.take(work.rows_B), work.paging)
 
 
-@_verb(static=("how",), donate=("rows",))
+@_verb("whole", "whole", static=("how",), donate=("rows",))
 def draw(
     rows: Rows, logits_BV: jax.Array, rows_B: Any, tokens_BN: jax.Array, *, how: Draw
 ) -> tuple[Rows, jax.Array]:
@@ -342,25 +379,25 @@ def draw(
     return rows.put(rows_B, new), jnp.concatenate([tokens_BN[:, 1:], token_B[:, None]], axis=1)
 
 
-@_verb(static=("top",))
+@_verb("whole", static=("top",))
 def score_drawn(logits_BV: jax.Array, tokens_BN: jax.Array, *, top: int) -> Scores:
     """Scores ``[B, 1]`` of the tokens that :func:`draw` has put into the last column."""
     return score(logits_BV, tokens_BN[:, -1], top)
 
 
-@_verb()
+@_verb("cache")
 def take_blocks(cache: Cache, blocks_M: jax.Array) -> list[LayerCache]:
     """Copies of a row's blocks, ``[M, S, G, K]`` for each layer; zeros for a number that is no block."""
     return jax.tree.map(lambda pool: pool.at[blocks_M].get(mode="fill", fill_value=0), cache)
 
 
-@_verb(donate=("cache",))
+@_verb("cache", donate=("cache",))
 def put_blocks(cache: Cache, blocks_M: jax.Array, copies: list[LayerCache]) -> Cache:
     """Puts such copies into blocks of the cache, the same or others."""
     return jax.tree.map(lambda pool, copy: pool.at[blocks_M].set(copy, mode="drop"), cache, copies)
 
 
-@_verb(donate=("cache",))
+@_verb("cache", donate=("cache",))
 def copy_blocks(cache: Cache, packed: Packed) -> Cache:
     """Copies blocks within the cache; ``packed`` are their numbers and those of the copies, ``[M]`` each,
     where a number that is no block stands for none.

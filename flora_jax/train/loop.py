@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
+import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +22,7 @@ from flora_jax.files import whole_file
 from flora_jax.terminal import Bar, progress
 from flora_jax.train.interrupt import Interrupt
 from flora_jax.train.options import CHECKPOINTS, METRICS
+from flora_jax.train.processes import any_of, is_first, told
 from flora_jax.train.step import TrainState
 
 
@@ -81,7 +84,8 @@ def run_loop(
     ``directory/metrics.jsonl`` has a line for the first, every ``log_every``-th, every evaluated and
     the last step, and with ``evaluate_first`` one for step 0; lines past the checkpoint resumed from
     are cut away. The device never waits for the host between two steps, but where one is saved or
-    evaluated: measures are read after the next step was dispatched.
+    evaluated: measures are read after the next step was dispatched. Of several processes all save, and
+    the first one logs.
 
     Args:
         state: where to start without a checkpoint; donated.
@@ -108,8 +112,11 @@ def run_loop(
     # Closing the manager waits for the checkpoint that is being written.
     with contextlib.closing(manager):
         state = _restored(manager, state, directory)
-        _cut_metrics(metrics, int(state.step))
-        with progress("step", options.steps, keep=True) as bar, metrics.open("a") as log:
+        if is_first():
+            _cut_metrics(metrics, int(state.step))
+        # The other processes of a run compute the same lines.
+        path = metrics if is_first() else Path(os.devnull)
+        with progress("step", options.steps, keep=True) as bar, path.open("a") as log:
             bar.show(int(state.step), note="compiling")
             return _Loop(work, options, manager, log, bar, interrupt).run(state)
 
@@ -155,7 +162,7 @@ class _Loop:
             work.evaluate is not None
             and options.evaluate_first
             and not start
-            and not self.log.tell()
+            and told(lambda: not self.log.tell())
         ):
             self.write({"step": 0, "validation": work.evaluate(state.params)})
         self.saved = self.logged = time.monotonic()
@@ -163,7 +170,7 @@ class _Loop:
         # A step and the steps before it that are still to be logged.
         late: tuple[int, int] | None = None
         for number in range(start, options.steps):
-            if self.interrupt.requested:
+            if self.asked(number):
                 self.leave(state, start, number, late)
             state, self.unseen[number] = work.train_step(state, work.batch_at(number))
             if late is not None:
@@ -188,6 +195,18 @@ class _Loop:
             if save:
                 self.save(done, state)
         return state
+
+    def asked(self, number: int) -> bool:
+        """Whether the run is to end before step ``number``: with several processes, whether any of them
+        was asked to, which they tell one another at the steps that are logged.
+        """
+        if jax.process_count() == 1:
+            return self.interrupt.requested
+        if number % self.options.log_every or not any_of(self.interrupt.requested):
+            return False
+        if not self.interrupt.requested:
+            self.interrupt.request(signal.SIGTERM)
+        return True
 
     def leave(
         self, state: TrainState, start: int, done: int, late: tuple[int, int] | None

@@ -5,6 +5,7 @@ Ties the data, the step and the loop to a directory; knows nothing of the comman
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import zlib
 from collections.abc import Callable, Mapping
@@ -39,7 +40,8 @@ from flora_jax.train.directory import (
 from flora_jax.train.evaluation import Evaluator
 from flora_jax.train.interrupt import Interrupt
 from flora_jax.train.loop import LoopOptions, Work, run_loop
-from flora_jax.train.options import TrainOptions
+from flora_jax.train.options import TrainOptions, make_options
+from flora_jax.train.processes import is_first, told
 from flora_jax.train.results import write_curve, write_results
 from flora_jax.train.step import (
     GroupedBatch,
@@ -65,10 +67,13 @@ def train(
 ) -> dict[str, Path]:
     """Trains one adapter for each entry of ``options.data``; their folders by name.
 
+    Several processes that have met (:func:`flora_jax.train.processes.join`) call it with the same
+    arguments, and train one run.
+
     Args:
         options: of the run; saved as ``output/config.json``.
         output: new or empty, or with ``resume`` the directory of a run with the same options. No other
-            process may use it at the same time.
+            run may use it at the same time; the processes of one see the same directory.
         resume: go on from the newest checkpoint, or start where there is none.
         cache: where tokenised data is kept between runs.
         say: takes notes for the user, a line each.
@@ -80,17 +85,28 @@ def train(
         NonFiniteLossError: training diverged.
         InterruptedRun: ``interrupt`` was set; ``resume`` goes on.
     """
-    options, output = options.effective(jax.default_backend()), Path(output)
-    interrupt = interrupt or Interrupt()
+    options = _over_all_devices(options.effective(jax.default_backend()))
+    output, interrupt = Path(output), interrupt or Interrupt()
     folders = {name: output / name for name in options.data}
-    with directory_lock(output):
-        check_directory(options, output, resume)
-        if is_finished(options, output):
+    with contextlib.ExitStack() as held:
+
+        def begin() -> bool:
+            held.enter_context(directory_lock(output))
+            check_directory(options, output, resume)
+            return is_finished(options, output)
+
+        finished = told(begin)
+        if not is_first():
+            say = _silent
+        if finished and is_first():
             write_curve(output, list(options.data), say)
             say(f"{output}: this run is finished, nothing to do")
+        if finished:
             return folders
         run = prepare(options, output, cache=cache, say=say, interrupt=interrupt)
-        write_results(options, output, run.train(), say)
+        adapters = run.train()
+        if is_first():
+            write_results(options, output, adapters, say)
     return folders
 
 
@@ -114,7 +130,9 @@ def prepare(
     quantize = None if options.quantize == "none" else options.quantize
     model = base.load(options.dtype, mesh=mesh, quantize=quantize)
     interrupt.check()
-    claim_directory(options, output, training, validation, model_digest(base.directory))
+    told(
+        lambda: claim_directory(options, output, training, validation, model_digest(base.directory))
+    )
     report_data(training, validation, say)
     program = choose(
         StepOptions(options.accumulate, options.remat, options.dropout), base.config, options.dtype,
@@ -170,12 +188,14 @@ class Run:
         layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *fresh)
         with jax.numpy_dtype_promotion("standard"):
             state = init_adapter_state(layers, optimizer)
-        everywhere = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
-        if everywhere is not None:
-            state = jax.device_put(state, everywhere)
-        step = make_adapter_step(self.model.graph, optimizer, schedule, self.program, everywhere)
+        everywhere = self._everywhere
         keys = [adapter_key(options.seed, name) for name in self.fresh]
         dropout_N = jnp.stack([jax.random.fold_in(key, 1) for key in keys])
+        if everywhere is not None:
+            state = jax.device_put(state, everywhere)
+            data_NX = jax.device_put(jax.random.key_data(dropout_N), everywhere)
+            dropout_N = jax.random.wrap_key_data(data_NX)
+        step = make_adapter_step(self.model.graph, optimizer, schedule, self.program, everywhere)
 
         def train_step(
             state: TrainState, batch: GroupedBatch
@@ -201,6 +221,14 @@ class Run:
             )
             for number, (name, adapter) in enumerate(self.fresh.items())
         }
+
+    @property
+    def _everywhere(self) -> NamedSharding | None:
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+
+    def _check(self) -> None:
+        if jax.process_count() == 1:  # Else all of them end together, between two steps.
+            self.interrupt.check("in a validation")
 
     def batch_at(self, number: int) -> GroupedBatch:
         """Batch ``number``, each adapter's rows from its own data, on the devices."""
@@ -230,7 +258,7 @@ class Run:
     def evaluator(self) -> Evaluator:
         """Measures the adapters on their validation data."""
         return Evaluator(
-            scorer=make_scorer(self.model.graph, self.program),
+            scorer=make_scorer(self.model.graph, self.program, self._everywhere),
             base=self.model.params,
             data=self.validation,
             names=tuple(self.training),
@@ -239,8 +267,32 @@ class Run:
             most=self.options.eval_windows,
             piece_bytes=self.piece_bytes,
             place=lambda batch: _place(batch, self.mesh),
-            check=lambda: self.interrupt.check("in a validation"),
+            check=self._check,
         )
+
+
+def _silent(message: str) -> None:
+    """What the other processes say the first one says."""
+
+
+def _over_all_devices(options: TrainOptions) -> TrainOptions:
+    """With several processes the rows go over all their devices where the options have no mesh.
+
+    Raises:
+        InputError: there are not as many rows, or the mesh leaves devices out.
+    """
+    processes, count = jax.process_count(), jax.device_count()
+    if processes == 1:
+        return options
+    if options.mesh is None:
+        return make_options(options.model_dump() | {"mesh": f"data={count}"})
+    data, tensor = options.devices()
+    if data * tensor != count:
+        raise InputError(
+            f"mesh {options.mesh} has {data * tensor} devices, expected all {count} of the "
+            f"{processes} processes"
+        )
+    return options
 
 
 def _open(options: TrainOptions) -> Opened:

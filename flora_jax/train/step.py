@@ -220,12 +220,13 @@ class Scores(NamedTuple):
 
 
 def make_scorer(
-    graph: nnx.GraphDef, options: StepOptions | None = None
+    graph: nnx.GraphDef, options: StepOptions | None = None, place: Any = None
 ) -> Callable[[Any, Any, GroupedBatch], Scores]:
     """A jitted ``(layers, base, batch) → Scores`` without dropout.
 
     ``layers`` as in :func:`make_adapter_step`; ``None`` scores the base alone, as one group of rows
-    for each of the batch's. Of ``options`` the attention, the rounding and the head's chunks count.
+    for each of the batch's. Of ``options`` the attention, the rounding and the head's chunks count;
+    ``place`` is the sharding of the result.
     """
     options = dataclasses.replace(options or StepOptions(), remat="none")
 
@@ -240,4 +241,4 @@ def make_scorer(
             jnp.sum(batch.mask, axis=(0, 2)),
         )
 
-    return jax.jit(score)
+    return jax.jit(score, out_shardings=place)

@@ -63,6 +63,11 @@ class Held(BaseWeight):
     def specs(self, spec: Any) -> Any:
         """This with a ``PartitionSpec`` in each array's place, from that of a weight ``[I, O]``."""
 
+    @property
+    def input_units(self) -> int:
+        """Groups of inputs that stay on one device; a cut by the inputs divides their number."""
+        return self.shape[0]
+
     @abc.abstractmethod
     def reading(self, placed: Any) -> Reading:
         """How such a weight, described by shapes, is made from the array ``[O, I]`` of a file.

@@ -61,8 +61,14 @@ class Quantized(Held):
         return dequantize(self, dtype)
 
     def specs(self, spec: Any) -> Quantized:
-        """The values and scales have the weight's axes, on the inputs shorter ones."""
-        return cast(Quantized, jax.tree.map(lambda _: spec, self))
+        """The values have the weight's axes; so has the scale, but int8 has one for all inputs."""
+        scale = spec if self.method == "int4" else type(spec)(None, *spec[1:])
+        return Quantized(spec, scale, self.dtype)
+
+    @property
+    def input_units(self) -> int:
+        """The groups of int4; any number of inputs has the same scale in int8."""
+        return self.shape[0] if self.method == "int8" else self.scale_GO.shape[0]
 
     def reading(self, placed: Any) -> Reading:
         """Quantised from the precision that is stored, where its values will lie."""
@@ -130,14 +136,27 @@ def _by_outputs_too(sharding: Any) -> Any:
     return NamedSharding(sharding.mesh, PartitionSpec(*reversed(axes)))
 
 
+def input_units(inputs: int, method: Method | None) -> int:
+    """:attr:`Held.input_units` of a weight that is to be made so, ``None`` in full precision."""
+    if method != "int4":
+        return inputs
+    # Inputs that no group divides are refused where the weight is made.
+    return inputs // next((n for n in _group_sizes(inputs, GROUP)), 1)
+
+
+def _group_sizes(inputs: int, group: int) -> list[int]:
+    """Those that int4 can have, the largest first."""
+    return [n for n in range(group - group % 2, _LEAST_GROUP - 1, -2) if inputs % n == 0]
+
+
 def _group_size(inputs: int, group: int) -> int:
-    sizes = [n for n in range(_LEAST_GROUP, group + 1, 2) if inputs % n == 0]
+    sizes = _group_sizes(inputs, group)
     if not sizes:
         raise ValueError(
             f"int4: {inputs} input features, expected a multiple of an even number "
             f"from {_LEAST_GROUP} to {group}"
         )
-    return sizes[-1]
+    return sizes[0]
 
 
 def dequantize(W_IO: Quantized, dtype: Any = None) -> jax.Array:

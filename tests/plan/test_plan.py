@@ -285,7 +285,7 @@ def test_cards_make_sense():
      ({"kind": "vera", "rank": 1}, "kind is 'vera'"), ({"dtype": "float64"}, "dtype is 'float64'"),
      ({"quantize": "int2"}, "quantize is 'int2'"), ({"max_num_seqs": 0}, "max-num-seqs is 0"),
      ({"max_model_len": 0}, "max-model-len is 0"), ({"max_model_len": 9000}, "8192 positions"),
-     ({"devices": 0}, "devices is 0"), ({"devices": 5}, "divides the 48 heads"),
+     ({"devices": 0}, "devices is 0"), ({"devices": 5}, "divides the model's 48 heads"),
      ({"resident_adapters": 3}, "none with --kind none"),
      ({"kind": "lora", "rank": 1, "resident_adapters": 0}, "resident-adapters is 0")],
 )  # fmt: skip

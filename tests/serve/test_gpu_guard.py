@@ -47,7 +47,7 @@ def setting(layers, kind, rank):
 @pytest.fixture(scope="module", autouse=True)
 def compiler():
     try:
-        summary.check_compiling(setting(1, "none", 0))
+        summary.check_compiling()
     except InputError as error:
         pytest.skip(str(error))
 
@@ -113,6 +113,31 @@ def test_models_with_several_key_heads_fit_and_copy_no_weight(preset):
     assert found["arguments"] == pytest.approx(held.weights + held.cache + held.bank, rel=0.01)
     assert found["temporaries"] <= held.temporaries
     assert memory.fits(whole)
+
+
+@pytest.mark.parametrize(
+    "kind, rank", [("flora", 8), pytest.param("lora", 8, marks=pytest.mark.slow)]
+)
+def test_two_cards_share_a_model_by_two_all_reduces_a_layer(kind, rank):
+    """And for the one key and value an all-gather; beside the layers the embedding's and the logits'."""
+    own = dataclasses.replace(setting(2, kind, rank), devices=2)
+    found = summary.compile_decode(own)
+    print(kind, rank, found)
+    assert_is_lean(found, own)
+    assert found["collectives"] == {"all-reduce": 2 * 2 + 1, "all-gather": 2 + 1}
+    held = memory.needed(own)
+    assert found["arguments"] == pytest.approx(held.weights + held.cache + held.bank, rel=0.01)
+    one = memory.needed(setting(2, kind, rank))
+    assert held.weights < 0.52 * one.weights
+
+
+@pytest.mark.slow
+def test_two_cards_share_several_key_heads_without_an_all_gather():
+    own = dataclasses.replace(kin("llama-3-8b", 2), devices=2)
+    found = summary.compile_decode(own)
+    print(found)
+    assert_is_lean(found, own, gathered_bytes(own))
+    assert found["collectives"] == {"all-reduce": 2 * 2 + 1, "all-gather": 1}
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -71,10 +72,10 @@ class Processes:
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
-    def start(self, *arguments, quick=False, **environment):
+    def start(self, *arguments, quick=False, log="log", **environment):
         return self._ask(
             arguments=["train", *map(str, arguments)], environment=environment, quick=quick,
-            log=str(self.home / "log"),
+            log=str(self.home / log),
         )  # fmt: skip
 
     def wait_until(self, done, process, patience):
@@ -84,8 +85,8 @@ class Processes:
             assert time.monotonic() < end, (self.home / "log").read_text()
             time.sleep(0.005)
 
-    def wait(self, process):
-        return self._ask(wait=process), (self.home / "log").read_text()
+    def wait(self, process, log="log"):
+        return self._ask(wait=process), (self.home / log).read_text()
 
     def run(self, *arguments, **options):
         code, log = self.wait(self.start(*arguments, **options))
@@ -193,3 +194,74 @@ def test_a_mesh_of_devices_trains_the_same_adapters(mesh, home, processes, one_d
         adapters = [read_for(model, run / name) for run in (output, one_device)]
         for a, b in zip(*(jax.tree.leaves(one.layers) for one in adapters), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
+
+
+TOGETHER = [
+    "flat", *data_of(*NAMES), *data_of("ruby", option="validation"), "--kind", "lora", "--rank", "2",
+    "--targets", "c_attn,mlp.c_proj", "--steps", "20", "--batch-size", "8", "--seq-len", LENGTH,
+    "--eval-every", "10", "--save-every", "2",
+]  # fmt: skip
+
+
+def start_both(processes, output, port, *more):
+    """The two processes of one run."""
+    meet = ["--coordinator", f"localhost:{port}", "--num-processes", 2]
+    return [
+        processes.start(
+            *TOGETHER, "--output", output, *meet, "--process-id", number, *more,
+            quick=True, log=f"log-{number}",
+        )
+        for number in range(2)
+    ]  # fmt: skip
+
+
+def free_port():
+    with socket.socket() as own:
+        own.bind(("localhost", 0))
+        return own.getsockname()[1]
+
+
+def test_two_processes_train_as_one_and_go_on_after_one_was_killed(home, processes):
+    alone, output = home / "by-one", home / "by-two"
+    processes.run(*TOGETHER, "--output", alone, quick=True)
+    both = start_both(processes, output, free_port())
+    processes.wait_until(lambda: newest(output) >= 2, both[0], patience=120)
+    os.kill(both[1], signal.SIGKILL)
+    ended = [processes.wait(one, f"log-{number}") for number, one in enumerate(both)]
+    # The other one ends by itself, and says so.
+    assert ended[0][0] != 0, ended[0]
+    reached = newest(output)
+    assert 2 <= reached < 20
+    for number, one in enumerate(start_both(processes, output, free_port(), "--resume")):
+        code, log = processes.wait(one, f"log-{number}")
+        assert code == 0, log
+        # The first one alone speaks.
+        assert ("documents" in log) == (number == 0)
+    options = json.loads((output / "config.json").read_text())
+    assert options["mesh"] == "data=2"
+    for found, expected in zip(lines_of(output), lines_of(alone), strict=True):
+        assert found["step"] == expected["step"]
+        if "losses" in expected:
+            assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        for name, measured in expected.get("validation", {}).items():
+            assert found["validation"][name]["loss"] == pytest.approx(measured["loss"], rel=1e-5)
+    model = load_model(home / "flat")
+    for name in NAMES:
+        adapters = [read_for(model, run / name) for run in (output, alone)]
+        for a, b in zip(*(jax.tree.leaves(one.layers) for one in adapters), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--num-processes", 2, "--process-id", 0), "coordinator is missing"),
+        (("--coordinator", "here", "--num-processes", 2, "--process-id", 0), "expected HOST:PORT"),
+        (("--coordinator", "a:1", "--num-processes", 2, "--process-id", 2), "expected 0 to 1"),
+    ],
+)
+def test_processes_that_cannot_meet_say_why(arguments, message, home, processes):
+    code, log = processes.wait(processes.start(*MESHED, "--output", home / "never", *arguments))
+    assert code == 2
+    assert message in log
+    assert not (home / "never").exists()

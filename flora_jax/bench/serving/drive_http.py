@@ -130,8 +130,7 @@ async def run_http(target: Target, workload: Workload, asked: Asked) -> dict[str
         InputError: no such server, or one that lacks the model or an adapter.
         RunError: a request before the run failed, or no request of it completed.
     """
-    client = Client(target.base_url, target.api_key)
-    try:
+    async with Client(target.base_url, target.api_key) as client:
         model = await find_model(client, target.base_url, target.model, workload.adapters)
         api = Api(client, model, target.endpoint, time.perf_counter)
         for request in workload.requests[: asked.num_warmups]:
@@ -142,8 +141,6 @@ async def run_http(target: Target, workload: Workload, asked: Asked) -> dict[str
             api.send, bodies, workload, asked.max_concurrency, asked.on_end
         )
         used = time.process_time() - used
-    finally:
-        client.close()
     found = summary(driven, asked.metrics, asked.max_concurrency)
     return {
         "model_id": model,

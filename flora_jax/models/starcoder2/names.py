@@ -14,8 +14,8 @@ from flora_jax.models.starcoder2.config import StarCoder2Config
 AXES: Rules = (
     ("embed_tokens.embedding", ("vocab", "embed")),
     ("layers.*.input_layernorm.*", ("embed",)),
-    ("layers.*.self_attn.q_proj.kernel", ("embed", "qkv")),
-    ("layers.*.self_attn.q_proj.bias", ("qkv",)),
+    ("layers.*.self_attn.q_proj.kernel", ("embed", "heads")),
+    ("layers.*.self_attn.q_proj.bias", ("heads",)),
     ("layers.*.self_attn.k_proj.kernel", ("embed", "qkv")),
     ("layers.*.self_attn.k_proj.bias", ("qkv",)),
     ("layers.*.self_attn.v_proj.kernel", ("embed", "qkv")),

@@ -35,6 +35,7 @@ from flora_jax.serve.http.schemas import (
     DetokenizeRequest,
     DetokenizeResponse,
     Health,
+    ModelCard,
     ModelList,
     Readiness,
     TokenizeRequest,
@@ -104,6 +105,13 @@ def _model_paths(runner: Runner, served: Served) -> APIRouter:
     async def models() -> ModelList:
         """The base and its adapters."""
         return ModelList(data=served.cards(runner.engine.registry.versions()))
+
+    @router.get("/v1/models/{model:path}", responses=responses(401, 404, 500, 503))
+    async def model_card(model: str) -> ModelCard:
+        """One of them."""
+        name = served.adapter_of(model, runner.engine) or model
+        cards = served.cards(runner.engine.registry.versions())
+        return next(card for card in cards if card.id == name)
 
     @router.post(
         "/v1/completions", response_model=Completion, responses=responses(*_GENERATED) | _STREAM

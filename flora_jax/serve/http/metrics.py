@@ -6,8 +6,8 @@ Requests are counted as the runner tells of them; the engine is asked when someb
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Iterator
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, get_args
 
 from fastapi import APIRouter
 from fastapi.responses import Response
@@ -45,6 +45,22 @@ def _token_buckets(most: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+class _Labelled(NamedTuple):
+    """The metrics of one adapter's requests."""
+
+    prompt_tokens: Counter
+    generation_tokens: Counter
+    rejected: Counter
+    first_token: Histogram
+    between: Histogram
+    per_token: Histogram
+    latency: Histogram
+    queue: Histogram
+    prompts: Histogram
+    outputs: Histogram
+    success: Mapping[Outcome, Counter]
+
+
 class Metrics:
     """An :class:`~flora_jax.serve.http.runner.Observer` that counts.
 
@@ -60,7 +76,7 @@ class Metrics:
     def __init__(self, model: str, context: int, adapters: int):
         self.registry = CollectorRegistry()
         self._model, self._most = model, adapters
-        self._named: set[str] = set()
+        self._labelled: dict[str | None, _Labelled] = {}
         tokens = _token_buckets(context)
         self._prompt_tokens = self._counter(
             "prompt_tokens", "Prompt tokens of requests that began."
@@ -95,47 +111,57 @@ class Metrics:
         labels = ("model_name", "adapter")
         return Histogram(PREFIX + name, said, labels, registry=self.registry, buckets=buckets)
 
-    def _labels(self, request: Request) -> tuple[str, str]:
+    def _of(self, request: Request) -> _Labelled:
+        """The metrics of a request's adapter; looked up once, since finding a label is slow."""
         name = request.adapter
-        if name is None:
-            return self._model, _BASE
-        if name not in self._named:
-            if len(self._named) >= self._most:
-                return self._model, OTHER
-            self._named.add(name)
-        return self._model, name
+        found = self._labelled.get(name)
+        if found is None:
+            if name is not None and len(self._labelled.keys() - {None, OTHER}) >= self._most:
+                name = OTHER
+            found = self._labelled.get(name) or self._labelled.setdefault(name, self._label(name))
+        return found
+
+    def _label(self, name: str | None) -> _Labelled:
+        labels = self._model, _BASE if name is None else name
+        return _Labelled(
+            self._prompt_tokens.labels(*labels), self._generation_tokens.labels(*labels),
+            self._rejected.labels(*labels), self._first_token.labels(*labels),
+            self._between.labels(*labels), self._per_token.labels(*labels),
+            self._latency.labels(*labels), self._queue.labels(*labels),
+            self._prompts.labels(*labels), self._outputs.labels(*labels),
+            {outcome: self._success.labels(*labels, outcome) for outcome in get_args(Outcome)},
+        )  # fmt: skip
 
     def arrived(self, timing: Timing) -> None:
         pass
 
     def refused(self, request: Request) -> None:
-        self._rejected.labels(*self._labels(request)).inc()
+        self._of(request).rejected.inc()
 
     def began(self, timing: Timing) -> None:
-        labels = self._labels(timing.request)
-        self._prompt_tokens.labels(*labels).inc(len(timing.request.prompt_token_ids))
+        own = self._of(timing.request)
+        own.prompt_tokens.inc(len(timing.request.prompt_token_ids))
         if timing.time_to_first_token_s is not None:
-            self._first_token.labels(*labels).observe(timing.time_to_first_token_s)
+            own.first_token.observe(timing.time_to_first_token_s)
         if timing.queued_s is not None:
-            self._queue.labels(*labels).observe(timing.queued_s)
+            own.queue.observe(timing.queued_s)
 
     def progressed(self, timing: Timing, tokens: int, gap_s: float) -> None:
-        labels = self._labels(timing.request)
-        self._generation_tokens.labels(*labels).inc(tokens)
+        own = self._of(timing.request)
+        own.generation_tokens.inc(tokens)
         if timing.tokens == tokens:
             return  # The first ones: what they waited for is the time to first token.
-        between = self._between.labels(*labels)
         for _ in range(tokens):  # Tokens of one dispatch came evenly.
-            between.observe(gap_s / tokens)
+            own.between.observe(gap_s / tokens)
 
     def ended(self, timing: Timing, outcome: Outcome, seconds: float) -> None:
-        labels = self._labels(timing.request)
-        self._success.labels(*labels, outcome).inc()
-        self._latency.labels(*labels).observe(seconds)
-        self._prompts.labels(*labels).observe(len(timing.request.prompt_token_ids))
-        self._outputs.labels(*labels).observe(timing.tokens)
+        own = self._of(timing.request)
+        own.success[outcome].inc()
+        own.latency.observe(seconds)
+        own.prompts.observe(len(timing.request.prompt_token_ids))
+        own.outputs.observe(timing.tokens)
         if timing.time_per_output_token_s is not None:
-            self._per_token.labels(*labels).observe(timing.time_per_output_token_s)
+            own.per_token.observe(timing.time_per_output_token_s)
 
 
 class EngineMetrics(Collector):

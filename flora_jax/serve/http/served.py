@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.http.errors import ApiError, invalid, short
@@ -13,10 +15,10 @@ from flora_jax.serve.http.infill import Infill
 from flora_jax.serve.http.schemas import Message, ModelCard
 from flora_jax.serve.http.token_texts import TokenTexts
 from flora_jax.serve.registry import Version
-from flora_jax.serve.request import Limits
+from flora_jax.serve.request import Limits, RequestError
 
 # Characters of a text whose tokens are counted beside the event loop.
-_LONG_TEXT = 20_000
+_LONG_TEXT = 10_000
 _MOST_NAMED = 20
 
 
@@ -37,11 +39,14 @@ class Served:
     created: int = 0
     texts: TokenTexts = dataclasses.field(init=False)
     infill: Infill | None = dataclasses.field(init=False)
+    _most_characters: float = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         tokenizer = self.limits.tokenizer
         object.__setattr__(self, "texts", TokenTexts(tokenizer))
         object.__setattr__(self, "infill", Infill.of(tokenizer))
+        most = self.limits.context * longest_token(tokenizer)
+        object.__setattr__(self, "_most_characters", most)
 
     def adapter_of(self, model: str, engine: Engine) -> str | None:
         """The adapter that a request's ``model`` names; ``None`` is the base.
@@ -79,8 +84,14 @@ class Served:
         """The tokens of a text; a long one is looked at beside the event loop.
 
         Raises:
-            RequestError: see :meth:`flora_jax.serve.request.Limits.encode`.
+            RequestError: see :meth:`flora_jax.serve.request.Limits.encode`; or no tokens of that text can
+                fit the context, whatever they are.
         """
+        if len(text) > self._most_characters:
+            raise RequestError(
+                f"the prompt has {len(text)} characters, the context of {self.limits.context} tokens "
+                f"holds at most {self._most_characters}"
+            )
         if len(text) < _LONG_TEXT:
             return self.limits.encode(text, add_special_tokens)
         return await asyncio.to_thread(self.limits.encode, text, add_special_tokens)
@@ -116,6 +127,16 @@ class Served:
             raise invalid("the model has no fill-in-the-middle tokens, leave suffix out", "suffix")
         before = await self.encode(prefix, add_special_tokens=False)
         return self.infill.join(before, await self.encode(suffix, add_special_tokens=False))
+
+
+def longest_token(tokenizer: Any | None) -> float:
+    """Characters that a token can stand for at most; infinite where the tokenizer takes some away."""
+    if tokenizer is None or tokenizer.normalizer is not None:
+        return math.inf
+    added = tokenizer.get_added_tokens_decoder().values()
+    if any(token.lstrip or token.rstrip for token in added):
+        return math.inf
+    return max(map(len, tokenizer.get_vocab()), default=math.inf)
 
 
 def _plain(message: Message) -> Mapping[str, str]:

@@ -17,6 +17,8 @@ from flora_jax.serve.http.runner import Runner
 
 # What is left of answers when the engine has ended is written within this time.
 _FLUSH_S = 5
+# Longer than clients keep idle connections, so that none is closed while it sends its next request.
+_KEEP_ALIVE_S = 75
 # So long a server whose engine broke off still answers that it did.
 _FAILED_S = 1.0
 # A thread that has something to do gets the interpreter so soon; Python's own 5 ms would be a third of
@@ -69,6 +71,7 @@ def serve(
     config = uvicorn.Config(
         app, log_level="info" if access_log else "warning", access_log=access_log, ws="none",
         timeout_graceful_shutdown=_FLUSH_S, server_header=False, log_config=None,
+        timeout_keep_alive=_KEEP_ALIVE_S,
     )  # fmt: skip
     server = Server(config, runner, drain_timeout_s, on_ready)
     on_start(server)

@@ -116,6 +116,9 @@ def test_models_are_the_base_by_each_name_and_its_adapters(client):
     ]  # fmt: skip
     assert cards[0]["root"] == "models/tiny"
     assert {card["max_model_len"] for card in cards} == {96}
+    assert client.get("/v1/models/alias").json() == cards[1]
+    assert client.get("/v1/models/tiny:hira").json() == cards[2 + KINDS.index("hira")]
+    assert client.get("/v1/models/none/such").status_code == 404
 
 
 @pytest.mark.parametrize("model", ["tiny", "alias", *KINDS, "tiny:lora", "alias:flora"])

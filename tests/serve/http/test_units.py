@@ -1,10 +1,12 @@
 """Parts of the server by themselves: keys, metrics, tokens' texts, fill-in-the-middle, messages."""
 
+import asyncio
 import json
 
 import pytest
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from tokenizers import normalizers
 
 from flora_jax.errors import InputError
 from flora_jax.serve.http.encoding import encode
@@ -14,10 +16,12 @@ from flora_jax.serve.http.metrics import Metrics
 from flora_jax.serve.http.recent import Recent
 from flora_jax.serve.http.runner import Timing
 from flora_jax.serve.http.security import Keys
+from flora_jax.serve.http.served import longest_token
 from flora_jax.serve.http.settings import Settings
 from flora_jax.serve.http.token_texts import TokenTexts, clamped
+from flora_jax.serve.request import Limits, RequestError
 from tests.helpers.byte_tokenizer import byte_tokenizer
-from tests.helpers.http_server import FIM, tokenizer
+from tests.helpers.http_server import FIM, small_served, tokenizer
 from tests.helpers.requests import make_request
 
 KEYS = Keys(["user"], ["admin"])
@@ -100,7 +104,8 @@ def samples(metrics):
     found = {}
     for family in text_string_to_metric_families(generate_latest(metrics.registry).decode()):
         for sample in family.samples:
-            found[sample.name, sample.labels.get("adapter"), sample.labels.get("le")] = sample.value
+            key = sample.name, sample.labels.get("adapter"), sample.labels.get("le")
+            found[key] = found.get(key, 0) + sample.value
     return found
 
 
@@ -181,6 +186,28 @@ def test_a_sentencepiece_token_keeps_its_space():
     )
     texts = TokenTexts(made)
     assert [texts.text(token) for token in (2, 3, 4)] == [" b", "b", "bytes:\\xe2"]
+
+
+def test_a_text_that_no_tokens_can_hold_is_refused_before_it_is_read():
+    served = small_served()
+    assert longest_token(served.limits.tokenizer) == len("<|endoftext|>")
+    with pytest.raises(RequestError, match="has 1249 characters, the context of 96 tokens holds"):
+        asyncio.run(served.encode("a" * (96 * 13 + 1)))
+    assert len(asyncio.run(served.encode("a" * 96 * 13))) == 96 * 13
+    made = tokenizer()
+    made.normalizer = normalizers.Strip()
+    assert longest_token(made) == float("inf")
+    assert longest_token(None) == float("inf")
+
+
+@pytest.mark.parametrize("text", ["ab c" * 5000, "ab c" * 5000 + "\ud800"])
+def test_a_long_text_is_read_while_others_go_on(text):
+    limits = Limits(96, 264, tokenizer())
+    if text.isascii():
+        assert list(limits.encode(text)) == tokenizer().encode(text).ids
+    else:
+        with pytest.raises(RequestError, match="not valid Unicode"):
+            limits.encode(text)
 
 
 def test_fill_in_the_middle_is_the_tokenizers_own():
