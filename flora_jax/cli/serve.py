@@ -33,9 +33,7 @@ class ServeOptions:
     model: Annotated[str, typer.Argument(help=MODEL_HELP)]
     more: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="NAME=DIR", help="Further adapters: vLLM's option takes several."
-        ),
+        typer.Argument(metavar="NAME=DIR", help="Further adapters: vLLM's option takes several."),
     ] = None
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000
