@@ -78,10 +78,12 @@ def small_served(**changes):
 class ScriptedEngine:
     """An engine that gives every request one token a step while ``going`` is set.
 
-    Its tokens are those of ``script``, over and over. ``error``, once set, is raised by the next step.
+    Its tokens are those of ``script``, over and over, their text ``repeat`` times a letter. ``error``,
+    once set, is raised by the next step.
     """
 
-    def __init__(self, rows=4, script=b"abcd", steps_per_s=None):
+    def __init__(self, rows=4, script=b"abcd", steps_per_s=None, repeat=1):
+        self.repeat = repeat
         self.going = threading.Event()
         self.going.set()
         self.error = None
@@ -158,7 +160,7 @@ class ScriptedEngine:
                 token = script[len(tokens) % len(script)] + 1 - 33
                 tokens.append(token)
                 completion = None
-                text = chr(script[(len(tokens) - 1) % len(script)])
+                text = chr(script[(len(tokens) - 1) % len(script)]) * self.repeat
                 if len(tokens) == request.sampling_params.max_tokens:
                     completion = Completion(
                         request_id, request.adapter, "", tuple(tokens), "length",

@@ -104,7 +104,7 @@ def test_what_takes_too_long_is_answered_so(engine, stream):
 
 
 def test_a_client_that_does_not_read_its_stream_is_cut_off():
-    engine = ScriptedEngine(script=b"x" * 64)
+    engine = ScriptedEngine(repeat=50_000)  # What lies between the two has room for some megabytes.
     with running(lambda report: engine, settings=Settings(stalled_s=0.3)) as server:
         body = json.dumps(ENDLESS | {"stream": True}).encode()
         head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
