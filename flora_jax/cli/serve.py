@@ -31,6 +31,10 @@ class ServeOptions:
     """The options of ``flora-jax serve``; those that vLLM has as well are spelt as there."""
 
     model: Annotated[str, typer.Argument(help=MODEL_HELP)]
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME=DIR", help="Further adapters: vLLM's option takes several."),
+    ] = None
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000
     adapter: Annotated[
@@ -137,7 +141,7 @@ def serve(options: ServeOptions) -> None:
 
     settings = _settings(options)
     names = tuple(dict.fromkeys(options.served_model_name or [options.model]))
-    adapters = _adapters(options.adapter or [], names)
+    adapters = _adapters([*(options.adapter or ()), *(options.more or ())], names)
     opened = open_checkpoint(options.model)
     engine_options = _engine_options(options, opened)
     limits = _limits(options, opened)
