@@ -28,7 +28,7 @@ import typer
 from flora_jax.bench.receipts import collected, report
 from flora_jax.bench.serving import setup
 from flora_jax.bench.serving.drive import run_latency, run_throughput
-from flora_jax.bench.serving.workload import WorkloadOptions
+from flora_jax.bench.serving.workload import WorkloadOptions, arrival_fields
 from flora_jax.cli.common import prepare_jax, say
 from flora_jax.cli.program import run_function
 from flora_jax.files import require_file
@@ -134,7 +134,7 @@ class Runs:
                         own = dataclasses.replace(self.options, request_rate=self._rate(part))
                         timed, _ = setup.plan_workload(self.base, own, contender.kind != "none")
                         found = run_latency(engine, timed.requests, timed.arrivals_s, on_end=ended)
-                        extra = setup.arrival_fields(own)
+                        extra = arrival_fields(own)
                     collected.append_line(RESULTS, key, about | extra | found)
                     say(f"{name}, load {part}: {found['request_throughput']:.3g} requests/s")
             jax.clear_caches()

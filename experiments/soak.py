@@ -30,9 +30,9 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,13 @@ def requests(count: int, names: Sequence[str], config: ModelConfig, seed: int) -
         yield Request(ids.tolist(), params, name, request_id=index)
 
 
+class Answered(NamedTuple):
+    """A request, and the tokens that it got among others."""
+
+    request: Request
+    tokens: list[int]
+
+
 def resident_bytes() -> int:
     """Memory of this process that is in RAM."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -120,7 +127,7 @@ class Soak:
         self.tokens: dict[RequestId, list[int]] = {}
         self.doomed: dict[RequestId, int] = {}
         self.cancelled: set[RequestId] = set()
-        self.kept: list[tuple[Request, list[int]]] = []
+        self.kept: list[Answered] = []
         self.errors: list[str] = []
         self.ended = self.generated = self.cancellations = 0
 
@@ -178,7 +185,7 @@ class Soak:
         else:
             self.generated += len(tokens)
             if self.draw.random() < 0.01:
-                self.kept.append((request, tokens))
+                self.kept.append(Answered(request, tokens))
 
     def _cancel(self) -> None:
         for request_id in list(self.doomed):
@@ -218,28 +225,29 @@ def near_tie(
     return abs(first - second) <= MARGIN
 
 
-def check_alone(
-    engine: Engine,
+def differences(
     model: Model,
-    adapters: dict[str, ModelAdapter],
-    kept: list[tuple[Request, list[int]]],
+    adapters: Mapping[str, ModelAdapter],
+    kept: Sequence[Answered],
+    expected: Sequence[list[int]],
 ) -> tuple[int, list[str]]:
-    """How many differ alone by a near tie, and those that differ otherwise."""
+    """How many requests got other tokens alone (``expected``) by a near tie, and those that did
+    otherwise.
+    """
     ties, wrong = 0, []
-    for request, tokens in kept:
-        expected = alone(engine, request)
-        if expected == tokens:
+    for (request, tokens), own in zip(kept, expected, strict=True):
+        if own == tokens:
             continue
-        place = next((n for n, pair in enumerate(zip(expected, tokens)) if len({*pair}) > 1), None)
+        place = next((n for n, pair in enumerate(zip(own, tokens)) if len({*pair}) > 1), None)
         adapter = None if request.adapter is None else adapters[request.adapter]
         greedy = request.sampling_params.temperature == 0
         if greedy and place is not None and near_tie(
             model, adapter, [*request.prompt_token_ids, *tokens[:place]],
-            (expected[place], tokens[place]),
+            (own[place], tokens[place]),
         ):  # fmt: skip
             ties += 1
         else:
-            wrong.append(f"request {request.request_id}: {tokens} among others, {expected} alone")
+            wrong.append(f"request {request.request_id}: {tokens} among others, {own} alone")
     return ties, wrong
 
 
@@ -271,7 +279,8 @@ def main(
     seconds = time.perf_counter() - began
     memory["at the end"] = resident_bytes()
     compiled, stats = engine.compilations.count, engine.stats
-    ties, wrong = check_alone(engine, model, adapters, soak.kept)
+    expected = [alone(engine, one.request) for one in soak.kept]
+    ties, wrong = differences(model, adapters, soak.kept, expected)
     engine.close()
 
     growth = memory["at the end"] / memory["after 5 %"] - 1

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,9 +13,6 @@ from flora_jax.cli.common import MODEL_HELP, Overwrite, dtype_of, prepare_jax
 from flora_jax.errors import InputError
 from flora_jax.files import require_file
 from flora_jax.terminal import say
-
-if TYPE_CHECKING:
-    pass
 
 Model = Annotated[str | None, typer.Argument(help=MODEL_HELP)]
 Preset = Annotated[
@@ -60,6 +56,20 @@ DType = Annotated[
     str | None,
     typer.Option(help="float32, bfloat16 or float16; default float32 on CPU, else its own."),
 ]
+RequestRate = Annotated[
+    str, typer.Option(help="Requests a second, inf, or trace: the times of --lengths.")
+]
+Burstiness = Annotated[
+    float, typer.Option(help="1: Poisson; less is burstier, more is more regular.")
+]
+Goodput = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME:MS", help="Bounds, as 'ttft:500 tpot:50' (e2el too)."),
+]
+PercentileMetrics = Annotated[
+    str, typer.Option(help="Comma-separated: the times that are reported.")
+]
+MetricPercentiles = Annotated[str, typer.Option(help="Comma-separated.")]
 Output = Annotated[Path | None, typer.Option(help="JSON file for the results.")]
 Plot = Annotated[Path | None, typer.Option(help="PNG file for the picture.")]
 
@@ -128,20 +138,14 @@ def latency(
     rank: Rank = None,
     ranks: Ranks = None,
     targets: Targets = None,
-    request_rate: Annotated[
-        str, typer.Option(help="Requests a second, inf, or trace: the times of --lengths.")
-    ] = "inf",
-    burstiness: Annotated[
-        float, typer.Option(help="1: Poisson; less is burstier, more is more regular.")
-    ] = 1.0,
+    request_rate: RequestRate = "inf",
+    burstiness: Burstiness = 1.0,
     max_concurrency: Annotated[
         int | None, typer.Option(help="Requests in the engine at most; the others wait outside.")
     ] = None,
-    goodput: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME:MS", help="Bounds, as 'ttft:500 tpot:50' (e2el too)."),
-    ] = None,
-    metric_percentiles: Annotated[str, typer.Option(help="Comma-separated.")] = "90,99",
+    goodput: Goodput = None,
+    percentile_metrics: PercentileMetrics = "ttft,tpot,itl,e2el",
+    metric_percentiles: MetricPercentiles = "90,99",
     num_prompts: NumPrompts = 1000,
     scale: Scale = 1.0,
     lengths: Lengths = None,
@@ -160,15 +164,21 @@ def latency(
     overwrite: Overwrite = False,
 ) -> None:
     """Latencies in milliseconds where requests arrive in real time, each with a random adapter."""
-    from flora_jax.bench.serving.latency_metrics import parse_goodput
+    from flora_jax.bench.serving.latency_metrics import (
+        parse_goodput,
+        parse_metrics,
+        parse_percentiles,
+    )
+    from flora_jax.bench.serving.workload import parse_rate
 
     if max_concurrency is not None and max_concurrency < 1:
         raise InputError(f"--max-concurrency is {max_concurrency}, expected at least 1")
-    bounds, percentiles = parse_goodput(goodput or []), _percentiles(metric_percentiles)
+    bounds, percentiles = parse_goodput(goodput or []), parse_percentiles(metric_percentiles)
+    metrics = parse_metrics(percentile_metrics)
     from flora_jax.bench.serving.drive import MetricOptions
 
     asked = {
-        "max_concurrency": max_concurrency, "metrics": MetricOptions(percentiles, bounds)
+        "max_concurrency": max_concurrency, "metrics": MetricOptions(percentiles, bounds, metrics)
     }  # fmt: skip
     lines = Run(
         model=model, preset=preset, kind=kind, rank=rank, ranks=ranks, targets=targets, dtype=dtype,
@@ -178,7 +188,7 @@ def latency(
         workload=dict(
             num_prompts=num_prompts, scale=scale, lengths=lengths, min_total=min_total,
             max_total=max_total, adapter_distribution=adapter_distribution,
-            num_adapters=num_adapters, seed=seed, request_rate=_rate(request_rate),
+            num_adapters=num_adapters, seed=seed, request_rate=parse_rate(request_rate),
             burstiness=burstiness,
         ),
     ).measure("latency", asked)  # fmt: skip
@@ -186,10 +196,10 @@ def latency(
     top = f"p{max(percentiles):g}"
     columns |= {
         f"{statistic}_{metric}_ms": f"{statistic} {metric.upper()}"
-        for metric in ("ttft", "tpot", "itl", "e2el")
+        for metric in metrics
         for statistic in ("median", top)
     }
-    panels = {m.upper() + " in ms": [f"mean_{m}_ms", f"{top}_{m}_ms"] for m in ("ttft", "tpot")}
+    panels = {m.upper() + " in ms": [f"mean_{m}_ms", f"{top}_{m}_ms"] for m in metrics[:2]}
     _show("latency", lines, columns, plot, panels)
 
 
@@ -233,7 +243,7 @@ class Run:
         prepare_jax()
         from flora_jax.bench.receipts import machine, report, shares
         from flora_jax.bench.serving import setup
-        from flora_jax.bench.serving.workload import WorkloadOptions
+        from flora_jax.bench.serving.workload import WorkloadOptions, arrival_fields
 
         options = WorkloadOptions(**self.workload)
         targets = None if self.targets is None else tuple(self.targets.split(","))
@@ -267,7 +277,7 @@ class Run:
                 line["share_of_limit"] = shares.share_of_limit(
                     about["limits"], base.config, self.max_num_seqs, size, line
                 )
-            lines.append(line | setup.arrival_fields(options) if benchmark == "latency" else line)
+            lines.append(line | arrival_fields(options) if benchmark == "latency" else line)
         if self.output is not None:
             report.write_results(self.output, about | {"results": lines})
         return lines
@@ -318,25 +328,3 @@ def _ranks(kind: str, rank: int | None, ranks: str | None) -> tuple[int, ...]:
             raise InputError(f"--rank is {rank or ranks}, expected none with --kind none")
         return (0,)
     return parse_ranks(ranks) if ranks is not None else (1 if rank is None else rank,)
-
-
-def _rate(text: str) -> Any:
-    if text == "trace":
-        return text
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = math.nan
-    if math.isnan(rate):
-        raise InputError(f"--request-rate is {text!r}, expected a number above 0, inf or trace")
-    return rate
-
-
-def _percentiles(text: str) -> list[float]:
-    try:
-        found = [float(word) for word in text.split(",")]
-    except ValueError:
-        found = [math.nan]
-    if not all(0 < value <= 100 for value in found):
-        raise InputError(f"--metric-percentiles is {text!r}, expected numbers above 0 up to 100")
-    return found

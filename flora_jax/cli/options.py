@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, get_type_hints
 
 Options = TypeVar("Options")
@@ -41,3 +41,16 @@ def takes(
         return command
 
     return made
+
+
+def spelt_out(words: Sequence[str], options: Sequence[str]) -> list[str]:
+    """A command line in which ``--option a b c``, as argparse takes it, has the option for each value."""
+    found: list[str] = []
+    last: str | None = None
+    for word in words:
+        if word.startswith("-"):
+            last = word if word in options else None
+        elif last is not None and found[-1] != last:
+            found.append(last)
+        found.append(word)
+    return found

@@ -121,6 +121,9 @@ class ScriptedEngine:
             self.cancelled.append(request_id)
             self.open.pop(request_id, None)
 
+    def script_of(self, request):
+        return self.script
+
     def register(self, name, source):
         self.registry.register(name, source)
 
@@ -151,10 +154,11 @@ class ScriptedEngine:
         updates = []
         with self._lock:
             for request_id, (request, tokens) in [*self.open.items()][: self.rows]:
-                token = self.script[len(tokens) % len(self.script)] + 1 - 33
+                script = self.script_of(request)
+                token = script[len(tokens) % len(script)] + 1 - 33
                 tokens.append(token)
                 completion = None
-                text = chr(self.script[(len(tokens) - 1) % len(self.script)])
+                text = chr(script[(len(tokens) - 1) % len(script)])
                 if len(tokens) == request.sampling_params.max_tokens:
                     completion = Completion(
                         request_id, request.adapter, "", tuple(tokens), "length",

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 _PACKAGE = Path(__file__).parents[2]
+# Options whose values no result shows.
+_KEYS = ("--api-key", "--admin-key")
 _VERSIONS = ("jax", "jaxlib", "flax", "numpy")
 
 
@@ -56,7 +58,9 @@ def versions() -> dict[str, str | None]:
 
 
 def command() -> str:
-    """The command line as one would type it, without the place that the program lies in."""
+    """The command line as one would type it, without the place that the program lies in, and without
+    keys of servers.
+    """
     program = Path(sys.argv[0])
     if program.name == "__main__.py" or program.stem == "flora-jax":
         words = ["flora-jax"]
@@ -64,7 +68,20 @@ def command() -> str:
         here = Path.cwd()
         inside = program.is_absolute() and program.is_relative_to(here)
         words = ["python", str(program.relative_to(here) if inside else program)]
-    return shlex.join([*words, *sys.argv[1:]])
+    return shlex.join([*words, *_without_keys(sys.argv[1:])])
+
+
+def _without_keys(words: list[str]) -> list[str]:
+    found = [
+        f"{word.partition('=')[0]}=..."
+        if word.startswith(tuple(f"{key}=" for key in _KEYS))
+        else word
+        for word in words
+    ]
+    return [
+        "..." if before in _KEYS else word
+        for before, word in zip(["", *found], found, strict=False)
+    ]
 
 
 def now() -> str:

@@ -12,7 +12,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from flora_jax.bench.serving.latency_metrics import PERCENTILES, Record, latency, throughput
+from flora_jax.bench.serving.latency_metrics import (
+    METRICS,
+    PERCENTILES,
+    Record,
+    latency,
+    throughput,
+)
 from flora_jax.errors import InputError, RunError
 from flora_jax.serve.request import Request, RequestId
 
@@ -44,21 +50,26 @@ CLOCK = Clock()
 
 
 class MetricOptions(NamedTuple):
-    """What latencies are summed up to: percentiles, and bounds in milliseconds of a good request."""
+    """What latencies are summed up to: percentiles, bounds in milliseconds of a good request, and of
+    which metrics.
+    """
 
     percentiles: Sequence[float] = PERCENTILES
     goodput_ms: Mapping[str, float] | None = None
+    metrics: Sequence[str] = METRICS
 
 
 ALL = MetricOptions()
 
 
 class Driven(NamedTuple):
-    """What happened to every request, in their order; how long all took; iterations of the engine."""
+    """What happened to every request, in their order; how long all took; iterations of the engine, 0
+    where they are not seen.
+    """
 
     records: list[Record]
     duration_s: float
-    iterations: int
+    iterations: int = 0
 
 
 class _Waiting(NamedTuple):
@@ -115,7 +126,7 @@ def drive(
             try:
                 running[engine.add(entry.request)] = entry
             except InputError as error:
-                _end(entry, now_s, str(error))
+                end_record(entry.record, entry.request, now_s, str(error))
                 heapq.heappush(free_s, place_s)
                 on_end()
         if not running:
@@ -140,7 +151,7 @@ def drive(
                 entry.record.arrived.append((now_s, len(update.token_ids)))
             if update.error is not None or update.completion is not None:
                 del running[update.request_id]
-                _end(entry, now_s, update.error)
+                end_record(entry.record, entry.request, now_s, update.error)
                 heapq.heappush(free_s, now_s)
                 last_s = now_s
                 on_end()
@@ -166,9 +177,8 @@ def _let_in(
     return chosen
 
 
-def _end(entry: _Waiting, now_s: float, error: str | None) -> None:
+def end_record(record: Record, request: Request, now_s: float, error: str | None) -> None:
     """Ends a record; with ``ignore_eos`` and no other stop anything but all tokens is a failure."""
-    request, record = entry
     record.end_s = now_s
     params = request.sampling_params
     exact = params.ignore_eos and not params.stop and not params.stop_token_ids
@@ -196,7 +206,8 @@ def run_throughput(
         engine, requests, [0.0] * len(requests), clock=clock,
         one_adapter_at_a_time=one_adapter_at_a_time, on_end=on_end,
     )  # fmt: skip
-    return _checked(throughput, driven) | _since(engine, before, driven)
+    _require_one(driven)
+    return throughput(driven.records, driven.duration_s) | _since(engine, before, driven)
 
 
 def run_latency(
@@ -220,10 +231,24 @@ def run_latency(
         engine, requests, arrivals_s, clock=clock, max_concurrency=max_concurrency,
         one_adapter_at_a_time=one_adapter_at_a_time, on_end=on_end,
     )  # fmt: skip
-    found = _checked(latency, driven, metrics.percentiles, metrics.goodput_ms)
+    return summary(driven, metrics, max_concurrency) | _since(engine, before, driven)
+
+
+def summary(
+    driven: Driven, metrics: MetricOptions = ALL, max_concurrency: int | None = None
+) -> dict[str, Any]:
+    """The latencies of a run, and how many requests there were at once, at most.
+
+    Raises:
+        RunError: no request completed.
+    """
+    _require_one(driven)
+    found = latency(
+        driven.records, driven.duration_s, metrics.percentiles, metrics.goodput_ms, metrics.metrics
+    )
     found["max_concurrency"] = max_concurrency
     found["max_concurrent_requests"] = most_at_once(driven.records)
-    return found | _since(engine, before, driven)
+    return found
 
 
 def most_at_once(records: Sequence[Record]) -> int:
@@ -238,11 +263,10 @@ def most_at_once(records: Sequence[Record]) -> int:
     return most
 
 
-def _checked(summary: Callable[..., dict[str, Any]], driven: Driven, *more: Any) -> dict[str, Any]:
+def _require_one(driven: Driven) -> None:
     if not any(record.completed for record in driven.records):
-        reasons = {record.error for record in driven.records}
-        raise RunError(f"all {len(driven.records)} requests failed: {next(iter(reasons), None)}")
-    return summary(driven.records, driven.duration_s, *more)
+        reason = next((record.error for record in driven.records), None)
+        raise RunError(f"all {len(driven.records)} requests failed: {reason}")
 
 
 _COUNTERS = ("preemptions", "adapter_loads", "adapter_evictions")

@@ -98,6 +98,34 @@ def parse_goodput(texts: Sequence[str]) -> dict[str, float]:
     return bounds
 
 
+def parse_metrics(text: str) -> tuple[str, ...]:
+    """Some of ``METRICS``, comma-separated, in their own order.
+
+    Raises:
+        InputError: there is another one.
+    """
+    words = text.split(",")
+    if unknown := [word for word in words if word not in METRICS]:
+        known = ", ".join(METRICS)
+        raise InputError(f"--percentile-metrics has {unknown[0]!r}, expected some of {known}")
+    return tuple(name for name in METRICS if name in words)
+
+
+def parse_percentiles(text: str) -> list[float]:
+    """Numbers above 0 up to 100, comma-separated.
+
+    Raises:
+        InputError: one that is not.
+    """
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(0 < value <= 100 for value in found):
+        raise InputError(f"--metric-percentiles is {text!r}, expected numbers above 0 up to 100")
+    return found
+
+
 def is_good(record: Record, goodput_ms: Mapping[str, float]) -> bool:
     """Whether a request completed within every bound; a single token has a TPOT of 0."""
     if not record.completed:
@@ -137,8 +165,9 @@ def latency(
     duration_s: float,
     percentiles: Sequence[float] = PERCENTILES,
     goodput_ms: Mapping[str, float] | None = None,
+    metrics: Sequence[str] = METRICS,
 ) -> dict[str, Any]:
-    """:func:`throughput`, and mean, median, standard deviation and percentiles of every metric in
+    """:func:`throughput`, and mean, median, standard deviation and percentiles of ``metrics`` in
     milliseconds, ``mean_ttft_ms``, ``p99_itl_ms`` and so on: ``None`` where nothing was measured.
 
     ``request_goodput`` is the rate of requests within ``goodput_ms``, ``None`` without bounds, and
@@ -159,7 +188,7 @@ def latency(
         for time_s, count in record.arrived:
             seconds[int(time_s)] += count
     found["max_output_tokens_per_s"] = max(seconds.values(), default=0)
-    for name in METRICS:
+    for name in metrics:
         found |= _statistics(name, np.array(samples[name]) * 1000, percentiles)
     return found
 

@@ -17,7 +17,13 @@ from flora_jax.adapters.model_adapter import (
 from flora_jax.adapters.projections import match_targets
 from flora_jax.adapters.registry import TRAITS
 from flora_jax.bench.serving.drive import run_latency, run_throughput
-from flora_jax.bench.serving.workload import Workload, WorkloadOptions, longest, make_workload
+from flora_jax.bench.serving.workload import (
+    Workload,
+    WorkloadOptions,
+    adapter_names,
+    longest,
+    make_workload,
+)
 from flora_jax.checkpoints import Opened, open_checkpoint
 from flora_jax.errors import InputError
 from flora_jax.models.family import ModelConfig, presets, with_positions
@@ -109,7 +115,8 @@ def plan_workload(base: Base, options: WorkloadOptions, adapted: bool) -> tuple[
         InputError: a request longer than a checkpoint's context; see also ``make_workload``.
     """
     config = base.config
-    workload = make_workload(options, config.vocab_size, config.eos_token_ids, adapted)
+    names = adapter_names(options) if adapted else []
+    workload = make_workload(options, config.vocab_size, config.eos_token_ids, names)
     most = longest(workload.requests)
     if most > config.n_positions:
         if base.opened is not None:
@@ -277,12 +284,6 @@ def bars(what: str, requests: int) -> Iterator[tuple[Progress, Callable[[], None
     with terminal.bars() as add:
         compiling, serving = add(f"{what}: compile"), add(f"{what}: requests", requests)
         yield lambda name, done, total: compiling.show(done, total, name), serving.advance
-
-
-def arrival_fields(options: WorkloadOptions) -> dict[str, Any]:
-    """How requests arrived, under vLLM's names."""
-    raw = options.to_dict()
-    return {name: raw[name] for name in ("request_rate", "burstiness")}
 
 
 def describe_run(

@@ -51,6 +51,9 @@ class WorkloadOptions:
         burstiness: the shape of the gamma distribution of the times between arrivals, as vLLM defines
             it: 1 is Poisson, less is burstier, infinity is regular.
         seed: of everything.
+        exact: tokens of every prompt and of every output, in place of drawn lengths, which nothing clips
+            or scales.
+        ignore_eos: outputs go on to their length after the model's end tokens.
 
     Raises:
         InputError: a value that no workload can have.
@@ -66,6 +69,8 @@ class WorkloadOptions:
     request_rate: float | Literal["trace"] = math.inf
     burstiness: float = 1.0
     seed: int = 0
+    exact: tuple[int, int] | None = None
+    ignore_eos: bool = True
 
     def __post_init__(self) -> None:
         known = get_args(Distribution)
@@ -78,6 +83,11 @@ class WorkloadOptions:
                  self.adapter_distribution in known, f"one of {', '.join(known)}")  # fmt: skip
         _require("burstiness", self.burstiness, self.burstiness > 0, "above 0")
         _require("seed", self.seed, 0 <= self.seed < 2**32, "0 to 2^32 - 1")
+        for name, value in zip(("random-input-len", "random-output-len"), self.exact or ()):
+            _require(name, value, value >= 1, "at least 1")
+        if self.exact is not None:
+            _require("lengths", self.lengths, self.lengths is None, "none with --random-input-len")
+            _require("scale", self.scale, self.scale == 1, "none with --random-input-len")
         if self.request_rate == "trace":
             _require("lengths", self.lengths, self.lengths is not None,
                      "a file with arrival times, for --request-rate trace")  # fmt: skip
@@ -129,6 +139,8 @@ def draw_lengths(options: WorkloadOptions) -> Lengths:
     """
     rng = _stream(options, _LENGTHS)
     count, arrivals_s, rows = options.num_prompts, None, None
+    if options.exact is not None:
+        return Lengths(np.tile(np.array(options.exact), (count, 1)))
     if options.lengths is None:
         pairs_N2 = sharegpt_like(count, rng)
     else:
@@ -179,23 +191,50 @@ def draw_arrivals(options: WorkloadOptions) -> np.ndarray:
     return times_N * (count / rate / times_N[-1])
 
 
+def parse_rate(text: str) -> float | Literal["trace"]:
+    """A request rate as it is written: a number, "inf" or "trace".
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if text == "trace":
+        return "trace"
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if math.isnan(rate):
+        raise InputError(f"--request-rate is {text!r}, expected a number above 0, inf or trace")
+    return rate
+
+
+def adapter_names(options: WorkloadOptions) -> list[str]:
+    """Names for as many adapters as there are to choose from."""
+    return [f"adapter-{number}" for number in range(options.adapters)]
+
+
 def make_workload(
-    options: WorkloadOptions, vocab_size: int, avoid: Collection[int] = (), adapted: bool = True
+    options: WorkloadOptions,
+    vocab_size: int,
+    avoid: Collection[int] = (),
+    adapters: Sequence[str] = (),
 ) -> Workload:
-    """Requests of random tokens that end after exactly their output's length, greedily drawn.
+    """Requests of random tokens that end after their output's length, greedily drawn.
 
     Args:
         options: what they are drawn from.
         vocab_size: token ids lie below it, and above a tokenizer's special ones.
         avoid: ids that no prompt has (the model's end tokens).
-        adapted: whether requests have adapters at all.
+        adapters: names of the adapters to choose from, ``options.adapters`` of them; with none all
+            requests are for the base.
 
     Raises:
         InputError: see :func:`draw_lengths`.
     """
     lengths = draw_lengths(options)
     arrivals_N = lengths.arrivals_s if lengths.arrivals_s is not None else draw_arrivals(options)
-    names = [f"adapter-{number}" for number in range(options.adapters)] if adapted else []
+    if adapters and len(adapters) != options.adapters:
+        raise ValueError(f"{len(adapters)} names for {options.adapters} adapters")
     own_N = draw_adapters(options)
     first = _FIRST_TOKEN if vocab_size > 2 * _FIRST_TOKEN else 0
     allowed_V = np.setdiff1d(np.arange(first, vocab_size), np.fromiter(avoid, int))
@@ -204,10 +243,16 @@ def make_workload(
         # By request, so that a longer prompt does not move the tokens of the following ones.
         rng = np.random.default_rng([options.seed, _TOKENS, index])
         ids = tuple(allowed_V[rng.integers(len(allowed_V), size=prompt)].tolist())
-        name = names[own_N[index]] if adapted else None
-        params = SamplingParams(max_tokens=output, ignore_eos=True)
+        name = adapters[own_N[index]] if adapters else None
+        params = SamplingParams(max_tokens=output, ignore_eos=options.ignore_eos)
         requests.append(Request(ids, params, name, fold_in=index))
-    return Workload(requests, arrivals_N.tolist(), names, lengths.file_rows)
+    return Workload(requests, arrivals_N.tolist(), [*adapters], lengths.file_rows)
+
+
+def arrival_fields(options: WorkloadOptions) -> dict[str, Any]:
+    """How requests arrived, under vLLM's names."""
+    raw = options.to_dict()
+    return {name: raw[name] for name in ("request_rate", "burstiness")}
 
 
 def longest(requests: Sequence[Request]) -> int:

@@ -24,6 +24,7 @@ from flora_jax.serve.http.encoding import Json
 from flora_jax.serve.http.errors import responses
 from flora_jax.serve.http.jobs import answer
 from flora_jax.serve.http.metrics import EngineMetrics, Metrics, metrics_path
+from flora_jax.serve.http.page import page_paths
 from flora_jax.serve.http.recent import Recent
 from flora_jax.serve.http.runner import Runner
 from flora_jax.serve.http.schemas import (
@@ -78,14 +79,15 @@ def make_app(
     app.state.runner, app.state.served, app.state.settings = runner, served, settings
     metrics = Metrics(served.names[0], served.limits.context, settings.metric_adapters)
     metrics.registry.register(EngineMetrics(runner, served.names[0]))
-    app.state.recent = Recent()
-    runner.observers += [metrics, app.state.recent]
+    recent = app.state.recent = Recent()
+    runner.observers += [metrics, recent]
     keys = Keys(settings.api_keys, settings.admin_keys)
     app.add_middleware(
         Gate, keys=keys, most_bytes=settings.max_body_bytes, timeout_s=settings.request_timeout_s
     )
     errors.install(app)
     paths = [_model_paths(runner, served), _state_paths(runner), metrics_path(metrics)]
+    paths.append(page_paths(runner, recent, served.names[0]))
     if settings.adapter_root is not None:
         paths.append(
             adapter_paths(runner, served, settings.adapter_root, settings.max_adapter_rank)

@@ -15,6 +15,7 @@ from flora_jax.bench.serving.lengths import (
 )
 from flora_jax.bench.serving.workload import (
     WorkloadOptions,
+    adapter_names,
     draw_adapters,
     draw_arrivals,
     draw_lengths,
@@ -108,7 +109,7 @@ def test_the_fit_is_like_the_chats_it_was_made_from(shared_data):
 def test_a_seed_reproduces_the_workload_and_another_does_not(seed, distribution):
     options = WorkloadOptions(40, scale=0.1, adapter_distribution=distribution, request_rate=3,
                               seed=seed)  # fmt: skip
-    once, again = (make_workload(options, 500) for _ in range(2))
+    once, again = (make_workload(options, 500, (), adapter_names(options)) for _ in range(2))
     assert once == again
     other = make_workload(dataclasses.replace(options, seed=seed + 1), 500)
     assert all(
@@ -120,8 +121,8 @@ def test_a_seed_reproduces_the_workload_and_another_does_not(seed, distribution)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rate_and_adapters_leave_the_requests_as_they_are(seed):
     def prompts(**changed):
-        options = WorkloadOptions(30, scale=0.1, seed=seed)
-        made = make_workload(dataclasses.replace(options, **changed), 500)
+        options = dataclasses.replace(WorkloadOptions(30, scale=0.1, seed=seed), **changed)
+        made = make_workload(options, 500, (), adapter_names(options))
         return [(r.prompt_token_ids, r.sampling_params.max_tokens) for r in made.requests]
 
     plain = prompts()
@@ -150,10 +151,11 @@ def test_requests_end_after_exactly_their_output_and_avoid_special_tokens(seed):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_distinct_gives_every_request_its_own_adapter(seed):
-    made = make_workload(WorkloadOptions(25, scale=0.05, num_adapters=30, seed=seed), 100)
+    options = WorkloadOptions(25, scale=0.05, num_adapters=30, seed=seed)
+    made = make_workload(options, 100, (), adapter_names(options))
     assert len(made.adapters) == 30
     assert len({r.adapter for r in made.requests} & set(made.adapters)) == 25
-    alone = make_workload(WorkloadOptions(25, scale=0.05, seed=seed), 100, adapted=False)
+    alone = make_workload(WorkloadOptions(25, scale=0.05, seed=seed), 100)
     assert alone.adapters == []
     assert {r.adapter for r in alone.requests} == {None}
 
@@ -194,6 +196,15 @@ def test_of_a_trace_nothing_is_filtered_away(table):
         (3000, 9), (4, 1), (2100, 1500),
     ]  # fmt: skip
     assert made.file_rows == (5, 3)
+
+
+def test_exact_lengths_are_those_of_every_request():
+    made = make_workload(WorkloadOptions(7, exact=(2, 3), ignore_eos=False), 100)
+    assert {(len(r.prompt_token_ids), r.sampling_params.max_tokens) for r in made.requests} == {
+        (2, 3)
+    }
+    assert {r.sampling_params.ignore_eos for r in made.requests} == {False}
+    assert len({r.prompt_token_ids for r in made.requests}) > 1
 
 
 def test_an_infinite_rate_is_all_at_once():
