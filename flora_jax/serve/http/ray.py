@@ -119,9 +119,10 @@ class Head(NamedTuple):
 async def answered(app: FastAPI, call: Call) -> AsyncIterator[Head | bytes]:
     """An application's answer to a call; one that is not read to its end is a client that went away."""
     parts: asyncio.Queue[Mapping[str, Any] | None] = asyncio.Queue(_PARTS)
-    gone, asked = asyncio.Event(), [{"type": "http.request", "body": call.body}]
+    asked: list[dict[str, Any]] = [{"type": "http.request", "body": call.body}]
+    gone = asyncio.Event()
 
-    async def receive() -> Mapping[str, Any]:
+    async def receive() -> dict[str, Any]:
         if asked:
             return asked.pop()
         await gone.wait()
@@ -171,7 +172,8 @@ class Replica:
         make: makes the application; called in the replica's own process.
     """
 
-    async def __init__(self, make: Callable[[], FastAPI]):
+    # Ray awaits it.
+    async def __init__(self, make: Callable[[], FastAPI]):  # type: ignore[misc]
         self._app = make()
         self._life = self._app.router.lifespan_context(self._app)
         await self._life.__aenter__()
