@@ -50,7 +50,7 @@ def address(home):
     options = ServeOptions(
         str(home / "model"), served_model_name=["base"], adapter=[f"lora={home}/adapters/lora"],
         admin_key=["admin"], adapter_root=home / "adapters", max_num_seqs=2, max_lora_rank=2,
-        max_logprobs=0, max_model_len=64,
+        max_logprobs=0, max_model_len=64, batch_invariant=True,
     )  # fmt: skip
     scale = Scale(2, 2, ("base",), busy=2, resources={"num_cpus": 0})
     make, port = functools.partial(application, options), free_port()
