@@ -197,9 +197,8 @@ def alone(url: str, kept: list[Answered]) -> list[list[int]]:
 
     async def main() -> list[list[int]]:
         soak = Soak(url, iter(()), 0, lambda _: None)
-        found = [(await soak.ask(one.request, stream=False)).tokens for one in kept]
-        soak.client.close()
-        return found
+        async with soak.client:
+            return [(await soak.ask(one.request, stream=False)).tokens for one in kept]
 
     return asyncio.run(main())
 

@@ -36,6 +36,10 @@ class ServeOptions:
     """The options of ``flora-jax serve``; those that vLLM has as well are spelt as there."""
 
     model: Annotated[str, typer.Argument(help=MODEL_HELP)]
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME=DIR", help="Further adapters: vLLM's option takes several."),
+    ] = None
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000
     adapter: Annotated[
@@ -154,7 +158,7 @@ def serve(options: ServeOptions) -> None:
 
     def ready() -> None:
         seconds, names = time.monotonic() - started_s, ", ".join(app.state.served.names)
-        number = len(options.adapter or [])
+        number = len([*(options.adapter or ()), *(options.more or ())])
         say(f"ready after {seconds:.1f} s: {names} and {number} adapters on {address}")
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
@@ -182,7 +186,7 @@ def _parts(options: ServeOptions) -> _Parts:
     from flora_jax.serve.http.served import Served
 
     settings, names = _settings(options), _names(options)
-    adapters = _adapters(options.adapter or [], names)
+    adapters = _adapters([*(options.adapter or ()), *(options.more or ())], names)
     opened = open_checkpoint(options.model)
     engine, limits = _engine_options(options, opened), _limits(options, opened)
     served = Served(names, options.model, limits, created=int(time.time()))

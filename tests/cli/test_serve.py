@@ -52,6 +52,8 @@ def program(home, monkeypatch, capsys):
         (["mini", "--adapter", "x"], "--adapter is 'x', expected NAME=DIR"),
         (["mini", "--adapter", "x=nowhere"], "nowhere"),
         (["mini", "--adapter", "x=broken"], "broken/adapter_model.safetensors: not a whole"),
+        (["mini", "--lora-modules", "y=good", "x=broken"], "broken/adapter_model.safetensors"),
+        (["mini", "--lora-modules", "y=good", "x"], "--adapter is 'x', expected NAME=DIR"),
         (["mini", "--adapter", "mini=good"], "--adapter mini: the base has this name"),
         (["mini", "--lora-modules", '{"name": "x"}'], "--lora-modules is"),
         (

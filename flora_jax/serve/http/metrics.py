@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, get_args
 
 from fastapi import APIRouter
 from fastapi.responses import Response
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
@@ -23,6 +23,8 @@ from flora_jax.serve.request import Request
 PREFIX = "flora_jax:"
 OTHER = "other"
 _BASE = ""
+# vLLM's newer name and its older one.
+_BETWEEN, _BETWEEN_BEFORE = "inter_token_latency_seconds", "time_per_output_token_seconds"
 # vLLM's, in seconds.
 _FIRST_TOKEN = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80,
@@ -87,9 +89,9 @@ class Metrics:
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN
         )
-        self._between = self._histogram(
-            "inter_token_latency_seconds", "Between two tokens of a request.", _PER_TOKEN
-        )
+        self._between = self._histogram(_BETWEEN, "Between two tokens of a request.", _PER_TOKEN)
+        self.registry.register(_Renamed(self._between))
+        ProcessCollector(registry=self.registry)
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds",
             "A request's mean time between tokens after the first.", _PER_TOKEN,
@@ -162,6 +164,21 @@ class Metrics:
         own.outputs.observe(timing.tokens)
         if timing.time_per_output_token_s is not None:
             own.per_token.observe(timing.time_per_output_token_s)
+
+
+class _Renamed(Collector):
+    """Times between tokens once more, under the name that older dashboards ask for."""
+
+    def __init__(self, between: Histogram):
+        self._between = between
+
+    def collect(self) -> Iterator[Metric]:
+        for found in self._between.collect():
+            again = Metric(PREFIX + _BETWEEN_BEFORE, found.documentation, found.type)
+            for one in found.samples:
+                name = one.name.replace(_BETWEEN, _BETWEEN_BEFORE)
+                again.samples.append(one._replace(name=name))
+            yield again
 
 
 class EngineMetrics(Collector):

