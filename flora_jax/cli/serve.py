@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
+import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -18,10 +21,12 @@ from flora_jax.errors import InputError
 from flora_jax.terminal import say
 
 if TYPE_CHECKING:
-    from jax.sharding import Mesh
+    from fastapi import FastAPI
 
     from flora_jax.checkpoints import Opened
     from flora_jax.serve.engine import Engine
+    from flora_jax.serve.http.served import Served
+    from flora_jax.serve.http.settings import Settings
     from flora_jax.serve.options import EngineOptions
     from flora_jax.serve.request import Limits
 
@@ -119,6 +124,13 @@ class ServeOptions:
     metric_adapters: Annotated[
         int, typer.Option(min=0, help="Adapters with metrics of their own; others share one name.")
     ] = 32
+    replicas: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|LEAST:MOST",
+            help="Engines behind one entrance by Ray Serve (extra 'ray'), as many as the load asks for.",
+        ),
+    ] = None
     access_log: Annotated[bool, typer.Option(help="A line for every request.")] = False
 
 
@@ -131,48 +143,23 @@ def serve(options: ServeOptions) -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"serving needs {error.name}: pip install 'flora-jax[serve]'") from None
-    from flora_jax.checkpoints import open_checkpoint
-    from flora_jax.serve.engine import Engine
-    from flora_jax.serve.http.app import make_app
-    from flora_jax.serve.http.runner import Runner
-    from flora_jax.serve.http.served import Served
     from flora_jax.serve.http.server import listen
     from flora_jax.serve.http.server import serve as run
 
-    settings = _settings(options)
-    names = tuple(dict.fromkeys(options.served_model_name or [options.model]))
-    adapters = _adapters([*(options.adapter or ()), *(options.more or ())], names)
-    opened = open_checkpoint(options.model)
-    engine_options = _engine_options(options, opened)
-    limits = _limits(options, opened)
-    prepare_jax()
-    mesh = _mesh(options.tensor_parallel_size)
+    if options.replicas is not None:
+        _serve_replicas(options)
+        return
+    app = application(options)
     listener = listen(options.host, options.port)
-    rows = options.max_num_seqs
-    max_queue = 4 * rows + 256 if options.max_queue is None else options.max_queue
-    served = Served(names, options.model, limits, created=int(time.time()))
     started_s = time.monotonic()
-
-    def make(report: Callable[[str, int, int], None]) -> Engine:
-        dtype = dtype_of(options.dtype)
-        model = opened.load(dtype, quantize=options.quantization, mesh=mesh)
-        engine = Engine(model, adapters, tokenizer=opened.tokenizer, options=engine_options)
-        if engine.attention_note is not None:
-            say(f"prompts: attention by {engine.attention_note}")
-        engine.warm_up(report)
-        return engine
-
-    runner = Runner(make, rows, max_queue)
-    app = make_app(runner, served, settings)
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     say(f"listening on {address}, compiling")
 
     def ready() -> None:
-        seconds = time.monotonic() - started_s
-        say(
-            f"ready after {seconds:.1f} s: {', '.join(names)} and {len(adapters)} adapters on {address}"
-        )
+        seconds, names = time.monotonic() - started_s, ", ".join(app.state.served.names)
+        number = len([*(options.adapter or ()), *(options.more or ())])
+        say(f"ready after {seconds:.1f} s: {names} and {number} adapters on {address}")
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     run(
@@ -184,17 +171,89 @@ def serve(options: ServeOptions) -> None:
     )
 
 
-def _mesh(size: int) -> Mesh | None:
-    """Of the devices that share the model."""
-    import jax
+class _Parts(NamedTuple):
+    """What an application is made of; read and checked without JAX."""
 
-    from flora_jax.models.sharding import make_mesh
+    settings: Settings
+    adapters: Mapping[str, Path]
+    opened: Opened
+    engine: EngineOptions
+    served: Served
 
-    if size == 1:
-        return None
-    if size > (found := len(jax.devices())):
-        raise InputError(f"--tensor-parallel-size is {size}, found {found} devices")
-    return make_mesh(1, size)
+
+def _parts(options: ServeOptions) -> _Parts:
+    from flora_jax.checkpoints import open_checkpoint
+    from flora_jax.serve.http.served import Served
+
+    settings, names = _settings(options), _names(options)
+    adapters = _adapters([*(options.adapter or ()), *(options.more or ())], names)
+    opened = open_checkpoint(options.model)
+    engine, limits = _engine_options(options, opened), _limits(options, opened)
+    served = Served(names, options.model, limits, created=int(time.time()))
+    return _Parts(settings, adapters, opened, engine, served)
+
+
+def application(options: ServeOptions) -> FastAPI:
+    """The application over an engine, which is made when the application starts.
+
+    Raises:
+        InputError: options that do not fit each other or the model.
+    """
+    from flora_jax.models.splits import tensor_mesh
+    from flora_jax.serve.engine import Engine
+    from flora_jax.serve.http.app import make_app
+    from flora_jax.serve.http.runner import Runner
+
+    settings, adapters, opened, engine_options, served = _parts(options)
+    prepare_jax()
+    mesh = tensor_mesh(opened.config, options.tensor_parallel_size, options.quantization)
+
+    def make(report: Callable[[str, int, int], None]) -> Engine:
+        dtype = dtype_of(options.dtype)
+        model = opened.load(dtype, quantize=options.quantization, mesh=mesh)
+        engine = Engine(model, adapters, tokenizer=opened.tokenizer, options=engine_options)
+        if engine.attention_note is not None:
+            say(f"prompts: attention by {engine.attention_note}")
+        engine.warm_up(report)
+        return engine
+
+    return make_app(Runner(make, options.max_num_seqs, _max_queue(options)), served, settings)
+
+
+def _names(options: ServeOptions) -> tuple[str, ...]:
+    """What requests call the base."""
+    return tuple(dict.fromkeys(options.served_model_name or [options.model]))
+
+
+def _max_queue(options: ServeOptions) -> int:
+    return 4 * options.max_num_seqs + 256 if options.max_queue is None else options.max_queue
+
+
+def _serve_replicas(options: ServeOptions) -> None:
+    """The same by Ray Serve; each replica makes an application of these options."""
+    assert options.replicas is not None
+    try:
+        from flora_jax.serve.http import ray as replicas
+    except ImportError as error:
+        raise InputError(f"--replicas needs {error.name}: pip install 'flora-jax[ray]'") from None
+    least, most = replicas.scale_of(options.replicas)
+    _parts(options)  # What is wrong is said before any replica starts.
+
+    def build(gpus: float) -> Any:
+        resources = {"num_cpus": 1} | ({"num_gpus": options.tensor_parallel_size} if gpus else {})
+        scale = replicas.Scale(
+            least, most, _names(options), options.max_body_bytes, options.max_num_seqs,
+            options.max_num_seqs + _max_queue(options), resources=resources,
+        )  # fmt: skip
+        return replicas.replicated(functools.partial(application, options), scale)
+
+    say(f"starting {least} replicas of at most {most}, compiling")
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    with replicas.running(build, options.host, options.port):
+        say(f"ready: {', '.join(_names(options))} on http://{options.host}:{options.port}")
+        ended.wait()
 
 
 def _settings(options: ServeOptions) -> Any:

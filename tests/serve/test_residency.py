@@ -18,7 +18,6 @@ from flora_jax.models.model import init_model
 from flora_jax.models.starcoder.config import StarCoderConfig
 from flora_jax.peft.read import write_adapter
 from flora_jax.platforms import CPU
-from flora_jax.serve import residency as residency_module
 from flora_jax.serve.device import Device
 from flora_jax.serve.lattice import Lattice
 from flora_jax.serve.options import EngineOptions
@@ -234,11 +233,9 @@ def test_factors_stay_on_the_host_until_they_are_written(tmp_path, monkeypatch):
     assert {id(array) for array in jax.live_arrays()} <= before
     # The write itself gets host arrays, once.
     given = []
-    write = residency_module.write
+    write = pool._writer
     monkeypatch.undo()
-    monkeypatch.setattr(
-        residency_module, "write", lambda layers, *new: given.append(new) or write(layers, *new)
-    )
+    pool._writer = lambda layers, *new: given.append(new) or write(layers, *new)
     own = pool.register("flora", tmp_path / "flora")
     assert ready(pool, own) == "ready"
     assert len(given) == 1
