@@ -46,8 +46,6 @@ _Carry = tuple[jax.Array, Cache, Rows, jax.Array, Scores | None]
 
 # How each verb is jitted, and what it returns, by its name.
 _JITTED: dict[str, dict[str, Any]] = {}
-
-
 _RESULTS: dict[str, tuple[Result, ...]] = {}
 
 
@@ -67,10 +65,10 @@ def _verb(
 @functools.cache
 def under(verb: Any, options: tuple[tuple[str, Any], ...], placement: Placement) -> Any:
     """A verb compiled under XLA's options, its results placed; the verb itself without either."""
+    if not options and placement.splits is None:
+        return verb
     function = verb.__wrapped__
     placed = placement.results(_RESULTS[function.__name__])
-    if not options and placed is None:
-        return verb
     own = dict(_JITTED[function.__name__], compiler_options=dict(options) or None)
     # Given where it is said alone: ``None`` would be a sharding as well.
     return jax.jit(function, **own, **({} if placed is None else dict(out_shardings=placed)))
