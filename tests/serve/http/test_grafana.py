@@ -67,7 +67,7 @@ def test_every_metric_and_label_it_asks_for_is_exported(exported):
 
 
 def test_nothing_that_the_server_exports_is_left_out(exported):
-    """But for what only says when a counter began."""
+    """But for what only says when a counter began, and the older of one histogram's two names."""
     stems = {
         re.sub(r"_(bucket|sum|count)$", "", name)
         for name in exported
@@ -76,7 +76,7 @@ def test_nothing_that_the_server_exports_is_left_out(exported):
     asked = {
         re.sub(r"_(bucket|sum|count)$", "", name) for text in queries() for name in named(text)
     }
-    assert stems - asked == set()
+    assert stems - asked == {PREFIX + "time_per_output_token_seconds"}
 
 
 def test_panels_have_places_of_their_own():
