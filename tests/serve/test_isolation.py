@@ -117,7 +117,7 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_requests_alone(alone, tmp_pa
     engine.register("large", large)
     content = 0
     engine.register("flora4", CONTENTS["flora4", content])
-    good = dataclasses.replace(random_request(4), fold_in=10**4, adapter="flora4")
+    good = dataclasses.replace(random_request(4), fold_in=10**6, adapter="flora4")
     good = with_settings(good, seed=1)
     tickets = {
         name: engine.add(dataclasses.replace(good, adapter=name))
