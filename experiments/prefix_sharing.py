@@ -9,6 +9,9 @@ several components, so that a prompt costs more than under the base. ``--samples
 ``--prompt-len`` random tokens, or is one of ``--problems``. Engines with ``prefix_caching`` on and off
 take turns in an order drawn anew each round; medians, and the least and the largest ratio. Prompts differ
 from round to round, so nothing of a round helps the next.
+
+Receipt: `--prompts 1 --problems DATA/humaneval-lua.jsonl --tokenizer tokenizer.json`, 12 minutes on 2 cores
+of an Intel Xeon at 2.5 GHz.
 """
 
 from __future__ import annotations
