@@ -10,8 +10,8 @@ several components, so that a prompt costs more than under the base. ``--samples
 take turns in an order drawn anew each round; medians, and the least and the largest ratio. Prompts differ
 from round to round, so nothing of a round helps the next.
 
-Receipt: `--prompts 1 --problems DATA/humaneval-lua.jsonl --tokenizer tokenizer.json`, 12 minutes on 2 cores
-of an Intel Xeon at 2.5 GHz.
+Receipt: `--prompts 1 --problems DATA/humaneval-lua.jsonl --tokenizer tokenizer.json`, 12 minutes on 2
+cores of an Intel Xeon at 2.5 GHz.
 """
 
 from __future__ import annotations
