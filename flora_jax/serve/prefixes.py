@@ -97,7 +97,9 @@ class Prefixes:
         found: set[bytes] = set()
         for one in running:
             if one.keys is not None:
-                found |= {*one.keys.blocks[one.published :], one.keys.whole or b""}
+                found.update(one.keys.blocks[one.published :])
+                if one.keys.whole is not None:
+                    found.add(one.keys.whole)
         return found
 
     def will_grow(self, sequence: scheduled.Sequence, coming: set[bytes]) -> bool:

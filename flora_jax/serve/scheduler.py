@@ -250,28 +250,24 @@ class Scheduler:
         sequence.blocks += self.blocks.take(max(0, more))
         return True
 
-    def _start(self, sequence: Sequence, positions: int) -> Found | None:
-        """Blocks for the first ``positions`` of a sequence that has none, some shared with others;
-        ``None``, and nothing done, if there are too few.
-        """
-        found = self.prefixes.find(sequence)
-        more = self._blocks_for(positions) - len(found.blocks)
-        if not self.blocks.can_take(found.blocks, more):
-            return None
-        self.blocks.share(found.blocks)
-        sequence.blocks = [*found.blocks, *self.blocks.take(more)]
+    def _fits(self, sequence: Sequence, found: Found) -> bool:
+        """Whether there are blocks for a sequence's prompt and a token, beside those that it shares."""
+        more = self._blocks_for(sequence.prompt + 1) - len(found.blocks)
+        return self.blocks.can_take(found.blocks, more)
+
+    def _start(self, plan: Plan, sequence: Sequence, found: Found) -> None:
+        """Lets a sequence that fits begin, with what it shares: to be prefilled, or to decode at once."""
         shared = len(found.blocks)
+        self.blocks.share(found.blocks)
+        fresh = self.blocks.take(self._blocks_for(sequence.prompt + 1) - shared)
+        sequence.blocks = [*found.blocks, *fresh]
         sequence.prefilled = sequence.prompt if found.whole else shared * self.bounds.block
         sequence.published = shared
         self.prefixes.count(sequence)
-        return found
-
-    def _run(self, plan: Plan, sequence: Sequence, found: Found) -> None:
-        """Lets a sequence begin, with what it shares: to be prefilled, or to decode at once."""
         self._enter(sequence, "decode" if found.whole else "prefill")
         if found.whole:
             sequence.drawn = 1
-            own = sequence.blocks[len(found.blocks)] if found.source is not None else None
+            own = sequence.blocks[shared] if found.source is not None else None
             keys = sequence.keys
             assert keys is not None
             assert keys.whole is not None
@@ -288,10 +284,10 @@ class Scheduler:
                 self._enter(self.swapped.pop(0), "decode")
                 plan.swapped_in.append(oldest)
                 continue
-            found = self._start(oldest, oldest.prompt + 1)
-            if found is None:
+            found = self.prefixes.find(oldest)
+            if not self._fits(oldest, found):
                 break
-            self._run(plan, self.swapped.pop(0), found)
+            self._start(plan, self.swapped.pop(0), found)
 
     def _admit(self, plan: Plan, adapters: Adapters) -> tuple[bool, bool]:
         """Lets new sequences in, with a row and blocks for their prompts.
@@ -329,35 +325,35 @@ class Scheduler:
             return found
 
         while self.free_rows and not self.swapped:
-            chosen = self._choose(claim, adapters)
-            if chosen is None:
+            choice = self._choose(claim, adapters)
+            if choice is None:
                 break
+            chosen, shared = choice
             queue = self._waiting.pop(chosen.owner)
             queue.popleft()
             if queue:  # Behind the others, who have as much right.
                 self._waiting[chosen.owner] = queue
-            found = self._start(chosen, chosen.prompt + 1)
-            assert found is not None  # It was chosen because there are blocks.
-            self._run(plan, chosen, found)
+            self._start(plan, chosen, shared)
             coming |= self.prefixes.coming([chosen])
             plan.admitted.append(chosen)
         return due, reading
 
     def _choose(
         self, claim: Callable[[Sequence], Admission | None], adapters: Adapters
-    ) -> Sequence | None:
-        """The next one to run; none where the first in line lacks blocks or was overtaken enough."""
+    ) -> tuple[Sequence, Found] | None:
+        """The next one to run, and what it shares; none where the first in line lacks blocks or was
+        overtaken enough.
+        """
         heads = sorted(self.heads(), key=lambda sequence: self._share[sequence.owner])
         for number, sequence in enumerate(itertools.chain(heads, self._behind(adapters))):
-            shared = self.prefixes.find(sequence).blocks
-            more = self._blocks_for(sequence.prompt + 1) - len(shared)
-            if not self.blocks.can_take(shared, more):
+            shared = self.prefixes.find(sequence)
+            if not self._fits(sequence, shared):
                 return None
             found = claim(sequence)
             if found == "ready":
                 for passed in heads[:number]:
                     passed.overtaken += 1
-                return sequence
+                return sequence, shared
             # No slots for its adapter until a running one ends: do not let others take them for ever.
             if found == "full" and sequence.overtaken >= self.bounds.rows:
                 return None

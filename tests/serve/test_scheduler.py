@@ -178,9 +178,6 @@ def test_chunks_keep_to_the_budget_and_one_dispatch_has_one_form():
     for number, prompt in enumerate((50, 8, 12, 8)):
         scheduler.add(sequence(number, owner=number, prompt=prompt))
 
-    def cut(plan):
-        return [[(c.sequence.number, c.start, c.length) for c in d] for d in plan.chunks]
-
     # A long chunk of the oldest, then short ones of its form; 20 tokens are left for another form.
     first = scheduler.plan(READY)
     assert cut(first) == [
