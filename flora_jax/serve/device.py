@@ -105,11 +105,12 @@ class Drawn(NamedTuple):
 
 
 class Flight(NamedTuple):
-    """What was dispatched and is not read yet: chunks of prompts, and a decode dispatch."""
+    """What was dispatched at a time, and is not read yet: chunks of prompts, and a decode dispatch."""
 
     prefilled: list[Prefilled]
     decode: Decode | None
     decoded: Decoded | None
+    began_s: float
 
     def read(self) -> dict[int, Drawn]:
         """Waits for the tokens and returns them by their sequences' numbers, in order."""

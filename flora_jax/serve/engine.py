@@ -29,6 +29,7 @@ from flora_jax.serve.ahead import Compilations, compile_all
 from flora_jax.serve.device import Device, Drawn, Flight
 from flora_jax.serve.lattice import Lattice
 from flora_jax.serve.options import WHILE_READING, EngineOptions
+from flora_jax.serve.pace import Pace
 from flora_jax.serve.placement import placement_of
 from flora_jax.serve.prefixes import PromptKeys, block_keys, prompt_keys
 from flora_jax.serve.readers import Readers
@@ -115,6 +116,7 @@ class Engine:
         # What the blocks of preempted sequences hold.
         self._copies: dict[int, Any] = {}
         self._flight: Flight | None = None
+        self._pace = Pace(options.decode_seconds)
         self._broken: BaseException | None = None
 
     def __enter__(self) -> Self:
@@ -362,7 +364,8 @@ class Engine:
         self.residency.expire()
         if self.scheduler.swapped:
             updates += self._land()  # Who comes back needs its last token.
-        plan = self.scheduler.plan(self.residency)
+        steps = self._pace.steps(self.options.decode_steps)
+        plan = self.scheduler.plan(self.residency, steps)
         for sequence, why in plan.refused:
             self._release(sequence, claimed=False)
             updates.append(_told(sequence, error=why))
@@ -381,6 +384,7 @@ class Engine:
 
     def _run(self, plan: Plan) -> Flight | None:
         """Dispatches what a plan says, in its order; nothing waits for the device."""
+        began_s = time.monotonic()
         prefilled = self.device.start(plan.started)
         self.device.forget(self.scheduler.blocks.take_forgotten())
         for sequence in plan.swapped_in:
@@ -395,7 +399,7 @@ class Engine:
         decoded = None if plan.decode is None else self.device.decode(plan.decode)
         if plan.decode is None and not prefilled:
             return None
-        return Flight(prefilled, plan.decode, decoded)
+        return Flight(prefilled, plan.decode, decoded, began_s)
 
     def _check(self, request: Request) -> Version | None:
         try:
@@ -445,6 +449,12 @@ class Engine:
         if flight is None:
             return []
         drawn = flight.read()
+        ran = (
+            0
+            if flight.prefilled
+            else max((len(own.token_ids) for own in drawn.values()), default=0)
+        )
+        self._pace.took(ran, flight.began_s, time.monotonic())
         if flight.decode is not None:
             self.scheduler.landed(flight.decode)
         found = [

@@ -191,10 +191,11 @@ class Scheduler:
             self._leave(sequence)
         sequence.stage = "ended"
 
-    def plan(self, adapters: Adapters) -> Plan:
+    def plan(self, adapters: Adapters, most_steps: int | None = None) -> Plan:
         """Decides what the next iteration does; what it says is taken for done.
 
-        A plan can be made before the tokens of the one before are read.
+        A plan can be made before the tokens of the one before are read. ``most_steps`` bounds those of
+        its decode dispatch further.
         """
         plan = Plan()
         for sequence in self.running:
@@ -210,7 +211,7 @@ class Scheduler:
         most = bounds.steps_while_reading if reading else bounds.steps
         if hurry:
             most = bounds.steps_while_waiting
-        self._grow(plan, min(most, bounds.steps))
+        self._grow(plan, min(most, bounds.steps, most_steps or bounds.steps))
         return plan
 
     def landed(self, decode: Decode) -> None:

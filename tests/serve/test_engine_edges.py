@@ -75,6 +75,21 @@ def test_a_number_to_fold_in_that_no_seed_can_be_made_of_is_refused(number, engi
     assert len(completion.token_ids) == 3
 
 
+def test_a_dispatch_is_as_long_as_it_may_take():
+    """One token at a time where a step takes longer, as many as ever where a thousand would not."""
+    pieces = {}
+    for seconds in (1e-6, 3600.0):
+        engine = make_engine(decode_seconds=seconds)
+        engine.add(make_request(0, (1, 2), max_tokens=20, ignore_eos=True))
+        pieces[seconds] = []
+        while engine.has_work:
+            pieces[seconds] += [len(update.token_ids) for update in engine.step()]
+    assert set(pieces[1e-6]) <= {1, 2}  # The first beside the prompt's.
+    assert OPTIONS.decode_steps in pieces[3600.0]
+    with pytest.raises(InputError, match=r"decode_seconds is 0, expected above 0"):
+        make_engine(decode_seconds=0)
+
+
 def test_a_request_id_is_the_callers_or_the_engines_and_names_one_request_at_a_time(engine):
     mine = make_request(0, (1, 2), request_id="mine", max_tokens=2, ignore_eos=True)
     assert engine.add(mine) == "mine"

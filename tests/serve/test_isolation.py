@@ -132,7 +132,13 @@ def test_an_adapter_that_cannot_be_loaded_fails_its_requests_alone(alone, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "changes", [{"chunk": 16, "prefill_chunks": 3}, {"block_size": 16}, {"decode_steps": 1}]
+    "changes",
+    [
+        {"chunk": 16, "prefill_chunks": 3},
+        {"block_size": 16},
+        {"decode_steps": 1},
+        {"decode_seconds": 2e-3},
+    ],
 )
 def test_the_layout_does_not_change_what_a_prompt_means(alone, changes):
     engine = make_engine(**changes)

@@ -272,7 +272,9 @@ def test_no_block_has_two_owners_and_none_is_lost(seed, ahead):
         states = {str(owner): rng.choice(["ready", "ready", "loading"]) for owner in range(3)}
         adapters = Adapters()
         adapters.states = {int(owner): state for owner, state in states.items()}
-        plan = scheduler.plan(adapters)
+        most = rng.choice((None, 1, 3))
+        plan = scheduler.plan(adapters, most)
+        assert plan.decode is None or plan.decode.steps <= (most or 6)
         dispatched = {c.sequence for d in plan.chunks for c in d}
         rows = [] if plan.decode is None else plan.decode.sequences
         for one in [*rows, *dispatched, *plan.swapped_in]:
