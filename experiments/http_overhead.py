@@ -4,11 +4,15 @@
 
 The model has tiny_starcoder_py's shape (164M) with random weights, float32, each request its own of as
 many LoRA adapters of rank 8 on c_fc as there are rows (16 and 32). Prompts and outputs are ShareGPT-like
-at a quarter of their lengths; greedy, past the end token. Loads, each with its own draw in every round:
+at 0.15 of their lengths; greedy, past the end token. Loads, each with its own draw in every round:
 
-- full: all requests are there at once, eight a row. Throughput over HTTP / the engine's own.
+- full: all requests are there at once, four a row. Throughput over HTTP / the engine's own.
 - clients: as many clients as rows, each of which sends its next request when it has the last answer.
-- alone: eight requests, one at a time: the time to the first token above the engine's own.
+  Over HTTP that one is some milliseconds late for the next step, the engine's own caller is not.
+- arrivals: at random moments, as many a second as leave about half of the rows idle.
+- alone: six requests, one at a time.
+
+The last two tell the time to the first token above the engine's own; vLLM's server is not asked there.
 
 The engine by itself, in a process of its own, gets the same files, requests and sizes
 (http_overhead_engine.py). All processes of a number of rows are there together; in each of five rounds
@@ -27,7 +31,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -62,24 +68,28 @@ from flora_jax.files import require_file  # noqa: E402
 from flora_jax.terminal import progress  # noqa: E402
 
 RANK, TARGETS, MAX_LOGPROBS = 8, "c_fc", 20
-# Requests of each load by the number of rows, and how many are on their way at most.
-LOADS = {"full": (8, None), "clients": (4, 1), "alone": (0, 0)}
-ALONE = 8
+OWN = ("engine", "server")
+ALONE = 6
 SHOWN = ("output_throughput", "median_ttft_ms", "median_tpot_ms", "median_itl_ms", "median_e2el_ms")
 
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """Requests of one round; ``concurrency`` of them are on their way at most."""
+    """Requests of one round; ``concurrency`` of them are on their way at most. ``rate``: those that
+    arrive in a second; ``None``: all are there at once.
+    """
 
     requests: int
     concurrency: int | None
     scale: float
     seed: int
+    rate: float | None = None
 
     def workload(self, adapters: Sequence[str]) -> Workload:
-        """The requests, which take the adapters in turns; all are there at once."""
-        drawn = WorkloadOptions(self.requests, scale=self.scale, seed=self.seed)
+        """The requests, which take the adapters in turns."""
+        drawn = WorkloadOptions(
+            self.requests, scale=self.scale, seed=self.seed, request_rate=self.rate or math.inf
+        )
         made = make_workload(drawn, 1000)
         requests = [
             dataclasses.replace(one, adapter=adapters[place % len(adapters)])
@@ -88,13 +98,18 @@ class Load:
         return made._replace(requests=requests, adapters=[*adapters])
 
 
-def loads(rows: int, scale: float, seed: int) -> dict[str, Load]:
-    """The loads of a round by name."""
-    found = {}
-    for place, (name, (each, clients)) in enumerate(LOADS.items()):
-        concurrency = None if clients is None else max(1, clients * rows)
-        found[name] = Load(each * rows or ALONE, concurrency, scale, 10 * seed + place)
-    return found
+def loads(rows: int, scale: float, seed: int, rate: float) -> dict[str, Load]:
+    """The loads of a round by name; ``rate``: arrivals a second and row."""
+    return {
+        "full": Load(4 * rows, None, scale, 10 * seed),
+        "clients": Load(3 * rows, rows, scale, 10 * seed + 1),
+        "arrivals": Load(3 * rows // 2, None, scale, 10 * seed + 2, rate * rows),
+        "alone": Load(ALONE, 1, scale, 10 * seed + 3),
+    }
+
+
+# What a peer is asked for as well.
+SHARED = ("full", "clients")
 
 
 class Contender(Protocol):
@@ -237,13 +252,14 @@ def warm(contenders: dict[str, Contender], rows: int, scale: float) -> None:
 
 
 def rounds_of(
-    contenders: dict[str, Contender], rows: int, scale: float, rounds: int, rest: float
+    contenders: dict[str, Contender], drawn: Sequence[dict[str, Load]], rows: int, rest: float
 ) -> Iterator[dict[str, Any]]:
     """A line for each contender, load and round, in a random order within a round."""
     draw = random.Random(rows)
-    for number in range(rounds):
-        for name, load in loads(rows, scale, number).items():
-            for one in draw.sample([*contenders], len(contenders)):
+    for number, own in enumerate(drawn):
+        for name, load in own.items():
+            asked = [one for one in contenders if name in SHARED or one in OWN]
+            for one in draw.sample(asked, len(asked)):
                 wait_for_quiet(rest)
                 found = contenders[one].measure(load)
                 if found["failed"]:
@@ -285,7 +301,8 @@ def main(
     rows: Annotated[str, typer.Option(help="Rows, comma-separated.")] = "16,32",
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     preset: Annotated[str, typer.Option(help="The model's shape.")] = "164m",
-    scale: Annotated[float, typer.Option(help="Of ShareGPT's lengths.")] = 0.25,
+    scale: Annotated[float, typer.Option(help="Of ShareGPT's lengths.")] = 0.15,
+    rate: Annotated[float, typer.Option(help="Arrivals a second and row.")] = 0.06,
     max_model_len: int = 512,
     tokenizer: Annotated[
         Path | None,
@@ -306,8 +323,11 @@ def main(
     cpus = sorted(os.sched_getaffinity(0))
     servers = server_cpus or ",".join(map(str, cpus))
     own = client_cpus or str(cpus[-1])
-    for number in all_rows:
-        for load in loads(number, scale, 0).values():
+    drawn = {
+        number: [loads(number, scale, seed, rate) for seed in range(rounds)] for number in all_rows
+    }
+    for own_rounds in drawn.values():
+        for load in itertools.chain.from_iterable(own.values() for own in own_rounds):
             most = longest(load.workload(["x"]).requests)
             if most > max_model_len:
                 raise InputError(
@@ -322,9 +342,11 @@ def main(
         for number in all_rows:
             with setting.contenders(number) as contenders:
                 warm(contenders, number, scale)
-                total = len(contenders) * len(LOADS) * rounds
+                total = rounds * sum(
+                    len(contenders) if name in SHARED else len(OWN) for name in drawn[number][0]
+                )
                 with progress(f"{number} rows", total) as bar:
-                    for line in rounds_of(contenders, number, scale, rounds, rest):
+                    for line in rounds_of(contenders, drawn[number], number, rest):
                         lines.append(line)
                         bar.advance()
     finally:
@@ -334,7 +356,13 @@ def main(
             summary = summarise(whole)
             report.table("over HTTP and by itself", summary, [*summary[0]])
             if output is not None:
-                about = {"preset": preset, "rank": RANK, "targets": TARGETS, "scale": scale}
+                about = {
+                    "preset": preset,
+                    "rank": RANK,
+                    "targets": TARGETS,
+                    "scale": scale,
+                    "rate": rate,
+                }
                 about |= {"server_cpus": servers, "client_cpus": own}
                 about |= {"tokenizer": None if tokenizer is None else tokenizer.name}
                 report.write_results(output, about | {"results": summary, "rounds": whole})

@@ -17,6 +17,7 @@ from http_overhead import MAX_LOGPROBS, Load
 from flora_jax.bench.serving.drive import run_latency
 from flora_jax.checkpoints import open_checkpoint
 from flora_jax.cli.common import dtype_of, prepare_jax
+from flora_jax.cli.serve import DECODE_S
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.options import EngineOptions
 
@@ -28,8 +29,9 @@ def main(model: Path, adapters: Path, rows: int, max_model_len: int) -> None:
     folders = {path.name: path for path in sorted(adapters.iterdir())[:rows]}
     # As the server makes its own: the same weights, adapters, tokenizer, sizes and programs.
     options = EngineOptions(
-        max_num_seqs=rows, max_model_len=max_model_len, max_logprobs=MAX_LOGPROBS
-    )
+        max_num_seqs=rows, max_model_len=max_model_len, max_logprobs=MAX_LOGPROBS,
+        decode_seconds=DECODE_S,
+    )  # fmt: skip
     loaded = opened.load(dtype_of(None))
     with Engine(loaded, folders, tokenizer=opened.tokenizer, options=options) as engine:
         engine.warm_up()

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import signal
 import threading
 import time
@@ -118,6 +119,10 @@ class ServeOptions:
     stalled_timeout: Annotated[
         float, typer.Option(min=0.001, help="Seconds that a client may take nothing of a stream.")
     ] = 30.0
+    step_timeout: Annotated[
+        float,
+        typer.Option(min=0.001, help="Seconds after which a step of the engine is a failure."),
+    ] = 300.0
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds that requests may run on after SIGTERM.")
     ] = 30.0
@@ -143,6 +148,7 @@ def serve(options: ServeOptions) -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(f"serving needs {error.name}: pip install 'flora-jax[serve]'") from None
+    from flora_jax.serve.http.runner import EngineHung
     from flora_jax.serve.http.server import listen
     from flora_jax.serve.http.server import serve as run
 
@@ -162,13 +168,17 @@ def serve(options: ServeOptions) -> None:
         say(f"ready after {seconds:.1f} s: {names} and {number} adapters on {address}")
 
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
-    run(
-        app,
-        listener,
-        drain_timeout_s=options.drain_timeout,
-        access_log=options.access_log,
-        on_ready=ready,
-    )
+    try:
+        run(
+            app,
+            listener,
+            drain_timeout_s=options.drain_timeout,
+            access_log=options.access_log,
+            on_ready=ready,
+        )
+    except EngineHung as error:
+        say(f"flora-jax: {error}")
+        os._exit(1)  # An orderly end would wait for the device.
 
 
 class _Parts(NamedTuple):
@@ -217,7 +227,10 @@ def application(options: ServeOptions) -> FastAPI:
         engine.warm_up(report)
         return engine
 
-    return make_app(Runner(make, options.max_num_seqs, _max_queue(options)), served, settings)
+    runner = Runner(
+        make, options.max_num_seqs, _max_queue(options), step_timeout_s=options.step_timeout
+    )
+    return make_app(runner, served, settings)
 
 
 def _names(options: ServeOptions) -> tuple[str, ...]:
@@ -271,6 +284,8 @@ def _settings(options: ServeOptions) -> Any:
     )
 
 
+# Of a decode dispatch: half of it is what an arrival waits for on average.
+DECODE_S = 0.05
 # Of adapters that are loaded later, where the options name none; as in vLLM.
 _DEFAULT_RANK = 16
 
@@ -334,6 +349,7 @@ def _engine_options(options: ServeOptions, opened: Opened) -> EngineOptions:
         resident_adapters=options.max_loras,
         cache_tokens=options.cache_tokens,
         prefix_caching=options.enable_prefix_caching,
+        decode_seconds=DECODE_S,
         max_logprobs=options.max_logprobs,
         batch_invariant=options.batch_invariant,
         seed=options.seed,

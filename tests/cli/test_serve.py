@@ -1,11 +1,14 @@
 """``flora-jax serve`` as its users start it: bad options are one line and exit code 2."""
 
 import json
+import re
 import shutil
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 
 from flora_jax import cli
@@ -14,7 +17,31 @@ from flora_jax.cli.serve import ServeOptions, _adapters, _engine_options
 from flora_jax.peft.write import write_adapter
 from tests.helpers.random_adapters import random_adapter
 
-MINI = Path(__file__).resolve().parents[2] / "flora_jax/assets/mini"
+ROOT = Path(__file__).resolve().parents[2]
+MINI = ROOT / "flora_jax/assets/mini"
+
+# A server whose engine's first step does not end.
+HUNG = """
+import threading
+import flora_jax.serve.engine
+from flora_jax import cli
+from tests.helpers.http_server import ScriptedEngine
+
+class Hung(ScriptedEngine):
+    attention_note = None
+
+    def __init__(self, *parts, **options):
+        super().__init__()
+
+    def warm_up(self, report):
+        report("one", 1, 1)
+
+    def step(self):
+        threading.Event().wait()
+
+flora_jax.serve.engine.Engine = Hung
+cli.main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +133,19 @@ def test_a_rank_reserves_room_for_every_kind_on_every_target():
     assert (plain.max_components, plain.targets) == (None, ())
     later = ServeOptions("mini", adapter_root=Path("x"))
     assert _engine_options(later, opened).max_components == 17
+
+
+def test_an_engine_that_hangs_ends_the_process_for_its_supervisor():
+    command = [sys.executable, "-c", HUNG, "serve", "mini", "--port", "0", "--step-timeout", "0.5"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith("ready"):
+                break
+        (url,) = re.findall(r"http://\S+", lines[-1])
+        answer = httpx.post(f"{url}/v1/completions", json={"model": "mini", "prompt": [1, 2]})
+        last = process.stderr.read().splitlines()[-1]
+    assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_error")
+    assert process.returncode == 1
+    assert last == "flora-jax: a step of the engine did not end within 0.5 s"

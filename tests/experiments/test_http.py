@@ -53,15 +53,17 @@ def test_a_round_that_was_cut_short_is_left_out(overhead):
 
 
 def test_all_contenders_of_a_round_get_the_same_requests_and_each_round_others(overhead):
-    loads = overhead.loads(4, 0.1, 0)
+    loads = overhead.loads(4, 0.1, 0, 0.5)
     assert {name: (one.requests, one.concurrency) for name, one in loads.items()} == {
-        "full": (32, None), "clients": (16, 4), "alone": (8, 1)
+        "full": (16, None), "clients": (12, 4), "arrivals": (6, None), "alone": (6, 1)
     }  # fmt: skip
     names = ["a", "b", "c", "d"]
     once, again = (loads["full"].workload(names) for _ in range(2))
     assert once == again
-    assert [one.adapter for one in once.requests] == names * 8
-    assert overhead.loads(4, 0.1, 1)["full"].workload(names).requests != once.requests
+    assert [one.adapter for one in once.requests] == names * 4
+    arrivals_s = loads["arrivals"].workload(names).arrivals_s
+    assert max(arrivals_s) > 0 == max(loads["full"].workload(names).arrivals_s)
+    assert overhead.loads(4, 0.1, 1, 0.5)["full"].workload(names).requests != once.requests
 
 
 @pytest.mark.slow

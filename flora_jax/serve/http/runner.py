@@ -28,6 +28,9 @@ Outcome = Literal["stop", "length", "abort", "error"]
 
 # The engine's thread looks for adapters to place and for its end so often while nothing else wakes it.
 _LOOK_S = 0.05
+# Looks at a step within its time limit. Looks are counted instead of seconds, so that a process that
+# was stopped for a while takes no step for hung when it goes on.
+_LOOKS = 8
 # Bounds of what a refused caller is told to wait.
 _LEAST_RETRY_S, _MOST_RETRY_S = 1, 60
 
@@ -50,6 +53,10 @@ class Unavailable(Refused):
 
 class EngineFailed(RunError):
     """The engine broke off, or was ended, while it ran these requests."""
+
+
+class EngineHung(RunError):
+    """A step of the engine did not end in time; its thread is given up, and cannot be joined."""
 
 
 class TimedOut(RunError):
@@ -196,6 +203,7 @@ class Runner:
         rows: sequences that the engine runs at once.
         max_queue: requests that may wait beside them.
         observers: told of every request.
+        step_timeout_s: a step that takes longer counts as a failure of the engine.
     """
 
     def __init__(
@@ -204,6 +212,7 @@ class Runner:
         rows: int,
         max_queue: int,
         observers: Sequence[Observer] = (),
+        step_timeout_s: float = math.inf,
     ):
         self.rows, self.max_queue = rows, max_queue
         self.state: State = "starting"
@@ -219,6 +228,9 @@ class Runner:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._changed = asyncio.Event()
+        self._step_timeout_s = step_timeout_s
+        # Rounds of the engine's thread.
+        self._rounds = 0
         # Adapters to place, each with who waits for it; the engine's thread takes them.
         self._wanted: collections.deque[tuple[str, asyncio.Future[None]]] = collections.deque()
 
@@ -329,7 +341,7 @@ class Runner:
     async def close(self) -> None:
         """Ends the engine's thread after its current step; open requests fail."""
         self._stop.set()
-        if self._thread.ident is not None:
+        if self._thread.ident is not None and not isinstance(self.error, EngineHung):
             await asyncio.to_thread(self._thread.join)
         if self.state != "failed":
             self._fail_open("the server is shutting down")
@@ -382,6 +394,20 @@ class Runner:
         self._engine = engine
         if self.state == "starting":
             self._become("ready")
+        if self._step_timeout_s < math.inf:
+            self._watch(self._rounds, 0)
+
+    def _watch(self, rounds: int, looks: int) -> None:
+        """Looks whether the engine's thread goes on, again and again."""
+        if self.state in ("failed", "stopped"):
+            return
+        looks = looks + 1 if rounds == self._rounds else 0
+        if looks > _LOOKS:
+            seconds = f"{self._step_timeout_s:g} s"
+            self._broke(EngineHung(f"a step of the engine did not end within {seconds}"))
+            return
+        assert self._loop is not None
+        self._loop.call_later(self._step_timeout_s / _LOOKS, self._watch, self._rounds, looks)
 
     def _report(self, warm_up: WarmUp) -> None:
         self.warm_up = warm_up
@@ -411,7 +437,10 @@ class Runner:
             observer.progressed(timing, tokens, gap_s)
 
     def _broke(self, error: BaseException) -> None:
+        if self.state == "failed":
+            return  # What was given up has gone on, and broken.
         self.error = error
+        self._stop.set()
         self._become("failed")
         self._fail_open("the engine broke off")
 
@@ -437,6 +466,7 @@ class Runner:
             engine = self._make(self._say)
             self._tell(self._opened, engine)
             while not self._stop.is_set():
+                self._rounds += 1
                 while self._wanted:
                     loading.append(self._wanted.popleft())
                 loading = [one for one in loading if not self._placed(engine, *one)]

@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from flora_jax.errors import InputError, RunError
-from flora_jax.serve.http.runner import Runner
+from flora_jax.serve.http.runner import EngineHung, Runner
 
 # What is left of answers when the engine has ended is written within this time.
 _FLUSH_S = 5
@@ -64,6 +64,7 @@ def serve(
 
     Raises:
         InputError: the engine could not be made of what it was given.
+        EngineHung: a step of it did not end; the process cannot end in an orderly way.
         RunError: the engine broke off.
     """
     sys.setswitchinterval(_SWITCH_S)
@@ -77,6 +78,8 @@ def serve(
     on_start(server)
     server.run(sockets=[listener])
     if isinstance(runner.error, InputError | OSError) and not server.was_ready:
+        raise runner.error
+    if isinstance(runner.error, EngineHung):
         raise runner.error
     if runner.error is not None:
         _log.error("the engine broke off", exc_info=runner.error)

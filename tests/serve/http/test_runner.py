@@ -7,7 +7,14 @@ import time
 import pytest
 
 from flora_jax.errors import InputError
-from flora_jax.serve.http.runner import EngineFailed, QueueFull, Runner, TimedOut, Unavailable
+from flora_jax.serve.http.runner import (
+    EngineFailed,
+    EngineHung,
+    QueueFull,
+    Runner,
+    TimedOut,
+    Unavailable,
+)
 from tests.helpers.http_server import ScriptedEngine
 from tests.helpers.requests import make_request
 
@@ -40,12 +47,12 @@ def request(name, max_tokens=3, prompt=(1, 2)):
     return make_request(None, prompt, request_id=name, max_tokens=max_tokens)
 
 
-def run(body, engine=None, rows=2, max_queue=2, observers=()):
+def run(body, engine=None, rows=2, max_queue=2, observers=(), **options):
     """Runs ``body(runner, engine)`` on a loop with a runner that is ready."""
     engine = engine or ScriptedEngine(rows)
 
     async def main():
-        runner = Runner(lambda report: engine, rows, max_queue, observers)
+        runner = Runner(lambda report: engine, rows, max_queue, observers, **options)
         runner.start()
         try:
             assert await runner.wait_until("ready") == "ready"
@@ -165,6 +172,40 @@ def test_a_step_that_raises_fails_what_is_open_and_whatever_comes_later():
             await runner.place("x")
 
     run(body)
+
+
+def test_a_step_that_does_not_end_fails_what_is_open_and_is_not_waited_for():
+    engine, gone_on = ScriptedEngine(), threading.Event()
+    step, closed = engine.step, []
+    engine.step = lambda: [gone_on.wait(20), step()][1]
+
+    async def body(runner, engine):
+        answers = runner.submit([request("a", 1)])
+        with pytest.raises(EngineFailed):
+            await tokens_of(answers)
+        assert runner.state == "failed"
+        assert isinstance(runner.error, EngineHung)
+        with pytest.raises(Unavailable):
+            runner.submit([request("b")])
+        await asyncio.wait_for(runner.close(), 2)
+        assert not engine.closed
+        closed.append(True)
+        gone_on.set()  # Whoever hung ends once it goes on.
+        await asyncio.to_thread(runner._thread.join)
+        await asyncio.sleep(0)
+        assert isinstance(runner.error, EngineHung)
+
+    run(body, engine, step_timeout_s=0.2)
+    assert closed
+
+
+def test_an_idle_engine_and_one_with_short_steps_are_not_hung():
+    async def body(runner, engine):
+        await asyncio.sleep(0.5)
+        await tokens_of(runner.submit([request("a", 20)]))
+        assert runner.state == "ready"
+
+    run(body, ScriptedEngine(steps_per_s=50), step_timeout_s=0.4)
 
 
 def test_an_engine_that_cannot_be_made_leaves_its_reason():
