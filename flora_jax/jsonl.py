@@ -9,14 +9,18 @@ import contextlib
 import fcntl
 import gzip
 import json
+import lzma
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from flora_jax.errors import InputError
+
+# How a file is read, by the end of its name; others are plain.
+_OPENERS: Mapping[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 
 
 @dataclass(frozen=True)
@@ -87,20 +91,20 @@ def parse_lines(lines: Iterable[bytes | str], file: str) -> Iterator[Line]:
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of a file, gzip where its name ends in ``.gz``; see :func:`parse_lines`.
+    """The lines of a file, packed where its name ends in ``.gz`` or ``.xz``; see :func:`parse_lines`.
 
     Raises:
-        InputError: no such file, it cannot be read, or the gzip stream is damaged.
+        InputError: no such file, it cannot be read, or the packed stream is damaged.
     """
     if not path.is_file():
         raise InputError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
     number = 0
     try:
-        with cast(BinaryIO, gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+        with cast(BinaryIO, _OPENERS.get(path.suffix, Path.open)(path, "rb")) as file:
             for line in parse_lines(file, str(path)):
                 number = line.number
                 yield line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
         raise InputError(f"{path}: damaged after line {number}: {error}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None

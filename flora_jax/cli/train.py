@@ -16,7 +16,7 @@ from flora_jax.errors import InputError
 
 Data = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=PATH", help="Trains adapter NAME on a .jsonl(.gz) or Parquet file, "
+    typer.Option(metavar="NAME=PATH", help="Trains adapter NAME on a .jsonl(.gz, .xz) or Parquet file, "
                  "a directory of source files or a hub data set; may be repeated."),
 ]  # fmt: skip
 

@@ -22,7 +22,7 @@ from flora_jax.files import is_part
 from flora_jax.jsonl import read_lines
 
 COLUMNS = ("content", "text")
-DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 # A source file beyond this is generated or data.
 SOURCE_BYTES = 1_000_000
 # With more corrupt lines than this, their share is judged before the end of the source.
@@ -69,11 +69,11 @@ def read_documents(
 ) -> Iterator[Document]:
     """The documents of ``source``, always in the same order.
 
-    ``source`` is a ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file; a directory that directly holds
-    such files (all are read, by name) or else source files (all below it by path; only those with one
-    of ``suffixes`` where given); or, where no such path exists, a hub data
-    set's "train" split as ``owner/name``, ``owner/name:configuration`` or ``owner/name:data/dir``
-    (with a slash). The text is in ``column``, by default ``content`` or else ``text``.
+    ``source`` is a ``.jsonl``, ``.jsonl.gz``, ``.jsonl.xz`` or ``.parquet`` file; a directory that holds
+    such files itself (all are read, by name) or else source files (all below it by path; only those with
+    one of ``suffixes`` where given); or, where no such path exists, a hub data set's "train" split as
+    ``owner/name``, ``owner/name:configuration`` or ``owner/name:data/dir`` (with a slash). The text is
+    in ``column``, by default ``content`` or else ``text``.
 
     A walk over source files leaves out what is hidden, caches (``__pycache__``, directories with a
     ``CACHEDIR.TAG``), output that is half written, and the paths of ``leave_out`` with all below them.

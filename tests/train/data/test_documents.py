@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import lzma
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ RECORDS = [{"content": "aé\n", "path": "x"}, {"text": "b"}, {"content": "", "te
 
 
 def write_lines(path, lines):
-    opener = gzip.open if path.suffix == ".gz" else open
+    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     with opener(path, "wb") as file:
         for line in lines:
             file.write((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n")
@@ -46,7 +48,7 @@ def data_sets(tmp_path, monkeypatch):
     return datasets
 
 
-@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz"])
+@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.jsonl.xz"])
 def test_documents_are_the_text_column_of_each_line(name, tmp_path):
     path = write_lines(tmp_path / name, [*RECORDS[:2], b"", b" \r", RECORDS[2]])
     assert named(path) == [(f"{name}:1", "aé\n"), (f"{name}:2", "b"), (f"{name}:5", "")]
@@ -187,14 +189,15 @@ def test_a_hopeless_file_stops_before_its_end(tmp_path):
     assert len(skipped) == 11
 
 
-@pytest.mark.parametrize("damage", ["truncated", "not gzip", "flipped"])
-def test_a_damaged_archive_stops_at_once(damage, tmp_path):
-    path = write_lines(tmp_path / "d.jsonl.gz", [{"content": str(n)} for n in range(2000)])
+@pytest.mark.parametrize("name", ["d.jsonl.gz", "d.jsonl.xz"])
+@pytest.mark.parametrize("damage", ["truncated", "not packed", "flipped"])
+def test_a_damaged_archive_stops_at_once(damage, name, tmp_path):
+    path = write_lines(tmp_path / name, [{"content": str(n)} for n in range(2000)])
     raw = bytearray(path.read_bytes())
     if damage == "flipped":
         raw[len(raw) // 2] ^= 0xFF
-    path.write_bytes({"truncated": raw[:-20], "not gzip": b"{}\n", "flipped": raw}[damage])
-    with pytest.raises(InputError, match=r"d\.jsonl\.gz: damaged after line \d+: "):
+    path.write_bytes({"truncated": raw[:-20], "not packed": b"{}\n", "flipped": raw}[damage])
+    with pytest.raises(InputError, match=rf"{re.escape(name)}: damaged after line \d+: "):
         texts(path, max_corrupt=1.0)
 
 
@@ -295,7 +298,9 @@ def test_corrupt_lines_before_a_limit_count_among_the_lines_read(tmp_path):
 @pytest.mark.parametrize("name", ["d.txt", "d.tar.gz", "d.json"])
 def test_other_files_are_refused(name, tmp_path):
     (tmp_path / name).write_text("{}")
-    with pytest.raises(InputError, match=r"expected \.jsonl, \.jsonl\.gz, \.parquet or a dir"):
+    with pytest.raises(
+        InputError, match=r"expected \.jsonl, \.jsonl\.gz, \.jsonl\.xz, \.parquet or a dir"
+    ):
         texts(tmp_path / name)
 
 
