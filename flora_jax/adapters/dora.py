@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters import lora
+from flora_jax.adapters import fits, lora
 from flora_jax.adapters.kind import Components, Kind, Side, WeightOf, ones, widths_of_sides, zeros
 from flora_jax.shapes import check_shapes
 from flora_jax.weights import product
@@ -220,7 +220,41 @@ def widths(params: DoRA) -> list[tuple[Side, int]]:
     return [*widths_of_sides(params), ("output", params.magnitude_O.shape[-1])]
 
 
+def of_components(components: Components, weight: WeightOf) -> DoRA:
+    """Lengths ``g · ‖W + down · up / g‖`` where the weight's outputs are scaled by ``g``, one for a LoRA.
+
+    Raises:
+        ValueError: inputs are scaled, or an output is scaled by zero.
+    """
+    pre_RI, post_RO = components.pre_RI, components.post_RO
+    if np.ptp(pre_RI, axis=1).any():
+        raise ValueError("it scales inputs, and a DoRA scales outputs alone")
+    gain_O = pre_RI[:, 0] @ post_RO
+    if not gain_O.all():
+        raise ValueError("it scales an output by zero, and a DoRA keeps every direction")
+    down_RI, up_RO = components.down_RI, components.up_RO / gain_O
+    if not len(down_RI):
+        down_RI, up_RO = zeros(1, down_RI.shape[1]), zeros(1, up_RO.shape[1])
+    magnitude_O = gain_O * _norm_on_host(down_RI, up_RO, weight())
+    return DoRA(jnp.asarray(down_RI), jnp.asarray(up_RO), jnp.asarray(magnitude_O))
+
+
+def nearest(
+    W_IO: jax.Array, wanted_IO: jax.Array, rank: int, moments_I: jax.Array, key: jax.Array
+) -> DoRA:
+    """The best LoRA, and then the best lengths."""
+    fit = fits.sum_of(wanted_IO - W_IO, rank, moments_I)
+    near_IO = W_IO + fit.down_RI.T @ fit.up_RO
+    own_I1 = moments_I[:, None]
+    square_O = jnp.sum(own_I1 * jnp.square(near_IO), axis=0)
+    shared_O = jnp.sum(own_I1 * near_IO * wanted_IO, axis=0)
+    gain_O = jnp.where(square_O > 0, shared_O / jnp.where(square_O > 0, square_O, 1.0), 1.0)
+    magnitude_O = gain_O * _norm(fit.down_RI, fit.up_RO, W_IO)
+    return DoRA(fit.down_RI, fit.up_RO, magnitude_O)
+
+
 KIND = Kind(
     "dora", DoRA, init, apply, apply_one, merge, components, redraw,
     widths=widths, train_one=train_one, rehearse=rehearse,
+    of_components=of_components, nearest=nearest,
 )  # fmt: skip

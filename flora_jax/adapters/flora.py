@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters import multiplicative
+from flora_jax.adapters import fits, multiplicative
 from flora_jax.adapters.kind import Components, Kind, WeightOf, uniform_fan_in, zeros
 from flora_jax.shapes import check_shapes
 from flora_jax.weights import product
@@ -150,4 +150,26 @@ def freeze(updates: FLoRA) -> FLoRA:
     return jax.tree.map(lambda leaf: leaf.at[..., : updates.frozen, :].set(0.0), updates)
 
 
-KIND = Kind("flora", FLoRA, init, apply, apply_one, merge, components, redraw, freeze=freeze)
+def of_components(components: Components, weight: WeightOf) -> FLoRA:
+    """Its pairs as they are, summed.
+
+    Raises:
+        ValueError: something is added to the weight.
+    """
+    if len(components.down_RI):
+        raise ValueError("it adds to the weight, and a FLoRA only multiplies it")
+    return FLoRA(jnp.asarray(components.pre_RI), jnp.asarray(components.post_RO), "sum")
+
+
+def nearest(
+    W_IO: jax.Array, wanted_IO: jax.Array, rank: int, moments_I: jax.Array, key: jax.Array
+) -> FLoRA:
+    """By alternating least squares, see :func:`flora_jax.adapters.fits.product_of`."""
+    fit = fits.product_of(W_IO, wanted_IO, rank, moments_I, key=key)
+    return FLoRA(fit.down_RI, fit.up_RO, "sum")
+
+
+KIND = Kind(
+    "flora", FLoRA, init, apply, apply_one, merge, components, redraw,
+    freeze=freeze, of_components=of_components, nearest=nearest,
+)  # fmt: skip

@@ -14,8 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters import multiplicative
-from flora_jax.adapters.kind import Components, Kind, WeightOf, ones, uniform_fan_in, zeros
+from flora_jax.adapters import fits, multiplicative
+from flora_jax.adapters.kind import (
+    ROUNDING,
+    Components,
+    Kind,
+    WeightOf,
+    constant_part,
+    ones,
+    uniform_fan_in,
+    zeros,
+)
 from flora_jax.shapes import check_shapes
 from flora_jax.weights import product
 
@@ -90,4 +99,45 @@ def redraw(params: HiRA, draw: Callable[..., Any], spread: float) -> HiRA:
     return jax.tree.map(lambda leaf: draw(leaf, 0.0, size), params)
 
 
-KIND = Kind("hira", HiRA, init, apply, apply_one, merge, components, redraw)
+def of_components(components: Components, weight: WeightOf) -> HiRA:
+    """Its pairs less the matrix of ones, which goes into a pair with a constant side, or is one more.
+
+    Raises:
+        ValueError: something is added to the weight.
+    """
+    if len(components.down_RI):
+        raise ValueError("it adds to the weight, and a HiRA only multiplies it")
+    constant, pre_RI, post_RO = constant_part(components)
+    rest = np.float32(constant - 1.0)
+    if abs(rest) > ROUNDING or not len(pre_RI):
+        pre_RI, post_RO = _plus(rest, pre_RI.copy(), post_RO.copy())
+    return HiRA(jnp.asarray(pre_RI), jnp.asarray(post_RO))
+
+
+def _plus(
+    constant: np.float32, pre_RI: np.ndarray, post_RO: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of ``Σ_r pre_r post_rᵀ + constant``."""
+    for own_RX, other_RX in ((pre_RI, post_RO), (post_RO, pre_RI)):
+        found = np.flatnonzero((np.ptp(other_RX, axis=1) == 0) & (other_RX[:, 0] != 0))
+        if len(found):
+            own_RX[found[0]] += constant / other_RX[found[0], 0]
+            return pre_RI, post_RO
+    return (
+        np.concatenate([pre_RI, constant * ones(1, pre_RI.shape[1])]),
+        np.concatenate([post_RO, ones(1, post_RO.shape[1])]),
+    )
+
+
+def nearest(
+    W_IO: jax.Array, wanted_IO: jax.Array, rank: int, moments_I: jax.Array, key: jax.Array
+) -> HiRA:
+    """By alternating least squares, see :func:`flora_jax.adapters.fits.product_of`."""
+    fit = fits.product_of(W_IO, wanted_IO - W_IO, rank, moments_I, key=key)
+    return HiRA(fit.down_RI, fit.up_RO)
+
+
+KIND = Kind(
+    "hira", HiRA, init, apply, apply_one, merge, components, redraw,
+    of_components=of_components, nearest=nearest,
+)  # fmt: skip

@@ -21,6 +21,8 @@ from flora_jax.weights import product
 from flora_jax.weights.product import Weight
 
 Side = Literal["output", "input"]
+# What float32 makes of a sum that is one.
+ROUNDING = 1e-6
 # Gives the base weight of the projection that an adapter is on, as it is held.
 WeightOf = Callable[[], Weight]
 
@@ -40,6 +42,14 @@ class Components:
     down_RI: np.ndarray
     up_RO: np.ndarray
     bias_scale_O: np.ndarray | None = None
+
+
+def constant_part(components: Components) -> tuple[float, np.ndarray, np.ndarray]:
+    """The sum of the multiplicative pairs that are constant, and ``pre`` and ``post`` of the others."""
+    pre_RI, post_RO = components.pre_RI, components.post_RO
+    same_R = (np.ptp(pre_RI, axis=1) == 0) & (np.ptp(post_RO, axis=1) == 0)
+    constant = float(np.sum(pre_RI[same_R, 0] * post_RO[same_R, 0]))
+    return constant, pre_RI[~same_R], post_RO[~same_R]
 
 
 def rank_of_up(params: Any) -> int:
@@ -91,6 +101,13 @@ class Kind:
     - ``apply_narrow``: :attr:`apply` of factors in the dtype of ``x``, as the paper's code has them,
       where its sums are rounded between products.
 
+    Conversion, of a kind that others can become:
+
+    - ``of_components(components, weight) -> params``, the same adapted weight; ``ValueError`` says why
+      there is none of this kind. The bias is not its affair;
+    - ``nearest(W_IO, wanted_IO, rank, moments_I, key) -> params``, of this rank with the least
+      ``Σ_io moments_i (W_i - wanted)²`` that is found, all float32.
+
     Serving, of a kind that ``needs_weight``: ``rehearse(W_IO, rank)`` runs what ``components`` runs on a
     device for a weight of this shape and any rank up to ``rank``, so that it is compiled.
     """
@@ -110,6 +127,8 @@ class Kind:
     placed: Callable[[bool], Mapping[str, Any]] = lambda on_inputs: {}
     train_one: Callable[..., jax.Array] | None = None
     apply_narrow: Callable[..., jax.Array] | None = None
+    of_components: Callable[[Components, WeightOf], Any] | None = None
+    nearest: Callable[..., Any] | None = None
     rehearse: Callable[[Weight, int], None] | None = None
 
     def __post_init__(self) -> None:

@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters.kind import Components, Kind, WeightOf, ones, uniform_fan_in
+from flora_jax.adapters import fits
+from flora_jax.adapters.kind import (
+    ROUNDING,
+    Components,
+    Kind,
+    WeightOf,
+    constant_part,
+    ones,
+    uniform_fan_in,
+    zeros,
+)
 from flora_jax.shapes import check_shapes
 from flora_jax.weights import product
 
@@ -135,7 +145,30 @@ def apply_narrow(
     return product.finish(y_BTO, bias_O, x_BTI.dtype)
 
 
+def of_components(components: Components, weight: WeightOf) -> LoRA:
+    """What is added, where the weight itself stays.
+
+    Raises:
+        ValueError: the weight is multiplied with something.
+    """
+    constant, pre_RI, _ = constant_part(components)
+    if len(pre_RI) or abs(constant - 1.0) > ROUNDING:
+        raise ValueError("it multiplies the weight, and a LoRA only adds to it")
+    down_RI, up_RO = components.down_RI, components.up_RO
+    if not len(down_RI):
+        down_RI, up_RO = zeros(1, down_RI.shape[1]), zeros(1, up_RO.shape[1])
+    return LoRA(jnp.asarray(down_RI), jnp.asarray(up_RO))
+
+
+def nearest(
+    W_IO: jax.Array, wanted_IO: jax.Array, rank: int, moments_I: jax.Array, key: jax.Array
+) -> LoRA:
+    """The best there is, by singular values."""
+    fit = fits.sum_of(wanted_IO - W_IO, rank, moments_I)
+    return LoRA(fit.down_RI, fit.up_RO)
+
+
 KIND = Kind(
     "lora", LoRA, init, apply, apply_one, merge, components, redraw,
-    train_one=train_one, apply_narrow=apply_narrow,
+    train_one=train_one, apply_narrow=apply_narrow, of_components=of_components, nearest=nearest,
 )  # fmt: skip

@@ -11,6 +11,7 @@ from flora_jax import __version__
 from flora_jax.cli import bench, bench_http, bench_serving, evaluate, program
 from flora_jax.cli.common import cache_directory
 from flora_jax.cli.convert import convert
+from flora_jax.cli.convert_adapter import convert_adapter
 from flora_jax.cli.generate import generate
 from flora_jax.cli.inspect import demo, info
 from flora_jax.cli.options import spelt_out
@@ -43,7 +44,7 @@ def _root(
     """One base model, a different low-rank adapter for every request of a batch."""
 
 
-for _verb in (generate, serve, train, convert, info, demo, plan):
+for _verb in (generate, serve, train, convert, convert_adapter, info, demo, plan):
     app.command()(_verb)
 bench.app.command()(bench_serving.throughput)
 bench.app.command()(bench_serving.latency)

@@ -98,6 +98,16 @@ class Model(NamedTuple):
         weight: Weight = node[...]
         return weight
 
+    def bias(self, layer: int, target: str) -> jax.Array | None:
+        """The bias ``[O]`` of one projection, where it has one."""
+        node: Any = self.params[family_of(self.config).blocks][layer]
+        for name in target.split("."):
+            node = node[name]
+        if "bias" not in node:
+            return None
+        bias: jax.Array = node["bias"][...]
+        return bias
+
     @property
     def embedding(self) -> jax.Array:
         """The token embedding ``[V, D]``; its dtype is the activations', its place the parameters'."""

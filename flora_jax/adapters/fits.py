@@ -1,0 +1,116 @@
+"""The nearest low-rank change of a weight, added to it or multiplied with it, in least squares.
+
+Errors are those of the adapted weight, ``Σ_io m_i (W_i - wanted)²``, with a weight ``m_i`` for each input
+(one, or the mean square of what it is fed with, so that the error is that of the outputs).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Alternations of one start; the error has long settled by then.
+_ALTERNATIONS = 60
+# The first start and as many random ones; the best counts.
+STARTS = 5
+# Added to the normal equations' diagonal, as a share of its mean: components may be alike.
+_RIDGE = 1e-6
+
+
+class Fit(NamedTuple):
+    """Factors ``down [R, I]`` and ``up [R, O]``, and the share of ``Σ m wanted²`` that they leave."""
+
+    down_RI: jax.Array
+    up_RO: jax.Array
+    left: jax.Array
+
+
+@partial(jax.jit, static_argnames="rank")
+def sum_of(wanted_IO: jax.Array, rank: int, moments_I: jax.Array) -> Fit:
+    """The best ``downᵀ up ≈ wanted`` of a rank: a truncated singular value decomposition."""
+    root_I1 = jnp.sqrt(moments_I)[:, None]
+    left_IK, values_K, right_KO = jnp.linalg.svd(root_I1 * wanted_IO, full_matrices=False)
+    root_K = jnp.sqrt(values_K[:rank])
+    down_RI = ((left_IK[:, :rank] * root_K[None]) / jnp.where(root_I1 > 0, root_I1, 1.0)).T
+    total = jnp.sum(values_K**2)
+    left = jnp.sum(values_K[rank:] ** 2) / jnp.where(total > 0, total, 1.0)
+    return Fit(_padded(down_RI, rank), _padded(root_K[:, None] * right_KO[:rank], rank), left)
+
+
+def _padded(factor_KX: jax.Array, rank: int) -> jax.Array:
+    """A rank above the weight's smaller side has components of zeros."""
+    return jnp.pad(factor_KX, ((0, rank - len(factor_KX)), (0, 0)))
+
+
+def product_of(
+    W_IO: jax.Array,
+    wanted_IO: jax.Array,
+    rank: int,
+    moments_I: jax.Array,
+    *,
+    key: jax.Array,
+    starts: int = STARTS,
+) -> Fit:
+    """A good ``W ∘ downᵀ up ≈ wanted`` of a rank; never divides by ``W``.
+
+    It has no closed form: alternating least squares from several starts, of which the best is kept. The
+    first is the low-rank part of ``wanted / W`` where ``W`` is not small, the others are random.
+    """
+    found = [
+        _alternate(W_IO, wanted_IO, first_RO, moments_I)
+        for first_RO in _starts(W_IO, wanted_IO, rank, key, starts)
+    ]
+    return min(found, key=lambda fit: float(fit.left))
+
+
+def _starts(
+    W_IO: jax.Array, wanted_IO: jax.Array, rank: int, key: jax.Array, starts: int
+) -> list[jax.Array]:
+    square_IO = jnp.square(W_IO)
+    ratio_IO = W_IO * wanted_IO / (square_IO + jnp.median(square_IO))
+    first = sum_of(ratio_IO, rank, jnp.ones(len(W_IO)))
+    drawn = jax.random.normal(key, (starts - 1, rank, W_IO.shape[1]), jnp.float32)
+    return [first.up_RO, *drawn]
+
+
+@jax.jit
+def _alternate(
+    W_IO: jax.Array, wanted_IO: jax.Array, up_RO: jax.Array, moments_I: jax.Array
+) -> Fit:
+    """From ``up``: each side in turn is the solution of its least squares for the other."""
+    square_IO, both_IO = jnp.square(W_IO), W_IO * wanted_IO
+    own_I1 = moments_I[:, None]
+
+    def turn(_: jax.Array, factors: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        # An input's weight is common to all of its equations.
+        down_RI = _solve(square_IO, both_IO, factors[1])
+        return down_RI, _solve((own_I1 * square_IO).T, (own_I1 * both_IO).T, down_RI)
+
+    none_RI = jnp.zeros((len(up_RO), len(W_IO)), jnp.float32)
+    down_RI, up_RO = jax.lax.fori_loop(0, _ALTERNATIONS, turn, (none_RI, up_RO))
+    left_IO = W_IO * jnp.matmul(down_RI.T, up_RO, precision="highest") - wanted_IO
+    total = jnp.sum(own_I1 * jnp.square(wanted_IO))
+    left = jnp.sum(own_I1 * jnp.square(left_IO)) / jnp.where(total > 0, total, 1.0)
+    return Fit(*_balanced(down_RI, up_RO), left)
+
+
+def _solve(square_XY: jax.Array, both_XY: jax.Array, other_RY: jax.Array) -> jax.Array:
+    """For each ``x`` the numbers ``[R]`` that make ``Σ_y (W_xy Σ_r n_r other_ry - wanted_xy)²`` least."""
+    rank = len(other_RY)
+    pairs_QY = (other_RY[:, None] * other_RY[None]).reshape(rank * rank, -1)
+    normal_XRR = jnp.matmul(square_XY, pairs_QY.T, precision="highest").reshape(-1, rank, rank)
+    mean_X11 = (jnp.trace(normal_XRR, axis1=1, axis2=2) / rank)[:, None, None]
+    ridge_XRR = jnp.where(mean_X11 > 0, _RIDGE * mean_X11, 1.0) * jnp.eye(rank)[None]
+    right_XR1 = jnp.matmul(both_XY, other_RY.T, precision="highest")[..., None]
+    return jnp.linalg.solve(normal_XRR + ridge_XRR, right_XR1)[..., 0].T
+
+
+def _balanced(down_RI: jax.Array, up_RO: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same components, with both sides of each equally large."""
+    sizes = [jnp.sqrt(jnp.mean(jnp.square(factor), axis=1)) for factor in (down_RI, up_RO)]
+    empty_R = (sizes[0] == 0) | (sizes[1] == 0)
+    ratio_R = jnp.sqrt(jnp.where(empty_R, 1.0, sizes[1]) / jnp.where(empty_R, 1.0, sizes[0]))
+    return down_RI * ratio_R[:, None], up_RO / ratio_R[:, None]

@@ -1,0 +1,199 @@
+"""An adapter of one kind as one of another: the same weights where there are such, else the nearest.
+
+Knows nothing of models: it is given the base's weights and biases.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flora_jax.adapters.kind import KINDS, kind_of
+from flora_jax.adapters.model_adapter import ModelAdapter, WeightsOf
+from flora_jax.errors import InputError
+from flora_jax.peft.format import FORMATS
+from flora_jax.weights.product import explicit
+
+Module = tuple[int, str]
+
+
+class Base(NamedTuple):
+    """What an adapter stands on: the weight of a layer's target, and its bias ``[O]`` or ``None``."""
+
+    weights: WeightsOf
+    biases: Callable[[int, str], Any]
+
+
+class Difference(NamedTuple):
+    """What a conversion left of one projection.
+
+    Args:
+        change: ``‖W_from - W‖ / ‖W‖``, how far the adapter moves the weight.
+        weight: ``‖W_to - W_from‖ / ‖W_from - W‖``: 0 is the same, 1 no better than no adapter.
+        bias: ``‖bias_to - bias_from‖ / ‖bias‖``.
+
+    With input moments ``m`` (see :func:`convert`) all norms of weights are weighted with them.
+    """
+
+    change: float
+    weight: float
+    bias: float
+
+
+class Converted(NamedTuple):
+    """The adapter, what is different by projection, and the projections of which nothing is."""
+
+    adapter: ModelAdapter
+    differences: Mapping[Module, Difference]
+    exact: frozenset[Module]
+
+    @property
+    def total(self) -> float:
+        """:attr:`Difference.weight` over all projections: of the squares of changes what is left."""
+        squares = [(one.change, one.change * one.weight) for one in self.differences.values()]
+        changed = sum(change**2 for change, _ in squares)
+        return math.sqrt(sum(left**2 for _, left in squares) / changed) if changed else 0.0
+
+
+def convertible() -> tuple[str, ...]:
+    """The kinds that others can become."""
+    return tuple(name for name, kind in KINDS.items() if kind.of_components is not None)
+
+
+def convert(
+    adapter: ModelAdapter,
+    to: str,
+    base: Base,
+    *,
+    rank: int | None = None,
+    approximate: bool = False,
+    moments: Mapping[Module, jax.Array] | None = None,
+    seed: int = 0,
+) -> Converted:
+    """``adapter`` as one of kind ``to``.
+
+    Exact, to float32's rounding, where the kind has the same weights: HiRA r as FLoRA r + 1, FLoRA r as
+    HiRA r + 1 (r - 1 where a component is ones), LoRA r as DoRA r, IA3 as FLoRA or HiRA r 1 but for an
+    output's bias, which IA3 scales. Else, where ``approximate``, the nearest in least squares.
+
+    Args:
+        adapter: of another kind, or of the same where its rank is to be smaller.
+        to: one of :func:`convertible`.
+        base: what it stands on.
+        rank: at most; ``None`` is what the exact conversion has, and the adapter's own elsewhere.
+        approximate: whether it may differ.
+        moments: of each projection's inputs the mean squares ``[I]``, so that the outputs' error counts.
+        seed: of the random starts.
+
+    Raises:
+        InputError: another kind, or there is no exact conversion and ``approximate`` is not asked for:
+            says why.
+    """
+    if to not in convertible():
+        raise InputError(f"kind {to!r}: expected one of {', '.join(convertible())}")
+    wanted = _Wanted(to, base, rank, approximate, seed)
+    layers: list[dict[str, Any]] = []
+    differences, exact = {}, set()
+    for layer, targets in enumerate(adapter.layers):
+        layers.append({})
+        for target, params in targets.items():
+            module = layer, target
+            found = wanted.of(params, module, None if moments is None else moments[module])
+            layers[-1][target], differences[module] = found.params, found.difference
+            if found.exact:
+                exact.add(module)
+    kept = {name: adapter.settings[name] for name in FORMATS[to].kept if name in adapter.settings}
+    made = ModelAdapter(to, tuple(layers), kept, projections=adapter.projections)
+    return Converted(made, differences, frozenset(exact))
+
+
+class _Found(NamedTuple):
+    params: Any
+    difference: Difference
+    exact: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """What a projection's factors are to become; the arguments of :func:`convert`."""
+
+    to: str
+    base: Base
+    rank: int | None
+    approximate: bool
+    seed: int
+
+    def of(self, params: Any, module: Module, moments_I: jax.Array | None) -> _Found:
+        """Raises ``InputError`` where it would differ and may not."""
+        weight, bias_O = partial(self.base.weights, *module), self.base.biases(*module)
+        found, why = self._exactly(params, weight, bias_O is not None)
+        if why is not None and not self.approximate:
+            layer, target = module
+            raise InputError(
+                f"layer {layer} {target}: no {self.to} is the same: {why}; "
+                "the nearest can be asked for (approximate)"
+            )
+        if found is None:
+            found = self._nearly(params, module, moments_I)
+        difference = _difference(params, found, weight(), bias_O, moments_I)
+        return _Found(found, difference, why is None)
+
+    def _exactly(
+        self, params: Any, weight: Callable[[], Any], has_bias: bool
+    ) -> tuple[Any | None, str | None]:
+        """Factors of the wanted kind with the same weight, if any, and what then is not the same."""
+        kind = KINDS[self.to]
+        assert kind.of_components is not None
+        wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
+        inputs, outputs = weight().shape
+        components = kind_of(params).components(wide, inputs, outputs, weight)
+        try:
+            found = kind.of_components(components, weight)
+        except ValueError as error:
+            return None, str(error)
+        if self.rank is not None and kind.rank(found) > self.rank:
+            return None, f"that has rank {kind.rank(found)}, at most {self.rank} is asked for"
+        if has_bias and components.bias_scale_O is not None and not kind.traits.scales_bias:
+            return found, f"it scales the bias, and a {self.to} leaves it"
+        return found, None
+
+    def _nearly(self, params: Any, module: Module, moments_I: jax.Array | None) -> Any:
+        kind = KINDS[self.to]
+        assert kind.nearest is not None
+        W_IO = explicit(self.base.weights(*module), jnp.float32)
+        wanted_IO, _ = kind_of(params).merge(params, W_IO, None)
+        rank = kind_of(params).rank(params) if self.rank is None else self.rank
+        if moments_I is None:
+            moments_I = jnp.ones(len(W_IO))
+        key = jax.random.fold_in(jax.random.key(self.seed), module[0])
+        return kind.nearest(W_IO, wanted_IO, rank, moments_I, key)
+
+
+def _difference(
+    source: Any, made: Any, weight: Any, bias_O: Any, moments_I: jax.Array | None
+) -> Difference:
+    W_IO = explicit(weight, jnp.float32)
+    if bias_O is not None:
+        bias_O = jnp.asarray(bias_O, jnp.float32)
+    (from_IO, from_O), (to_IO, to_O) = (
+        kind_of(params).merge(params, W_IO, bias_O) for params in (source, made)
+    )
+    root_I1 = jnp.ones((len(W_IO), 1)) if moments_I is None else jnp.sqrt(moments_I)[:, None]
+
+    def share(part: jax.Array, whole: jax.Array) -> float:
+        size = float(jnp.linalg.norm(whole))
+        left = float(jnp.linalg.norm(part))
+        return left / size if size else float(left > 0)
+
+    moved_IO = root_I1 * (from_IO - W_IO)
+    bias = 0.0 if bias_O is None else share(to_O - from_O, bias_O)
+    return Difference(
+        share(moved_IO, root_I1 * W_IO), share(root_I1 * (to_IO - from_IO), moved_IO), bias
+    )
