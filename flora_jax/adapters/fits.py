@@ -31,18 +31,18 @@ class Fit(NamedTuple):
 @partial(jax.jit, static_argnames="rank")
 def sum_of(wanted_IO: jax.Array, rank: int, moments_I: jax.Array) -> Fit:
     """The best ``downᵀ up ≈ wanted`` of a rank: a truncated singular value decomposition."""
-    root_I1 = jnp.sqrt(moments_I)[:, None]
-    left_IK, values_K, right_KO = jnp.linalg.svd(root_I1 * wanted_IO, full_matrices=False)
-    root_K = jnp.sqrt(values_K[:rank])
-    down_RI = ((left_IK[:, :rank] * root_K[None]) / jnp.where(root_I1 > 0, root_I1, 1.0)).T
-    total = jnp.sum(values_K**2)
-    left = jnp.sum(values_K[rank:] ** 2) / jnp.where(total > 0, total, 1.0)
-    return Fit(_padded(down_RI, rank), _padded(root_K[:, None] * right_KO[:rank], rank), left)
+    root_m = jnp.sqrt(moments_I)[:, None]
+    inner, values, outer = jnp.linalg.svd(root_m * wanted_IO, full_matrices=False)
+    root = jnp.sqrt(values[:rank])
+    down_RI = ((inner[:, :rank] * root[None]) / jnp.where(root_m > 0, root_m, 1.0)).T
+    total = jnp.sum(values**2)
+    left = jnp.sum(values[rank:] ** 2) / jnp.where(total > 0, total, 1.0)
+    return Fit(_padded(down_RI, rank), _padded(root[:, None] * outer[:rank], rank), left)
 
 
-def _padded(factor_KX: jax.Array, rank: int) -> jax.Array:
+def _padded(factor: jax.Array, rank: int) -> jax.Array:
     """A rank above the weight's smaller side has components of zeros."""
-    return jnp.pad(factor_KX, ((0, rank - len(factor_KX)), (0, 0)))
+    return jnp.pad(factor, ((0, rank - len(factor)), (0, 0)))
 
 
 def product_of(
@@ -82,30 +82,33 @@ def _alternate(
 ) -> Fit:
     """From ``up``: each side in turn is the solution of its least squares for the other."""
     square_IO, both_IO = jnp.square(W_IO), W_IO * wanted_IO
-    own_I1 = moments_I[:, None]
+    own = moments_I[:, None]
 
     def turn(_: jax.Array, factors: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         # An input's weight is common to all of its equations.
         down_RI = _solve(square_IO, both_IO, factors[1])
-        return down_RI, _solve((own_I1 * square_IO).T, (own_I1 * both_IO).T, down_RI)
+        return down_RI, _solve((own * square_IO).T, (own * both_IO).T, down_RI)
 
     none_RI = jnp.zeros((len(up_RO), len(W_IO)), jnp.float32)
     down_RI, up_RO = jax.lax.fori_loop(0, _ALTERNATIONS, turn, (none_RI, up_RO))
     left_IO = W_IO * jnp.matmul(down_RI.T, up_RO, precision="highest") - wanted_IO
-    total = jnp.sum(own_I1 * jnp.square(wanted_IO))
-    left = jnp.sum(own_I1 * jnp.square(left_IO)) / jnp.where(total > 0, total, 1.0)
+    total = jnp.sum(own * jnp.square(wanted_IO))
+    left = jnp.sum(own * jnp.square(left_IO)) / jnp.where(total > 0, total, 1.0)
     return Fit(*_balanced(down_RI, up_RO), left)
 
 
-def _solve(square_XY: jax.Array, both_XY: jax.Array, other_RY: jax.Array) -> jax.Array:
-    """For each ``x`` the numbers ``[R]`` that make ``Σ_y (W_xy Σ_r n_r other_ry - wanted_xy)²`` least."""
-    rank = len(other_RY)
-    pairs_QY = (other_RY[:, None] * other_RY[None]).reshape(rank * rank, -1)
-    normal_XRR = jnp.matmul(square_XY, pairs_QY.T, precision="highest").reshape(-1, rank, rank)
-    mean_X11 = (jnp.trace(normal_XRR, axis1=1, axis2=2) / rank)[:, None, None]
-    ridge_XRR = jnp.where(mean_X11 > 0, _RIDGE * mean_X11, 1.0) * jnp.eye(rank)[None]
-    right_XR1 = jnp.matmul(both_XY, other_RY.T, precision="highest")[..., None]
-    return jnp.linalg.solve(normal_XRR + ridge_XRR, right_XR1)[..., 0].T
+def _solve(square: jax.Array, both: jax.Array, other: jax.Array) -> jax.Array:
+    """For each ``x`` the numbers ``[R]`` that make ``Σ_y (W_xy Σ_r n_r other_ry - wanted_xy)²`` least.
+
+    ``square`` is ``W²`` and ``both`` is ``W ∘ wanted``, ``[X, Y]``; ``other`` is ``[R, Y]``; gives ``[R, X]``.
+    """
+    rank = len(other)
+    pairs = (other[:, None] * other[None]).reshape(rank * rank, -1)
+    normal_XRR = jnp.matmul(square, pairs.T, precision="highest").reshape(-1, rank, rank)
+    mean = (jnp.trace(normal_XRR, axis1=1, axis2=2) / rank)[:, None, None]
+    ridge_XRR = jnp.where(mean > 0, _RIDGE * mean, 1.0) * jnp.eye(rank)[None]
+    right = jnp.matmul(both, other.T, precision="highest")[..., None]
+    return jnp.linalg.solve(normal_XRR + ridge_XRR, right)[..., 0].T
 
 
 def _balanced(down_RI: jax.Array, up_RO: jax.Array) -> tuple[jax.Array, jax.Array]:

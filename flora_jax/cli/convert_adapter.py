@@ -18,7 +18,9 @@ Kind = Literal["flora", "lora", "hira", "dora"]
 
 
 def convert_adapter(
-    source: Annotated[str, typer.Argument(metavar="ADAPTER", help="A folder, or a shipped adapter.")],
+    source: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="A folder, or a shipped adapter.")
+    ],
     base: Annotated[str, typer.Option(metavar="MODEL", help=f"Of the adapter. {MODEL_HELP}")],
     to: Annotated[Kind, typer.Option(help="The kind to make.")],
     output: Annotated[Path, typer.Option(help="A directory that is new or empty.")],

@@ -193,7 +193,9 @@ def _difference(
         return left / size if size else float(left > 0)
 
     moved_IO = root_I1 * (from_IO - W_IO)
-    bias = 0.0 if bias_O is None else share(to_O - from_O, bias_O)
+    bias = 0.0
+    if bias_O is not None and from_O is not None and to_O is not None:
+        bias = share(to_O - from_O, bias_O)
     return Difference(
         share(moved_IO, root_I1 * W_IO), share(root_I1 * (to_IO - from_IO), moved_IO), bias
     )
