@@ -100,7 +100,7 @@ def _alternate(
 def _solve(square: jax.Array, both: jax.Array, other: jax.Array) -> jax.Array:
     """For each ``x`` the numbers ``[R]`` that make ``Σ_y (W_xy Σ_r n_r other_ry - wanted_xy)²`` least.
 
-    ``square`` is ``W²`` and ``both`` is ``W ∘ wanted``, ``[X, Y]``; ``other`` is ``[R, Y]``; gives ``[R, X]``.
+    ``square`` is ``W²``, ``both`` is ``W ∘ wanted``, both ``[X, Y]``; ``other`` is ``[R, Y]``.
     """
     rank = len(other)
     pairs = (other[:, None] * other[None]).reshape(rank * rank, -1)
