@@ -18,8 +18,8 @@ It fails (exit code 1) unless
 - nothing was compiled after the warm-up, by the server's own count at /metrics; adapters were evicted;
 - a random 1 % of the requests give the same tokens alone, with soak.py's exception for near ties.
 
-Receipt: 12 minutes on 2 cores of an Intel Xeon at 2.5 GHz, after 6 of compiling: 19,387 answered, 613 went
-away, 866 told to come back, 3,046 evictions, 0 compilations, memory 0.5 % up, 190 the same alone.
+Receipt: 12 minutes on 2 cores of an Intel Xeon at 2.5 GHz, after 6 of compiling: 19,387 answered, 613
+went away, 866 told to come back, 3,046 evictions, 0 compilations, memory 0.5 % up, 190 the same alone.
 """
 
 from __future__ import annotations
