@@ -202,7 +202,7 @@ def test_an_existing_path_wins_over_a_shipped_name(tmp_path, monkeypatch):
 def test_the_program_has_a_version_and_short_help():
     for words, expected in (
         (["--version"], f"flora-jax {flora_jax.__version__}"),
-        (["-h"], "generate  Completes"),
+        (["-h"], "  generate         Completes every request of a file"),
     ):
         done = subprocess.run(
             [sys.executable, "-m", "flora_jax", *words], cwd=ROOT, capture_output=True, text=True

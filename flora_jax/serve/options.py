@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 from flora_jax.errors import InputError
@@ -36,7 +35,7 @@ class EngineOptions:
         decode_steps: tokens a row may draw in one dispatch while nobody waits.
         decode_seconds: about how long such a dispatch takes at most, by what the last one took. Who
             arrives waits for its end, and streams come in such pieces; each piece costs the host some
-            work. Infinity: ``decode_steps`` alone decides, and not the time that anything takes.
+            work. ``None``: ``decode_steps`` alone decides, and not the time that anything takes.
         row_buckets: numbers of rows that a decode dispatch is padded to; ``max_num_seqs`` is always
             one, and ``None`` adds it divided by powers of four where the platform gains by it.
         resident_adapters: how many adapters of the largest size fit the device; all that are given at
@@ -73,7 +72,7 @@ class EngineOptions:
     chunk: int | None = None
     prefill_chunks: int | None = None
     decode_steps: int = 16
-    decode_seconds: float = math.inf
+    decode_seconds: float | None = None
     row_buckets: tuple[int, ...] | None = None
     resident_adapters: int | None = None
     max_components: int | None = None
@@ -100,8 +99,9 @@ class EngineOptions:
             if value is not None and value < bound:
                 raise InputError(f"{name} is {value}, expected at least {bound}")
         for name in ("decode_seconds", "adapter_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} is {getattr(self, name)}, expected above 0")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name} is {value}, expected above 0")
         if self.max_logprobs > MOST_LOGPROBS:
             raise InputError(
                 f"max_logprobs is {self.max_logprobs}, expected at most {MOST_LOGPROBS}"

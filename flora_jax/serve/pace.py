@@ -9,17 +9,17 @@ class Pace:
     """Steps that take about a given time, by what those of the last dispatch took.
 
     Args:
-        seconds: of a dispatch; infinity sets no bound.
+        seconds: of a dispatch; ``None`` sets no bound.
     """
 
-    def __init__(self, seconds: float):
+    def __init__(self, seconds: float | None):
         self._seconds = seconds
         self._step_s = math.inf
         self._last_s = -math.inf
 
     def steps(self, most: int) -> int:
         """Steps of the next dispatch: at least one, at most so many; one where nothing is known yet."""
-        if self._seconds == math.inf:
+        if self._seconds is None:
             return most
         return max(1, min(most, int(self._seconds / self._step_s)))
 
