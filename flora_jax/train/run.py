@@ -206,13 +206,15 @@ class Run:
         def schedule_of(peak: Any) -> optax.Schedule:
             return make_schedule(options.schedule, peak, options.steps, options.warmup)
 
-        schedule, peaks_N = schedule_of(options.rate), None
         own = {"clip": options.clip, "weight_decay": options.weight_decay}
-        optimizer = make_optimizer(schedule, **own)
-        if self.rates is not None:
-            peaks_N = jnp.asarray(list(self.rates.values()), jnp.float32)
+        if self.rates is None:
+            peaks_N, schedule = None, schedule_of(options.rate)
+            optimizer = make_optimizer(schedule, **own)
+        else:
+            host_N = np.fromiter(self.rates.values(), np.float32)
+            # An array of its own: a step donates it.
+            peaks_N, schedule = jnp.array(host_N), schedule_of(host_N)
             optimizer = make_optimizer_of_peak(schedule_of, **own)
-            schedule = schedule_of(np.asarray(peaks_N))
         fresh = [adapter.layers for adapter in self.fresh.values()]
         layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *fresh)
         with jax.numpy_dtype_promotion("standard"):
