@@ -287,6 +287,7 @@ def check_rates(rates: Sequence[float]) -> tuple[float, ...]:
     Raises:
         InputError: there are fewer than two, one is there twice, or is none of float32's above 0.
     """
+    rates = [float(rate) for rate in rates]
     for rate in rates:
         # Not the other way round: NaN is neither more nor less.
         if not _LEAST_RATE <= rate <= _MOST_RATE:
