@@ -1,14 +1,12 @@
 """``flora-jax convert-adapter`` over the embedded model: folders in, folders and cards out."""
 
-import sys
-
 import numpy as np
 import pytest
 
-from flora_jax import cli
 from flora_jax.checkpoints import load_model
 from flora_jax.peft.read import read_adapter
 from flora_jax.peft.write import write_adapter
+from tests.helpers.program import program_in
 from tests.helpers.random_adapters import random_adapter
 
 
@@ -29,16 +27,8 @@ def home(tmp_path_factory, mini):
 
 @pytest.fixture
 def program(home, monkeypatch, capsys):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    monkeypatch.chdir(home)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["flora-jax", "convert-adapter", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return stopped.value.code, capsys.readouterr().err
-
-    return run
+    run = program_in(home, monkeypatch, capsys, "convert-adapter")
+    return lambda *words: run(*words)[::2]
 
 
 def test_an_exact_conversion_says_so_and_gives_the_same_logits(program, home, mini, tmp_path):
