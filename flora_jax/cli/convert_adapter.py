@@ -82,6 +82,8 @@ def convert_adapter(command: ConvertCommand) -> None:
     given = [name for name in _OF_TEXT if getattr(command, name) is not None]
     if command.data is None and given:
         raise InputError(f"--{given[0].replace('_', '-')} belongs to --data, which is not given")
+    if command.learning_rate is not None and not 0 < command.learning_rate <= 1e38:
+        raise InputError(f"--learning-rate is {command.learning_rate:g}, expected more than 0")
     require_new(command.output)
     prepare_jax()
     from flora_jax.checkpoints import open_checkpoint
