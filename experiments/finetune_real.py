@@ -60,11 +60,11 @@ MORE_SHAPES: dict[str, Shape] = {
 }
 # By kind the shape that is swept, and its rates.
 RATES: dict[str, tuple[str, tuple[float, ...]]] = {
-    "flora": ("FLoRA r 1", (8e-3, 3.2e-2, 1.28e-1)),
-    "lora": ("LoRA r 8", (3e-4, 1e-3, 4e-3)),
+    "flora": ("FLoRA r 1", (2e-3, 8e-3, 3.2e-2, 1.28e-1)),
+    "lora": ("LoRA r 8", (3e-4, 1e-3, 4e-3, 1.6e-2)),
     "ia3": ("IA3", (5e-3, 2e-2, 8e-2)),
     "hira": ("HiRA r 4", (8e-3, 3.2e-2, 1.28e-1)),
-    "dora": ("DoRA r 8", (3e-4, 1e-3, 4e-3)),
+    "dora": ("DoRA r 8", (3e-4, 1e-3, 4e-3, 1.6e-2)),
 }
 
 

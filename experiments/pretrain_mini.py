@@ -1,14 +1,18 @@
 """Trains the small StarCoder that ships in the package, and its tokenizer, from scratch.
 
-    python experiments/pretrain_mini.py CORPORA --output runs/mini --sources experiments/mini_sources.md
+    python experiments/pretrain_mini.py CORPORA... --output runs/mini \\
+        --sources experiments/mini_sources.md
 
-CORPORA is a directory with LANGUAGE.train.jsonl.gz and LANGUAGE.validation.jsonl.gz (a JSON object a
-line, source text in "content"), or any directory of source files. All of Python is used and at most
---other-bytes of every other language. Killed or stopped, the same command goes on from its last
-checkpoint. OUTPUT/model is what ships as flora_jax/assets/mini.
+CORPORA is what `experiments/source_text.py` reads: directories with LANGUAGE.train.jsonl.gz or
+LANGUAGE.jsonl.xz and LANGUAGE.validation.jsonl.gz, a directory of source files, or one packed file for a
+machine that has nothing else. All of Python is used and at most --other-bytes of every other language.
+Killed or stopped, the same command goes on from its last checkpoint; as long as the learning rate does
+not fall yet, also with other --steps. OUTPUT/model is what ships as flora_jax/assets/mini. On a GPU:
 
-Receipt: see that folder's README.md for the data, the recipe and the result; 2 cores of an AMD EPYC
-(Zen 1, 70 GFLOP/s in float32), about 950 tokens/s undisturbed.
+    python experiments/pretrain_mini.py packed.jsonl.xz --output runs/mini --seconds 360 --shape 8x384 \\
+        --rows 64 --dtype bfloat16 --sources experiments/mini_sources.md
+
+Receipt: see that folder's README.md for the data, the recipe and the result.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -27,46 +32,34 @@ import typer
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from flora_jax.checkpoints.checkpoint import load_model, save_hf
+from flora_jax.checkpoints.checkpoint import save_hf
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 from flora_jax.files import whole_path
 from flora_jax.models.model import Model, init_model
-from flora_jax.models.starcoder.config import PRESETS
-from flora_jax.train.data.documents import Document, read_documents
+from flora_jax.models.starcoder.config import PRESETS, StarCoderConfig
+from flora_jax.train.choice import choose
+from flora_jax.train.data.documents import Document
 from flora_jax.train.data.packing import windows_at
 from flora_jax.train.data.tokens import pack, piece_bytes
 from flora_jax.train.loop import LoopOptions, Work, run_loop
 from flora_jax.train.loss import bits_per_byte
+from flora_jax.train.options import CHECKPOINTS
+from flora_jax.train.step import StepOptions, TrainState
 
 try:
-    from experiments import pretraining
+    from experiments import pretraining, source_text
 except ModuleNotFoundError:  # Run as a script, from its own directory.
     import pretraining  # type: ignore[no-redef]
+    import source_text  # type: ignore[no-redef]
 
+# Features of a head.
+HEAD = 64
+# Steps that are timed where a run is to fit a time.
+TRIAL = 40
 END = "<|endoftext|>"
-# What counts as source in a directory that is not a corpus.
-SUFFIXES = (".py", ".d", ".lua", ".pl", ".pm", ".rkt", ".rb", ".rs", ".swift")
-
-
-def corpus(root: Path, split: str, other_bytes: int) -> dict[str, list[str]]:
-    """Documents by language: all of Python, at most ``other_bytes`` of each other."""
-    files = sorted(root.glob(f"*.{split}.jsonl.gz"))
-    if files:
-        return {
-            file.name.split(".")[0]: texts(
-                file, limit_bytes=None if file.name.startswith("python.") else other_bytes
-            )
-            for file in files
-        }
-    documents = texts(root, suffixes=SUFFIXES)
-    held = max(1, len(documents) // 20)
-    return {"source": documents[:held] if split == "validation" else documents[held:]}
-
-
-def texts(source: Path, **options: Any) -> list[str]:
-    """The documents of ``source``; a corrupt line stops the run."""
-    return [found.text for found in read_documents(source, max_corrupt=0.0, **options)]
+# Bytes of text that the tokenizer is trained on: more changes its merges little.
+TOKENIZER_BYTES = 40_000_000
 
 
 def train_tokenizer(documents: list[str], pieces: int) -> Tokenizer:
@@ -137,54 +130,94 @@ def stream(tokenizer: Tokenizer, documents: list[str]) -> Stream:
     return Stream(packed.tokens, packed.text_bytes)
 
 
-def prepare(
-    root: Path, output: Path, pieces: int, other_bytes: int, start_from: Path | None = None
-) -> Tokenizer:
-    """Tokenizer and token files in ``output``, made once; the training file comes last."""
-    output.mkdir(parents=True, exist_ok=True)
-    saved = output / "tokenizer.json"
-    if (output / "train.npz").exists():
-        return Tokenizer.from_file(str(saved))
-    training = [text for group in corpus(root, "train", other_bytes).values() for text in group]
-    np.random.default_rng(0).shuffle(training)
-    if start_from is None:
-        tokenizer = train_tokenizer(training, pieces)
-    else:
-        tokenizer = Tokenizer.from_file(str(start_from / "tokenizer.json"))
-    tokenizer.save(str(saved))
-    for language, documents in corpus(root, "validation", other_bytes).items():
-        stream(tokenizer, documents).save(output / f"validation.{language}.npz")
-    stream(tokenizer, training).save(output / "train.npz")
-    return tokenizer
-
-
 class Recipe(NamedTuple):
     """What decides a run's result, and what its card says of it.
 
     ``steps`` may change between runs: before the decay the learning rate does not depend on it.
     """
 
-    root: str
-    pieces: int
+    roots: tuple[str, ...]
+    python_bytes: int | None
     other_bytes: int
+    pieces: int
+    shape: str
     rows: int
+    optimizer: str
     learning_rate: float
+    dtype: str
     seed: int
     steps: int
-    start_from: str | None = None
-    seen_before: int = 0
+
+    @property
+    def decay(self) -> int:
+        """The step at which the learning rate begins to fall."""
+        return self.steps - pretraining.decay_steps(self.steps)
+
+    def texts(self, split: str) -> source_text.Texts:
+        """The documents by language; held-out ones are all read."""
+        limits = source_text.Limits(self.python_bytes, self.other_bytes)
+        own = limits if split == "train" else source_text.Limits()
+        return source_text.read_texts([Path(root) for root in self.roots], split, own)
+
+    def config(self) -> StarCoderConfig:
+        """The model's; its one special token, id 0, ends a document.
+
+        Raises:
+            InputError: the shape is not LAYERSxWIDTH, or no such model can be.
+        """
+        layers, _, width = self.shape.partition("x")
+        if not (layers.isdecimal() and width.isdecimal()):
+            raise InputError(f"--shape is {self.shape!r}, expected LAYERSxWIDTH, such as 6x256")
+        return dataclasses.replace(
+            PRESETS["mini"], vocab_size=self.pieces, eos_token_ids=(0,), n_layer=int(layers),
+            n_embd=int(width), n_inner=4 * int(width), n_head=max(1, int(width) // HEAD),
+        )  # fmt: skip
+
+
+def prepare(recipe: Recipe, output: Path) -> Tokenizer:
+    """Tokenizer and token files in ``output``, made once; the training file comes last."""
+    saved = output / "tokenizer.json"
+    if (output / "train.npz").exists():
+        return Tokenizer.from_file(str(saved))
+    training = [text for group in recipe.texts("train").values() for text in group]
+    np.random.default_rng(0).shuffle(training)
+    ends = np.cumsum([len(text) for text in training])
+    few = training[: int(np.searchsorted(ends, TOKENIZER_BYTES)) + 1]
+    tokenizer = train_tokenizer(few, recipe.pieces)
+    tokenizer.save(str(saved))
+    for language, documents in recipe.texts("validation").items():
+        stream(tokenizer, documents).save(output / f"validation.{language}.npz")
+    stream(tokenizer, training).save(output / "train.npz")
+    return tokenizer
 
 
 def keep_recipe(recipe: Recipe, output: Path) -> None:
-    """Raises ``InputError`` where ``output`` holds a run of another recipe."""
+    """Writes the recipe beside the run.
+
+    Raises:
+        InputError: ``output`` holds a run of another recipe, or one whose learning rate has begun to
+            fall towards another last step.
+    """
     path = output / "recipe.json"
     output.mkdir(parents=True, exist_ok=True)
     if path.exists():
         found = json.loads(path.read_text())
+        found["roots"] = tuple(found["roots"])
         for name, value in recipe._asdict().items():
             if name != "steps" and found.get(name) != value:
                 raise InputError(f"{path}: {name} was {found.get(name)!r}, now {value!r}")
+        before, done = Recipe(**found), _steps_done(output)
+        if recipe.steps != before.steps and done > min(recipe.decay, before.decay):
+            raise InputError(
+                f"{path}: steps were {before.steps}, now {recipe.steps}, but the run is at step {done} "
+                f"and the learning rate falls from step {min(recipe.decay, before.decay)}"
+            )
     path.write_text(json.dumps(recipe._asdict(), indent=1) + "\n")
+
+
+def _steps_done(output: Path) -> int:
+    folders = (output / CHECKPOINTS).glob("*")
+    return max((int(one.name) for one in folders if one.name.isdecimal()), default=0)
 
 
 def windows_of(packed: Stream, length: int, most: int) -> np.ndarray:
@@ -208,32 +241,33 @@ def export(
         f"| {language} | {found['bits_per_byte']:.3f} | {found['bytes']:,} |"
         for language, found in validation.items()
     )
+    everything = f"{recipe.python_bytes:,} bytes" if recipe.python_bytes else "all"
     card = CARD.format(
         parameters=f"{sum(leaf.size for leaf in jax.tree.leaves(model.params)):,}",
         text_bytes=f"{training.text_bytes:,}",
         tokens=f"{len(training.tokens):,}",
-        seen=f"{recipe.seen_before + recipe.steps * recipe.rows * model.config.n_positions:,}",
-        start=START.format(**recipe._asdict()) if recipe.start_from else "",
+        seen=f"{recipe.steps * recipe.rows * model.config.n_positions:,}",
         length=model.config.n_positions,
+        platform=jax.default_backend().upper(),
         sources=sources.strip(),
         table=table,
-        **recipe._asdict(),
+        **recipe._asdict() | {"python_bytes": everything, "other_bytes": f"{recipe.other_bytes:,}"},
     )
     (target / "README.md").write_text(card)
 
 
 CARD = """# A small StarCoder, trained from scratch
 
-A GPTBigCode of {parameters} parameters with a byte-level BPE of {pieces} pieces, both trained on a CPU
-by `experiments/pretrain_mini.py`. It has seen {seen} tokens: it writes something that looks like code,
-and is never presented as more.
+A GPTBigCode of {parameters} parameters with a byte-level BPE of {pieces} pieces, both trained on a
+{platform} by `experiments/pretrain_mini.py`. It has seen {seen} tokens: it writes something that looks
+like code, and is never presented as more.
 
 {sources}
-- **Recipe**: {text_bytes} bytes of text (at most {other_bytes} of each language but Python), {tokens}
-  tokens; {steps} steps of {rows} windows of {length} tokens (the whole context, so that every position
-  is trained), AdamW (0.9, 0.95, decay 0.1), peak learning rate {learning_rate} after 100 warm-up steps,
-  decayed linearly over the last fifth, gradients clipped at norm 1, seed {seed}, float32; saved as
-  float16.{start}
+- **Recipe**: {text_bytes} bytes of text (of Python {python_bytes}, of each other language at most
+  {other_bytes}), {tokens} tokens; {steps} steps of {rows} windows of {length} tokens (the whole context,
+  so that every position is trained), {optimizer} with a peak learning rate of {learning_rate} after 100
+  warm-up steps, decayed linearly over the last fifth, weight decay 0.1, gradients clipped at norm 1, seed
+  {seed}, computed in {dtype}; saved as float16.
 
 Bits per byte on the first windows of held-out files:
 
@@ -241,76 +275,124 @@ Bits per byte on the first windows of held-out files:
 |---|---|---|
 {table}
 """
-START = """
-- **Start**: the weights and the tokenizer of an earlier run of the same recipe, which had seen
-  {seen_before:,} tokens."""
+
+
+class Pretraining:
+    """A run: the model, its text, and what a step is."""
+
+    def __init__(self, recipe: Recipe, output: Path, evaluation_windows: int):
+        self.recipe, self.output = recipe, output
+        self.config = recipe.config()
+        self.length = self.config.n_positions
+        self.lengths = piece_bytes(prepare(recipe, output))
+        self.training = Stream.load(output / "train.npz")
+        self.validation = {
+            file.name.split(".")[1]: windows_of(Stream.load(file), self.length, evaluation_windows)
+            for file in sorted(output.glob("validation.*.npz"))
+        }
+        fresh = init_model(self.config, recipe.seed)
+        self.graph, self.params = fresh.graph, fresh.params
+        dtype = jnp.dtype(recipe.dtype)
+        self.attention = choose(StepOptions(), self.config, dtype, self.length, print).attention
+        self.window_loss = jax.jit(self.loss)
+
+    def loss(self, params: Any, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Nats of windows ``[B, T + 1]``, and their targets' number."""
+        dtype = jnp.dtype(self.recipe.dtype)
+        model = nnx.merge(self.graph, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
+        positions_BT = jnp.broadcast_to(jnp.arange(self.length), (windows.shape[0], self.length))
+        hidden_BTD, _ = model.hidden(windows[:, :-1], positions_BT, attention=self.attention)
+        return pretraining.next_token_loss(model.logits(hidden_BTD), windows[:, 1:])
+
+    def evaluate(self, params: Any) -> dict[str, dict[str, float]]:
+        """Bits per byte by language; a language of less than a window is left out."""
+        result = {}
+        for language, windows in self.validation.items():
+            total = sum(float(self.window_loss(params, one[None])[0]) for one in windows)
+            if count := int(self.lengths[windows[:, 1:]].sum()):
+                bits = round(bits_per_byte(total, count), 4)
+                result[language] = {"bits_per_byte": bits, "bytes": count}
+        return result
+
+    def run(self, steps: int, options: LoopOptions, *, last: bool = True) -> TrainState:
+        """Trains up to ``options.steps`` of ``steps``, and evaluates unless there is more to come."""
+        recipe = self.recipe
+        schedule = pretraining.warmup_stable_decay(recipe.learning_rate, steps)
+        optimizer = pretraining.OPTIMIZERS[recipe.optimizer](schedule)
+        work = Work(
+            pretraining.make_step(self.loss, optimizer),
+            functools.partial(
+                self.training.batch, rows=recipe.rows, length=self.length, seed=recipe.seed
+            ),
+            tokens_per_batch=recipe.rows * self.length,
+            evaluate=self.evaluate if last else None,
+        )
+        # A step donates what it is given, and there may be another run.
+        start = pretraining.init_state(jax.tree.map(jnp.copy, self.params), optimizer)
+        return run_loop(start, work, self.output, options)
+
+
+def steps_within(run: Pretraining, seconds: float, save_seconds: float) -> int:
+    """How many steps fit the time, by how long the first ones take.
+
+    The schedule of those does not depend on it.
+    """
+    began = time.monotonic()
+    # The first half compiles.
+    for done in (TRIAL // 2, TRIAL):
+        timed = time.monotonic()
+        run.run(10 * TRIAL, LoopOptions(steps=done, save_seconds=save_seconds), last=False)
+    each = (time.monotonic() - timed) / (TRIAL - TRIAL // 2)
+    left = seconds - (time.monotonic() - began)
+    return TRIAL + max(TRIAL, int(left / each))
 
 
 def main(
-    root: Path,
+    roots: Annotated[list[Path], typer.Argument(metavar="CORPORA...")],
     output: Annotated[Path, typer.Option()],
-    steps: int = 2000,
-    rows: int = 4,
-    learning_rate: float = 1.5e-3,
-    pieces: int = 4096,
-    other_bytes: int = 700_000,
+    steps: int = 12_500,
+    seconds: Annotated[
+        float | None, typer.Option(help="Instead of --steps: of a new run, without reading text.")
+    ] = None,
+    shape: Annotated[str, typer.Option(metavar="LAYERSxWIDTH")] = "6x256",
+    rows: Annotated[int, typer.Option(help="Windows of a step.")] = 4,
+    optimizer: Annotated[str, typer.Option(help="muon or adamw")] = "muon",
+    learning_rate: Annotated[float, typer.Option(help="The peak.")] = 3e-3,
+    dtype: Annotated[str, typer.Option(help="Of the products: float32 or bfloat16.")] = "float32",
+    pieces: Annotated[int, typer.Option(help="Of the tokenizer.")] = 4096,
+    python_bytes: Annotated[int | None, typer.Option(help="Of Python; default all.")] = None,
+    other_bytes: Annotated[int, typer.Option(help="Of every other language.")] = 8_000_000,
     seed: int = 0,
     save_seconds: float = 300.0,
     evaluation_windows: int = 32,
     sources: Annotated[
         Path | None, typer.Option(help="Markdown about CORPORA and its licences, for the card.")
     ] = None,
-    start_from: Annotated[Path | None, typer.Option(help="An earlier run's OUTPUT/model.")] = None,
-    seen_before: Annotated[int, typer.Option(help="Tokens that START_FROM saw, for the card.")] = 0,
 ) -> None:
     """Pre-trains the mini model on CORPORA; leaves it and its token files in OUTPUT."""
-    recipe = Recipe(str(root), pieces, other_bytes, rows, learning_rate, seed, steps)
-    if start_from is not None:
-        recipe = recipe._replace(start_from=str(start_from), seen_before=seen_before)
-    about = f"- **Data**: {root}." if sources is None else sources.read_text()
+    if optimizer not in pretraining.OPTIMIZERS:
+        known = ", ".join(pretraining.OPTIMIZERS)
+        raise InputError(f"--optimizer is {optimizer!r}, expected one of {known}")
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"--dtype is {dtype!r}, expected float32 or bfloat16")
+    about = f"- **Data**: {', '.join(map(str, roots))}." if sources is None else sources.read_text()
+    recipe = Recipe(
+        tuple(map(str, roots)), python_bytes, other_bytes, pieces, shape, rows, optimizer,
+        learning_rate, dtype, seed, steps,
+    )  # fmt: skip
+    if seconds is not None and (output / "recipe.json").exists():
+        raise InputError(f"{output}: a run is there already; --seconds is for a new one")
+    recipe.config()
     keep_recipe(recipe, output)
-    # One end token, id 0, which is also the tokenizer's only special piece.
-    config = dataclasses.replace(PRESETS["mini"], vocab_size=pieces, eos_token_ids=(0,))
-    length = config.n_positions
-    lengths = piece_bytes(prepare(root, output, pieces, other_bytes, start_from))
-    training = Stream.load(output / "train.npz")
-    validation = {
-        file.name.split(".")[1]: windows_of(Stream.load(file), length, evaluation_windows)
-        for file in sorted(output.glob("validation.*.npz"))
-    }
-    print(f"{len(training.tokens):,} tokens of {training.text_bytes:,} bytes")
-    fresh = init_model(config, seed) if start_from is None else load_model(start_from, "float32")
-    graph, params = fresh.graph, fresh.params
-
-    def loss_function(params: Any, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graph, params)
-        positions_BT = jnp.broadcast_to(jnp.arange(length), (windows.shape[0], length))
-        hidden_BTD, _ = model.hidden(windows[:, :-1], positions_BT)
-        return pretraining.next_token_loss(model.logits(hidden_BTD), windows[:, 1:])
-
-    window_loss = jax.jit(loss_function)
-
-    def evaluate(params: Any) -> dict[str, dict[str, float]]:
-        """Bits per byte by language; a language of less than a window is left out."""
-        result = {}
-        for language, windows in validation.items():
-            total = sum(float(window_loss(params, window[None])[0]) for window in windows)
-            if count := int(lengths[windows[:, 1:]].sum()):
-                bits = round(bits_per_byte(total, count), 4)
-                result[language] = {"bits_per_byte": bits, "bytes": count}
-        return result
-
-    optimizer = pretraining.adamw(pretraining.warmup_stable_decay(learning_rate, steps))
-    work = Work(
-        pretraining.make_step(loss_function, optimizer),
-        functools.partial(training.batch, rows=rows, length=length, seed=seed),
-        tokens_per_batch=rows * length,
-        evaluate=evaluate,
-    )
-    loop = LoopOptions(steps=steps, save_seconds=save_seconds)
-    state = run_loop(pretraining.init_state(params, optimizer), work, output, loop)
-    model = Model(fresh.config, graph, state.params)
-    export(model, output, training, evaluate(state.params), recipe, about)
+    run = Pretraining(recipe, output, evaluation_windows)
+    print(f"{len(run.training.tokens):,} tokens of {run.training.text_bytes:,} bytes")
+    if seconds is not None:
+        recipe = recipe._replace(steps=steps_within(run, seconds, save_seconds))
+        keep_recipe(recipe, output)
+        print(f"{recipe.steps:,} steps fit {seconds:g} seconds")
+    state = run.run(recipe.steps, LoopOptions(steps=recipe.steps, save_seconds=save_seconds))
+    model = Model(run.config, run.graph, state.params)
+    export(model, output, run.training, run.evaluate(state.params), recipe, about)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from flora_jax.train.step import TrainState
 
@@ -34,14 +35,17 @@ def next_token_loss(
     return jnp.sum(nll_BT * mask_BT), jnp.sum(mask_BT)
 
 
-def warmup_stable_decay(
-    peak: float, steps: int, warmup: int = 100, decay: float = 0.2
-) -> optax.Schedule:
-    """Linear warm-up, a constant stretch, then a linear decay to a tenth over the last share.
+def decay_steps(steps: int) -> int:
+    """How many of a run's last steps have a falling learning rate: a fifth."""
+    return max(1, steps // 5)
+
+
+def warmup_stable_decay(peak: float, steps: int, warmup: int = 100) -> optax.Schedule:
+    """Linear warm-up, a constant stretch, then a linear decay to a tenth over the last fifth.
 
     Up to the decay the rate does not depend on ``steps``, so a run may be shortened or extended.
     """
-    last = max(1, int(steps * decay))
+    last = decay_steps(steps)
     return optax.join_schedules(
         [
             optax.linear_schedule(0.0, peak, warmup),
@@ -66,6 +70,30 @@ def adamw(
             mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
         ),
     )
+
+
+def muon(
+    schedule: optax.Schedule, *, weight_decay: float = 0.1, clip: float = 1.0
+) -> optax.GradientTransformation:
+    """Muon for the blocks' matrices, Adam (0.9, 0.95) for embeddings and vectors, behind a clip.
+
+    Updates of matrices are as large as Adam's (root mean square 0.2), so that both have one rate.
+    """
+
+    def labels(params: Any) -> Any:
+        def label(path: Any, leaf: Any) -> str:
+            return "matrix" if leaf.ndim == 2 and "embedding" not in str(path) else "other"
+
+        return jax.tree_util.tree_map_with_path(label, params)
+
+    matrices = optax.contrib.muon(schedule, weight_decay=weight_decay, consistent_rms=0.2)
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.partition({"matrix": matrices, "other": optax.adam(schedule, 0.9, 0.95)}, labels),
+    )
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:

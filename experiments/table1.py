@@ -9,7 +9,8 @@ trained (a run a method with all languages in it; the mini's are shipped), all m
 completed in one stream of batches, programs are run (what methods have in common once), tables and
 charts are written to ``results/table1_PRESET*``. DATA holds ``LANGUAGE.train.jsonl.gz`` by the paper's
 names of the languages (d, perl, ruby, rust, racket, swift, lua). Languages without a toolchain are named
-and left out, the others are what ``--language`` says.
+and left out, the others are what ``--language`` says. ``--stop-tokens given`` cuts completions as the
+problems' files say, by default as MultiPL-E's current release does.
 
 The presets of StarCoder have the paper's 1,500 steps of 8 rows for each adapter, 8-bit base, rates,
 temperature 0.1 and 100 samples; rank 1 for the 15B and 4 for the 3B are our choice within its 1 to 8, and
@@ -43,7 +44,7 @@ from flora_jax.evaluate.doctor import examine
 from flora_jax.evaluate.execution import Runner
 from flora_jax.evaluate.local import Job, Local
 from flora_jax.evaluate.multipl_e import evaluate
-from flora_jax.evaluate.problems import Problem, first, read_problems
+from flora_jax.evaluate.problems import STOP_TOKENS, Problem, first, read_problems, with_stop_tokens
 from flora_jax.files import directory_lock
 from flora_jax.sandbox.sandbox import Sandbox
 from flora_jax.serve.registry import digest
@@ -193,6 +194,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--language", default=",".join(LANGUAGES))
     parser.add_argument("--limit", type=int, help="problems of each language")
+    parser.add_argument("--stop-tokens", choices=STOP_TOKENS, default="current")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
     preset, output = PRESETS[arguments.preset], arguments.output
@@ -204,7 +206,9 @@ def main() -> None:
     left_out = [name for name in asked if name not in languages]
     if left_out:
         print(f"left out, no toolchain: {', '.join(left_out)}", flush=True)
-    problems = first(read_problems(arguments.problems, languages), arguments.limit)
+    problems = with_stop_tokens(
+        first(read_problems(arguments.problems, languages), arguments.limit), arguments.stop_tokens
+    )
     prepare_jax()
     with directory_lock(output):
         run_stages(arguments, preset, problems, left_out)
@@ -223,10 +227,12 @@ def run_stages(
     generations = generate(preset, problems, folders, output)
     run(generations, output)
     limit = f" --limit {arguments.limit}" if arguments.limit else ""
+    limit += f" --stop-tokens {arguments.stop_tokens}"
     receipt = {
         "command": f"python experiments/table1.py {arguments.preset} --problems "
         f"{'hub' if arguments.problems == 'hub' else 'DIR'} --output {output}{limit}",
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        "stop tokens": f"{arguments.stop_tokens}: {_stops(problems)}",
         "left out": ", ".join(left_out) or "nothing",
         "seconds": json.loads((output / "seconds.json").read_text(encoding="utf-8")),
         "empty completions under the base, %": _empty(generations["base"]),
@@ -238,6 +244,12 @@ def run_stages(
         ),
     }
     table1_report.write(arguments.preset, output, ("base", *KINDS), receipt, arguments.results)
+
+
+def _stops(problems: list[Problem]) -> str:
+    """By language the lists in use."""
+    found = {one.language: one.stop_tokens for one in problems}
+    return "; ".join(f"{name} {[*stops]}" for name, stops in found.items())
 
 
 def _empty(generations: list[Generation]) -> dict[str, float]:

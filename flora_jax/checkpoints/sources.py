@@ -64,7 +64,7 @@ def _resolve(text: str, directory: Path, weights: bool) -> Path:
         hint = (
             f"; flora-jax convert {text} DIR --to hf makes one"
             if directory.suffix == ".gguf"
-            else ""
+            else " (flora-jax convert takes a .gguf file too)"
         )
         raise CheckpointError(f"{text}: is a file, expected a directory with config.json{hint}")
     if not (directory / "config.json").is_file():

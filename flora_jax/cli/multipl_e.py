@@ -62,6 +62,14 @@ def multipl_e(
     problems: Annotated[
         str | None, typer.Option(help="Directory with humaneval-LANGUAGE.jsonl, or hub.")
     ] = None,
+    stop_tokens: Annotated[
+        str | None,
+        typer.Option(
+            metavar="given|current",
+            help="As the problems have them, or as MultiPL-E's current release has: there a blank line "
+            "does not end Lua's bodies. Default given.",
+        ),
+    ] = None,
     limit: Annotated[
         int | None, typer.Option(help="Only so many problems of each language.")
     ] = None,
@@ -120,7 +128,7 @@ def multipl_e(
     if load_generations is not None:
         others: dict[str, Any] = {
             "MODEL": model, "--server": server, "--adapter": adapter, "--problems": problems,
-            "--limit": limit, "--generation-only": generation_only or None,
+            "--stop-tokens": stop_tokens, "--limit": limit, "--generation-only": generation_only or None,
             **_as_options(sampling), **_as_options(engine),
         }  # fmt: skip
         _exclude(others, "--load-generations")
@@ -138,6 +146,7 @@ def multipl_e(
         _exclude(_as_options(engine), "--server")
     generating = Generating(
         model, server, engine, tuple(adapter or ()), problems, chosen or tuple(LANGUAGES), limit,
+        stop_tokens or "given",
         {name: value for name, value in sampling.items() if value is not None} | {"seed": seed},
     )  # fmt: skip
     with _claimed(output):
@@ -196,6 +205,7 @@ class Generating:
     problems: str
     languages: tuple[str, ...]
     limit: int | None
+    stop_tokens: str
     sampling: dict[str, Any]
 
     def run(self, output: Path, execution: Execution | None) -> list[Generation]:
@@ -203,7 +213,7 @@ class Generating:
         tried before.
         """
         from flora_jax.evaluate.completions import Sampling, complete_all
-        from flora_jax.evaluate.problems import first, read_problems
+        from flora_jax.evaluate.problems import first, read_problems, with_stop_tokens
         from flora_jax.evaluate.toolchains import require
 
         sampling = Sampling(**self.sampling)
@@ -213,7 +223,10 @@ class Generating:
             raise InputError(
                 f"--adapter {name}: not among the languages, which are {', '.join(self.languages)}"
             )
-        problems = first(read_problems(self.problems, self.languages), self.limit)
+        problems = first(
+            with_stop_tokens(read_problems(self.problems, self.languages), self.stop_tokens),
+            self.limit,
+        )
         complete, made_by = (
             self._local(problems, sampling) if self.server is None else self._remote(self.server)
         )

@@ -48,7 +48,8 @@ class Language:
 
     ``packages`` are Debian's, the one with the program first; ``probe`` is a program that passes where
     all that tests need is there. ``passes`` judges by exit code, stdout and stderr of the last step;
-    ``syntax`` finds in its stderr that a failure is an error of syntax.
+    ``syntax`` finds in its stderr that a failure is an error of syntax. ``withdrawn_stops`` are stop
+    tokens of older releases of MultiPL-E's data set that its current one no longer has.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Language:
     passes: Callable[[int, str, str], bool]
     syntax: re.Pattern[str] | None = None
     note: str = ""
+    withdrawn_stops: tuple[str, ...] = ()
 
 
 def _exit_0(code: int, stdout: str, stderr: str) -> bool:
@@ -108,6 +110,8 @@ LANGUAGES: dict[str, Language] = {
         "os.exit(lu.LuaUnit.run())\n",
         _exit_0,
         re.compile(r"^lua[\d.]*: program\.lua:\d+: .* near ", re.MULTILINE),
+        # Release 3.3: a blank line inside a body ended it.
+        withdrawn_stops=("\n\n",),
     ),
     "pl": Language(
         "Perl",

@@ -116,6 +116,7 @@ def evaluate(
             "source": source,
             "generations_sha256": digest,
             "toolchains": {key: f"{one.path} {one.version}" for key, one in found.items()},
+            "stop_tokens": _stop_tokens(generations),
             "seconds_allowed": {key: limits(one.toolchain) for key, one in found.items()},
             "sandbox": asdict(sandbox),
             "programs": total,
@@ -124,6 +125,16 @@ def evaluate(
             "workers": (runner.workers or cores()) if runner.executor is None else None,
         })  # fmt: skip
     return summary
+
+
+def _stop_tokens(generations: Sequence[Generation]) -> dict[str, list[list[str]]]:
+    """By language the lists that its completions were cut by; in general one."""
+    found: dict[str, list[list[str]]] = {}
+    for one in generations:
+        own = found.setdefault(one.language, [])
+        if (stops := [*one.stop_tokens]) not in own:
+            own.append(stops)
+    return found
 
 
 def _task(

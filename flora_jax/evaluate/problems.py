@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from flora_jax.errors import InputError
+from flora_jax.evaluate.languages import LANGUAGES
 from flora_jax.jsonl import read_objects, text, texts
 
 DATASET = "nuprl/MultiPL-E"
+STOP_TOKENS = ("given", "current")
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,27 @@ def first(problems: Iterable[Problem], limit: int | None) -> list[Problem]:
         if limit is None or count[problem.language] <= limit:
             chosen.append(problem)
     return chosen
+
+
+def with_stop_tokens(problems: Iterable[Problem], which: str) -> list[Problem]:
+    """The problems with their own stop tokens, or those of the data set's current release.
+
+    A release may withdraw some, as 3.3 does the blank line that ended Lua's bodies; files of older ones,
+    and figures that were published with them, have them still.
+
+    Raises:
+        InputError: ``which`` is none of ``STOP_TOKENS``.
+    """
+    if which not in STOP_TOKENS:
+        raise InputError(f"stop tokens are {which!r}, expected one of {', '.join(STOP_TOKENS)}")
+    if which == "given":
+        return list(problems)
+    return [
+        replace(one, stop_tokens=tuple(
+            stop for stop in one.stop_tokens if stop not in LANGUAGES[one.language].withdrawn_stops
+        ))
+        for one in problems
+    ]  # fmt: skip
 
 
 def _from_file(path: Path, language: str) -> list[Problem]:

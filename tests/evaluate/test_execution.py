@@ -107,6 +107,7 @@ def test_a_second_run_judges_again_what_ran_out_of_time(tmp_path, monkeypatch):
         slow.clear()
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert run["programs_run_before"] == 1
+    assert run["stop_tokens"] == {"pl": [[]]}
     assert run["seconds_allowed"] == {"pl": "15 s"}
     assert run["sandbox"]["limits"]["wall"] == 4.0
 

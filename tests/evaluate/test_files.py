@@ -23,7 +23,7 @@ from flora_jax.evaluate.completions import (
     truncate,
 )
 from flora_jax.evaluate.languages import select
-from flora_jax.evaluate.problems import Problem, read_problems
+from flora_jax.evaluate.problems import Problem, read_problems, with_stop_tokens
 from flora_jax.evaluate.results import Result, check_same_problems, read_results, summarise
 
 LINE = {"name": "one", "language": "pl", "prompt": "p", "tests": "t", "stop_tokens": ["\n\n"],
@@ -122,6 +122,23 @@ def test_problems_come_from_a_directory_by_language(tmp_path, shared_data):
     assert [len([p for p in problems if p.language == name]) for name in ("rs", "pl")] == [156, 161]
     assert problems[0].model_prompt == problems[0].prompt.strip()
     assert problems[0].stop_tokens == ("\n}",)
+
+
+def test_the_current_release_ends_no_body_of_lua_at_a_blank_line():
+    """And changes nothing of any other language, or of a list that is current already."""
+    old = [
+        Problem("a", "lua", "", "", ("\nlocal", "\n--", "\n\n")),
+        Problem("b", "rb", "", "", ("\ndef", "\n\n")),
+    ]
+    assert with_stop_tokens(old, "given") == old
+    new = with_stop_tokens(old, "current")
+    assert [one.stop_tokens for one in new] == [("\nlocal", "\n--"), ("\ndef", "\n\n")]
+    assert with_stop_tokens(new, "current") == new
+    body = "  local a = 1\n\n  return a\nend\n-- next"
+    cut = [Generation.of(ours[0], [body]).completions[0] for ours in (old, new)]
+    assert cut == ["  local a = 1", "  local a = 1\n\n  return a\nend"]
+    with pytest.raises(InputError, match="stop tokens are 'new', expected one of given, current"):
+        with_stop_tokens(old, "new")
 
 
 def test_bad_problems_are_named(tmp_path):

@@ -128,12 +128,12 @@ def test_bits_per_byte():
     [(0, 0), (50, 0.5), (100, 1), (101, 1), (799, 1), (800, 1), (900, 0.55), (1000, 0.1)],
 )
 def test_the_rate_at_the_borders_of_warmup_and_decay(step, share):
-    schedule = warmup_stable_decay(3e-3, 1000, warmup=100, decay=0.2)
+    schedule = warmup_stable_decay(3e-3, 1000, warmup=100)
     assert float(schedule(step)) == pytest.approx(3e-3 * share, rel=1e-5)
 
 
 def test_the_rate_does_not_depend_on_the_length_before_the_decay():
-    short, long = (warmup_stable_decay(0.1, steps, 20, 0.2) for steps in (100, 5000))
+    short, long = (warmup_stable_decay(0.1, steps, 20) for steps in (100, 5000))
     assert all(float(short(n)) == float(long(n)) for n in range(0, 81, 4))
     assert float(short(90)) < float(long(90))
 
