@@ -57,7 +57,7 @@ class ConvertCommand:
         ),
     ] = None
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak of distilling. Default a tenth of training's.")
+        float | None, typer.Option(help="Peak of distilling. Default as of flora-jax train.")
     ] = None
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a step. Default 8.")] = None
     seq_len: Annotated[
