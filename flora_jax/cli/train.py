@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flora_jax.adapters.registry import TRAITS, options, owners
 from flora_jax.cli.common import MODEL_HELP, cache_directory, named_values, prepare_jax, say
 from flora_jax.cli.options import takes
-from flora_jax.errors import InputError
+from flora_jax.errors import InputError, RunError
+from flora_jax.files import require_file
+
+if TYPE_CHECKING:
+    from flora_jax.train.find_rate import Search
+    from flora_jax.train.options import TrainOptions
 
 Data = Annotated[
     list[str] | None,
@@ -20,7 +25,12 @@ Data = Annotated[
                  "a directory of source files or a hub data set; may be repeated."),
 ]  # fmt: skip
 
+# Of a search for a rate: its steps where the command line has none, and what a file of options says
+# of the run to come, not of the search.
+_SEARCH_STEPS = 60
+_OF_THE_RUN = ("output", "resume", "steps", "warmup_steps")
 _RATES = ", ".join(f"{kind} {traits.learning_rate:g}" for kind, traits in TRAITS.items())
+_MEETING = ("coordinator", "num_processes", "process_id")
 
 
 def _own(name: str, default: str) -> str:
@@ -122,6 +132,24 @@ class TrainCommand:
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT, if any.")
     ] = False
+    find_rate: Annotated[
+        bool,
+        typer.Option(
+            "--find-rate",
+            help="In place of the run, compare learning rates for it on the validation data and "
+            "recommend one. A step has the run's rows for each rate: seven rates cost seven times the "
+            f"run's time and memory a step. {_SEARCH_STEPS} steps and 64 rows of validation by "
+            "default; --output is a new .json file, if given. Of --config, "
+            f"{', '.join(_OF_THE_RUN)} are not used.",
+        ),
+    ] = False
+    rates: Annotated[
+        str | None,
+        typer.Option(
+            help="Those of --find-rate, as 1e-3,3e-3,1e-2. Default seven, each 4 times the one "
+            "before, from a sixteenth of --learning-rate on."
+        ),
+    ] = None
 
     def values(self) -> dict[str, Any]:
         """What is given, by the name of its option."""
@@ -136,7 +164,8 @@ def train(command: TrainCommand) -> None:
 
     given = command.values()
     config = given.pop("config", None)
-    meeting = [given.pop(name, None) for name in ("coordinator", "num_processes", "process_id")]
+    finding, rates = given.pop("find_rate"), given.pop("rates", None)
+    meeting = [given.pop(name, None) for name in _MEETING]
     if not command.resume:
         del given["resume"]  # Its absence wishes nothing: a file may ask for it.
     for name in ("data", "validation"):
@@ -144,12 +173,24 @@ def train(command: TrainCommand) -> None:
             # As written: "./a/b" is a directory and "a/b" may be a data set of the hub.
             given[name] = named_values(given[name], name)
     values: dict[str, Any] = {} if config is None else read_file(config)
+    if finding:
+        values = {name: value for name, value in values.items() if name not in _OF_THE_RUN}
+        values["steps"] = _SEARCH_STEPS
     origins = {} if config is None else {name: config for name in values if name not in given}
     values |= given
     # Where, not what: no part of a run's options.
     values.pop("config", None)
     place, again = values.pop("output", None), values.pop("resume", False)
     options = make_options(values, origins)
+    if finding:
+        alone = {"resume": again or None} | dict(zip(_MEETING, meeting, strict=True))
+        for name, value in alone.items():
+            if value is not None:
+                raise InputError(f"{name} is {value}, expected none with --find-rate")
+        _find_rate(options, rates, place)
+        return
+    if rates is not None:
+        raise InputError(f"rates is {rates!r}, expected none without --find-rate")
     if place is None:
         raise InputError("output is missing, expected --output DIR")
     if not isinstance(place, (str, Path)):
@@ -176,3 +217,64 @@ def train(command: TrainCommand) -> None:
             raise SystemExit(128 + error.number) from None
     for name, folder in folders.items():
         say(f"{name} -> {folder}")
+
+
+def _find_rate(options: TrainOptions, rates: str | None, output: Path | None) -> None:
+    """Prints how well each rate did, and writes it to ``output``, a new file.
+
+    Raises:
+        InputError: see :func:`flora_jax.train.find_rate.find_rate`; or ``output`` cannot be written.
+        RunError: no rate did well.
+    """
+    from flora_jax.train.options import parse_rates
+
+    wanted = None if rates is None else parse_rates(rates)
+    if output is not None:
+        if output.suffix != ".json" or output.exists():
+            there = ", which exists already" if output.exists() else ""
+            raise InputError(
+                f"output is {output}{there}, expected a new .json file with --find-rate"
+            )
+        require_file(output, overwrite=False)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    prepare_jax()
+    from flora_jax.bench.receipts.report import table, write_results
+    from flora_jax.train.find_rate import find_rate
+
+    found = find_rate(options, wanted, cache=cache_directory() / "tokens", say=say)
+    if output is not None:
+        write_results(output, found.to_json())
+    title = f"{options.kind} of rank {options.rank} for {options.model}, {options.steps} steps"
+    table(title, _rows(found), _COLUMNS)
+    best = found.best()
+    if best is None:
+        raise RunError(
+            f"no rate did well on all data: the lowest was {found.rates[0]:g}, --rates takes others"
+        )
+    print(f"recommended: --learning-rate {best:g}")
+    if (edge := found.edge()) is not None:
+        beyond = "lower" if edge == "lowest" else "higher"
+        print(
+            f"it is the {edge} that was tried, a {beyond} one may be better: --learning-rate "
+            f"{best:g} with --find-rate searches around it"
+        )
+
+
+_COLUMNS = {
+    "rate": "rate", "name": "data", "first": "loss first", "last": "last",
+    "before": "held-out bits per byte before", "after": "after", "note": "",
+}  # fmt: skip
+
+
+def _rows(found: Search) -> list[dict[str, str]]:
+    """A line of the table for each trial."""
+    best = {name: found.best(name) for name in found.options.data}
+    return [
+        {
+            "rate": f"{trial.rate:g}", "name": trial.name,
+            "first": f"{trial.first_loss:.4f}", "last": f"{trial.last_loss:.4f}",
+            "before": f"{trial.bits_before:.4f}", "after": f"{trial.bits_after:.4f}",
+            "note": trial.problem or ("best" if trial.rate == best[trial.name] else ""),
+        }
+        for trial in found.trials
+    ]  # fmt: skip

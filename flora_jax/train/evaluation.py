@@ -44,6 +44,14 @@ class Evaluator:
         Raises:
             RunError: a loss is not finite.
         """
+        result = self.measure(layers)
+        for name, found in result.items():
+            if not math.isfinite(found["loss"]):
+                raise RunError(f"the validation loss of {name} is {found['loss']}")
+        return result
+
+    def measure(self, layers: Any) -> dict[str, dict[str, float]]:
+        """The same, where a loss may be infinite or NaN."""
         none = np.zeros((self.rows, self.length), np.int32)
         empty = Batch(np.pad(none, ((0, 0), (0, 1))), none, none, none.astype(np.float32))
         streams = [
@@ -72,8 +80,6 @@ class Evaluator:
             if name in self.data:
                 nll, hits, count = map(float, sums[:, number])
                 count = max(count, 1.0)
-                if not math.isfinite(nll):
-                    raise RunError(f"the validation loss of {name} is {nll}")
                 result[name] = {
                     "loss": nll / count,
                     "perplexity": math.exp(min(nll / count, 700.0)),

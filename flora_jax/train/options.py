@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -31,7 +31,8 @@ Count = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 Rows = Annotated[int, Field(ge=1, le=1_000_000)]
 # The limits are those of float32, in which a step computes.
 NotNegative = Annotated[float, Field(ge=0, le=1e38, allow_inf_nan=False)]
-Positive = Annotated[float, Field(ge=1e-37, le=1e38, allow_inf_nan=False)]
+_LEAST_RATE, _MOST_RATE = 1e-37, 1e38
+Positive = Annotated[float, Field(ge=_LEAST_RATE, le=_MOST_RATE, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -263,6 +264,50 @@ def make_options(
     files = [where.get(text.replace(".", " ").split()[0]) for text in problems]
     listed = [text if file is None else f"{file}: {text}" for file, text in zip(files, problems)]
     raise InputError("; ".join(listed))
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """Learning rates in one comma-separated string, as ``1e-3,3e-3``; see :func:`check_rates`.
+
+    Raises:
+        InputError: one is no number, or not what is expected of them.
+    """
+    rates = []
+    for word in text.split(","):
+        try:
+            rates.append(float(word))
+        except ValueError:
+            raise InputError(f"rates is {_shown(text)}: {_shown(word)} is no number") from None
+    return check_rates(rates)
+
+
+def check_rates(rates: Sequence[float]) -> tuple[float, ...]:
+    """Learning rates to compare, rising.
+
+    Raises:
+        InputError: there are fewer than two, one is there twice, or is none of float32's above 0.
+    """
+    rates = [float(rate) for rate in rates]
+    for rate in rates:
+        # Not the other way round: NaN is neither more nor less.
+        if not _LEAST_RATE <= rate <= _MOST_RATE:
+            raise InputError(
+                f"rates has {rate:g}, expected numbers from {_LEAST_RATE:g} to {_MOST_RATE:g}"
+            )
+        if rates.count(rate) > 1:
+            raise InputError(f"rates has {rate:g} twice, expected each once")
+    if len(rates) < 2:
+        raise InputError(f"rates has {len(rates)}, expected two or more to compare")
+    return tuple(sorted(rates))
+
+
+def rates_around(rate: float) -> tuple[float, ...]:
+    """Seven rates, each 4 times the one before: two below ``rate`` and four above it.
+
+    The kinds' own rates are the paper's for models of billions of parameters; small models want up to
+    hundreds of times as much (``experiments/results/finetune_mini.md``).
+    """
+    return check_rates([rate * 4.0**power for power in range(-2, 5)])
 
 
 # What a value should have been, by pydantic's name of the error.

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter
@@ -40,7 +41,7 @@ from flora_jax.train.directory import (
 from flora_jax.train.evaluation import Evaluator
 from flora_jax.train.interrupt import Interrupt
 from flora_jax.train.loop import LoopOptions, Work, run_loop
-from flora_jax.train.options import TrainOptions, make_options
+from flora_jax.train.options import DATA, TrainOptions, make_options
 from flora_jax.train.processes import is_first, told
 from flora_jax.train.results import write_curve, write_results
 from flora_jax.train.step import (
@@ -51,9 +52,12 @@ from flora_jax.train.step import (
     init_adapter_state,
     make_adapter_step,
     make_optimizer,
+    make_optimizer_of_peak,
     make_schedule,
     make_scorer,
 )
+
+TrainStep = Callable[[TrainState, GroupedBatch], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def train(
@@ -104,7 +108,7 @@ def train(
         if finished:
             return folders
         run = prepare(options, output, cache=cache, say=say, interrupt=interrupt)
-        adapters = run.train()
+        adapters = run.train(output)
         if is_first():
             write_results(options, output, adapters, say)
     return folders
@@ -112,7 +116,7 @@ def train(
 
 def prepare(
     options: TrainOptions,
-    output: Path,
+    output: Path | None,
     *,
     cache: Path | None = None,
     say: Callable[[str], None] = print,
@@ -121,33 +125,36 @@ def prepare(
     """Reads the base and the data, and writes what ``output`` says of them; nothing is trained.
 
     Args and errors are those of :func:`train`; ``options`` are effective, and the caller holds the lock
-    of ``output``.
+    of ``output``. Without one nothing is written.
     """
     interrupt = interrupt or Interrupt()
     base = _open(options)
     mesh = _mesh(options)
-    training, validation = _read(options, base, cache, (output,), interrupt)
+    leave_out = () if output is None else (output,)
+    training, validation = _read(options, base, cache, leave_out, interrupt)
     quantize = None if options.quantize == "none" else options.quantize
     model = base.load(options.dtype, mesh=mesh, quantize=quantize)
     interrupt.check()
-    told(
-        lambda: claim_directory(options, output, training, validation, model_digest(base.directory))
-    )
-    report_data(training, validation, say)
+    if output is not None:
+        told(
+            lambda: claim_directory(
+                options, output, training, validation, model_digest(base.directory)
+            )
+        )
+    report_data(training, validation, say, None if output is None else DATA)
     program = choose(
         StepOptions(options.accumulate, options.remat, options.dropout), base.config, options.dtype,
         options.seq_len, say, heads_split=options.devices()[1] > 1,
     )  # fmt: skip
+    keys = {name: adapter_key(options.seed, name) for name in options.data}
     return Run(
         options=options,
-        output=output,
         model=model,
         mesh=mesh,
         training={name: packed for name, (packed, _) in training.items()},
         validation={name: packed for name, (packed, _) in validation.items()},
-        fresh={
-            name: _fresh(options, model, adapter_key(options.seed, name)) for name in options.data
-        },
+        keys=keys,
+        fresh={name: _fresh(options, model, key) for name, key in keys.items()},
         program=program,
         piece_bytes=piece_bytes(base.tokenizer, base.config.vocab_size),
         interrupt=interrupt,
@@ -158,39 +165,62 @@ def prepare(
 class Run:
     """A run that is ready to be trained.
 
-    ``training``, ``fresh`` and a state's leading axis have the adapters in one order, that of the
-    options; ``validation`` may lack some. ``fresh`` are the adapters before the first step, ``program``
-    is what the step is compiled for, ``piece_bytes [V]`` the bytes of text that a token stands for.
+    ``training``, ``keys``, ``fresh`` and a state's leading axis have the adapters in one order, that of
+    the options; ``validation`` may lack some. ``keys`` are those that the adapters were drawn from,
+    ``fresh`` the adapters before the first step, ``program`` is what the step is compiled for,
+    ``piece_bytes [V]`` the bytes of text that a token stands for. ``rates`` are the adapters' own peak
+    learning rates; ``None`` leaves all of them the one of the options.
     """
 
     options: TrainOptions
-    output: Path
     model: Model
     mesh: Mesh | None
     training: Mapping[str, PackedTokens]
     validation: Mapping[str, PackedTokens]
+    keys: Mapping[str, jax.Array]
     fresh: Mapping[str, ModelAdapter]
     program: StepOptions
     piece_bytes: np.ndarray
     interrupt: Interrupt
+    rates: Mapping[str, float] | None = None
 
-    def train(self) -> dict[str, ModelAdapter]:
-        """The trained adapters by name, from the newest checkpoint on where there is one.
-
-        Raises:
-            NonFiniteLossError: training diverged.
-            InterruptedRun: the run was asked to end.
+    def at_rates(self, rates: Sequence[float]) -> Run:
+        """The run of a copy of each adapter at each rate, ``NAME@RATE``; all adapters at the first, then
+        at the second and so on. A copy is trained as the adapter would be, on as many rows.
         """
+
+        def copies(table: Mapping[str, Any]) -> dict[str, Any]:
+            return {f"{name}@{rate}": table[name] for rate in rates for name in table}
+
+        return dataclasses.replace(
+            self,
+            training=copies(self.training), validation=copies(self.validation),
+            keys=copies(self.keys), fresh=copies(self.fresh),
+            rates={f"{name}@{rate}": rate for rate in rates for name in self.fresh},
+        )  # fmt: skip
+
+    def start(self) -> tuple[TrainState, TrainStep]:
+        """The state before the first step, and the step that takes it, donated, and a batch."""
         options = self.options
-        schedule = make_schedule(options.schedule, options.rate, options.steps, options.warmup)
-        optimizer = make_optimizer(schedule, clip=options.clip, weight_decay=options.weight_decay)
+
+        def schedule_of(peak: Any) -> optax.Schedule:
+            return make_schedule(options.schedule, peak, options.steps, options.warmup)
+
+        own = {"clip": options.clip, "weight_decay": options.weight_decay}
+        if self.rates is None:
+            peaks_N, schedule = None, schedule_of(options.rate)
+            optimizer = make_optimizer(schedule, **own)
+        else:
+            host_N = np.fromiter(self.rates.values(), np.float32)
+            # An array of its own: a step donates it.
+            peaks_N, schedule = jnp.array(host_N), schedule_of(host_N)
+            optimizer = make_optimizer_of_peak(schedule_of, **own)
         fresh = [adapter.layers for adapter in self.fresh.values()]
         layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *fresh)
         with jax.numpy_dtype_promotion("standard"):
-            state = init_adapter_state(layers, optimizer)
+            state = init_adapter_state(layers, optimizer, peaks_N)
         everywhere = self._everywhere
-        keys = [adapter_key(options.seed, name) for name in self.fresh]
-        dropout_N = jnp.stack([jax.random.fold_in(key, 1) for key in keys])
+        dropout_N = jnp.stack([jax.random.fold_in(key, 1) for key in self.keys.values()])
         if everywhere is not None:
             state = jax.device_put(state, everywhere)
             data_NX = jax.device_put(jax.random.key_data(dropout_N), everywhere)
@@ -202,6 +232,17 @@ class Run:
         ) -> tuple[TrainState, dict[str, jax.Array]]:
             return step(state, self.model.params, batch, dropout_N)
 
+        return state, train_step
+
+    def train(self, output: Path) -> dict[str, ModelAdapter]:
+        """The trained adapters by name, from the newest checkpoint in ``output`` where there is one.
+
+        Raises:
+            NonFiniteLossError: training diverged.
+            InterruptedRun: the run was asked to end.
+        """
+        options = self.options
+        state, train_step = self.start()
         work = Work(
             train_step,
             self.batch_at,
@@ -214,7 +255,7 @@ class Run:
             steps=options.steps, save_seconds=float("inf"), save_every=options.save_every,
             evaluate_every=options.eval_every, evaluate_first=True, keep=options.keep,
         )  # fmt: skip
-        state = run_loop(state, work, self.output, loop, self.interrupt)
+        state = run_loop(state, work, output, loop, self.interrupt)
         return {
             name: dataclasses.replace(
                 adapter, layers=jax.tree.map(lambda leaf, n=number: leaf[n], state.params)

@@ -79,6 +79,20 @@ def make_optimizer(
     )
 
 
+def make_optimizer_of_peak(
+    schedule_of: Callable[[Any], optax.Schedule], *, clip: float = 1.0, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """:func:`make_optimizer` of ``schedule_of(peak)``, where each adapter's state has its own peak.
+
+    :func:`init_adapter_state` puts it there.
+    """
+
+    def at(peak: Any) -> optax.GradientTransformation:
+        return make_optimizer(schedule_of(peak), clip=clip, weight_decay=weight_decay)
+
+    return optax.inject_hyperparams(at)(peak=0.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
     """What a step's program is made for.
@@ -159,7 +173,7 @@ def make_step(
 
     ``state.params`` are an adapter's layers with a leading axis ``N`` on every leaf; ``frozen`` is any
     pytree, which gets no gradient and is not copied. Metrics are float32: ``loss [N]`` per token,
-    ``grad_norm [N]`` before clipping, and the scalar ``learning_rate``. ``parts``: every adapter's rows
+    ``grad_norm [N]`` before clipping, and ``learning_rate``, what ``schedule`` gives. ``parts``: every adapter's rows
     are split into so many, run one after another. ``place`` is where the results are, the state's own
     place: elsewhere, the next step would be compiled anew for it.
 
@@ -218,12 +232,20 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=place)
 
 
-def init_adapter_state(layers: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def init_adapter_state(
+    layers: Any,
+    optimizer: optax.GradientTransformation,
+    peaks_N: jax.Array | None = None,
+) -> TrainState:
     """The state before the first update; ``layers`` have a leading axis ``N`` on every leaf.
 
-    The optimizer sees one adapter at a time. Takes ownership of ``layers``, which a step donates.
+    The optimizer sees one adapter at a time; one of :func:`make_optimizer_of_peak` needs ``peaks [N]``,
+    float32. Takes ownership of ``layers`` and ``peaks``, which a step donates.
     """
-    return TrainState(layers, jax.vmap(optimizer.init)(layers), jnp.int32(0))
+    opt_state = jax.vmap(optimizer.init)(layers)
+    if peaks_N is not None:
+        opt_state = opt_state._replace(hyperparams={"peak": peaks_N})
+    return TrainState(layers, opt_state, jnp.int32(0))
 
 
 def _divide(leaf: jax.Array, count_N: jax.Array) -> jax.Array:
