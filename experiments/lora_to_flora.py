@@ -23,8 +23,8 @@ the adapter moves them, and the seconds that it took, compilation included. What
 ``random``: what a rank-R multiplicative adapter keeps of ‖ΔW‖² where ΔW = a bᵀ is independent of W0:
 for a normal W0 with entries of a and b that are signs, or normal; for a W0 of the same sizes but
 positive; for one of ones. Beside them R / I, the share of a rank, and that of the largest R singular
-values of pure noise, the normal W0 itself. (Of a change with normal a and b a third of the rows and columns
-counts in effect, so that about three times as much is kept.)
+values of pure noise, the normal W0 itself. (Of a change with normal a and b a third of the rows and
+columns counts in effect, so that about three times as much is kept.)
 
 Results are appended to experiments/results/lora_to_flora.jsonl, and what is there is not made again; the
 tables are lora_to_flora.md beside it.

@@ -173,9 +173,9 @@ def make_step(
 
     ``state.params`` are an adapter's layers with a leading axis ``N`` on every leaf; ``frozen`` is any
     pytree, which gets no gradient and is not copied. Metrics are float32: ``loss [N]`` per token,
-    ``grad_norm [N]`` before clipping, and ``learning_rate``, what ``schedule`` gives. ``parts``: every adapter's rows
-    are split into so many, run one after another. ``place`` is where the results are, the state's own
-    place: elsewhere, the next step would be compiled anew for it.
+    ``grad_norm [N]`` before clipping, and ``learning_rate``, what ``schedule`` gives. ``parts``: every
+    adapter's rows are split into so many, run one after another. ``place`` is where the results are, the
+    state's own place: elsewhere, the next step would be compiled anew for it.
 
     Raises:
         ValueError: an adapter's rows are no multiple of ``parts``.
