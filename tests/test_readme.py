@@ -101,9 +101,8 @@ def test_the_guides_requests_are_completed_under_their_adapters(tmp_path):
 def test_the_training_example_leaves_two_adapters_and_goes_on_when_told_to(tmp_path):
     for name in ("flora_jax", "tests", "convert"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (command,) = [
-        block for block in blocks("sh", "docs/guides/train.md") if "flora-jax train" in block
-    ]
+    shown = blocks("sh", "docs/guides/train.md")
+    (command,) = [block for block in shown if "flora-jax train" in block]
     cached = {"XDG_CACHE_HOME": str(tmp_path / "cache"), **QUICK}
     done = run(["bash", "-euc", command], tmp_path, **cached)
     assert "nothing to do" in done.stderr
@@ -112,6 +111,11 @@ def test_the_training_example_leaves_two_adapters_and_goes_on_when_told_to(tmp_p
     for name in ("library", "tests"):
         config = json.loads((tmp_path / "runs/two" / name / "adapter_config.json").read_text())
         assert (config["peft_type"], config["r"]) == ("FLORA", 2)
+    # What the guide then makes of one of them.
+    (command,) = [block for block in shown if "--output runs/as-hira" in block]
+    run(["bash", "-euc", command], tmp_path, **cached)
+    config = json.loads((tmp_path / "runs/as-hira/adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"]) == ("HIRA", 3)
 
 
 def test_the_readme_is_one_page():

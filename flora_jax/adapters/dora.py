@@ -21,7 +21,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters import fits, lora
-from flora_jax.adapters.kind import Components, Kind, Side, WeightOf, ones, widths_of_sides, zeros
+from flora_jax.adapters.kind import (
+    Components,
+    Kind,
+    Side,
+    WeightOf,
+    additive_part,
+    ones,
+    widths_of_sides,
+    zeros,
+)
 from flora_jax.shapes import check_shapes
 from flora_jax.weights import product
 from flora_jax.weights.held import BaseWeight
@@ -232,9 +241,8 @@ def of_components(components: Components, weight: WeightOf) -> DoRA:
     gain_O = pre_RI[:, 0] @ post_RO
     if not gain_O.all():
         raise ValueError("it scales an output by zero, and a DoRA keeps every direction")
-    down_RI, up_RO = components.down_RI, components.up_RO / gain_O
-    if not len(down_RI):
-        down_RI, up_RO = zeros(1, down_RI.shape[1]), zeros(1, up_RO.shape[1])
+    down_RI, up_RO = additive_part(components)
+    up_RO = up_RO / gain_O
     magnitude_O = gain_O * _norm_on_host(down_RI, up_RO, weight())
     return DoRA(jnp.asarray(down_RI), jnp.asarray(up_RO), jnp.asarray(magnitude_O))
 

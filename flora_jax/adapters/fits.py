@@ -59,21 +59,20 @@ def product_of(
     It has no closed form: alternating least squares from several starts, of which the best is kept. The
     first is the low-rank part of ``wanted / W`` where ``W`` is not small, the others are random.
     """
-    found = [
-        _alternate(W_IO, wanted_IO, first_RO, moments_I)
-        for first_RO in _starts(W_IO, wanted_IO, rank, key, starts)
-    ]
-    return min(found, key=lambda fit: float(fit.left))
+    best = _alternate(W_IO, wanted_IO, _first(W_IO, wanted_IO, rank), moments_I)
+    for number in range(1, starts):
+        drawn_RO = jax.random.normal(jax.random.fold_in(key, number), best.up_RO.shape, jnp.float32)
+        found = _alternate(W_IO, wanted_IO, drawn_RO, moments_I)
+        if found.left < best.left:
+            best = found
+    return best
 
 
-def _starts(
-    W_IO: jax.Array, wanted_IO: jax.Array, rank: int, key: jax.Array, starts: int
-) -> list[jax.Array]:
+def _first(W_IO: jax.Array, wanted_IO: jax.Array, rank: int) -> jax.Array:
+    """``up [R, O]`` of the first start."""
     square_IO = jnp.square(W_IO)
     ratio_IO = W_IO * wanted_IO / (square_IO + jnp.median(square_IO))
-    first = sum_of(ratio_IO, rank, jnp.ones(len(W_IO)))
-    drawn = jax.random.normal(key, (starts - 1, rank, W_IO.shape[1]), jnp.float32)
-    return [first.up_RO, *drawn]
+    return sum_of(ratio_IO, rank, jnp.ones(len(W_IO))).up_RO
 
 
 @jax.jit

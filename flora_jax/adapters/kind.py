@@ -52,6 +52,14 @@ def constant_part(components: Components) -> tuple[float, np.ndarray, np.ndarray
     return constant, pre_RI[~same_R], post_RO[~same_R]
 
 
+def additive_part(components: Components) -> tuple[np.ndarray, np.ndarray]:
+    """``down`` and ``up`` of the additive pairs: one of zeros where there is none, as no rank is 0."""
+    down_RI, up_RO = components.down_RI, components.up_RO
+    if len(down_RI):
+        return down_RI, up_RO
+    return zeros(1, down_RI.shape[1]), zeros(1, up_RO.shape[1])
+
+
 def rank_of_up(params: Any) -> int:
     """``R`` of ``up [R, O]``, batched or not."""
     return int(params.up_RO.shape[-2])

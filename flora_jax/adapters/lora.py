@@ -20,10 +20,10 @@ from flora_jax.adapters.kind import (
     Components,
     Kind,
     WeightOf,
+    additive_part,
     constant_part,
     ones,
     uniform_fan_in,
-    zeros,
 )
 from flora_jax.shapes import check_shapes
 from flora_jax.weights import product
@@ -154,9 +154,7 @@ def of_components(components: Components, weight: WeightOf) -> LoRA:
     constant, pre_RI, _ = constant_part(components)
     if len(pre_RI) or abs(constant - 1.0) > ROUNDING:
         raise ValueError("it multiplies the weight, and a LoRA only adds to it")
-    down_RI, up_RO = components.down_RI, components.up_RO
-    if not len(down_RI):
-        down_RI, up_RO = zeros(1, down_RI.shape[1]), zeros(1, up_RO.shape[1])
+    down_RI, up_RO = additive_part(components)
     return LoRA(jnp.asarray(down_RI), jnp.asarray(up_RO))
 
 

@@ -2,57 +2,173 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from flora_jax.cli.common import MODEL_HELP
+from flora_jax.cli.common import MODEL_HELP, cache_directory, prepare_jax, say
+from flora_jax.cli.options import takes
+from flora_jax.errors import InputError
 from flora_jax.files import require_new
 
 if TYPE_CHECKING:
     from flora_jax.adapters.model_adapter import ModelAdapter
+    from flora_jax.checkpoints import Opened
+    from flora_jax.models.model import Model
     from flora_jax.peft.convert import Converted
 
 Kind = Literal["flora", "lora", "hira", "dora"]
+# Options that only text gives a meaning.
+_OF_TEXT = ("steps", "learning_rate", "batch_size", "seq_len", "text_column")
 
 
-def convert_adapter(
+@dataclasses.dataclass(frozen=True)
+class ConvertCommand:
+    """The command line; ``None`` is what is not given."""
+
     source: Annotated[
         str, typer.Argument(metavar="ADAPTER", help="A folder, or a shipped adapter.")
-    ],
-    base: Annotated[str, typer.Option(metavar="MODEL", help=f"Of the adapter. {MODEL_HELP}")],
-    to: Annotated[Kind, typer.Option(help="The kind to make.")],
-    output: Annotated[Path, typer.Option(help="A directory that is new or empty.")],
+    ]
+    base: Annotated[str, typer.Option(metavar="MODEL", help=f"Of the adapter. {MODEL_HELP}")]
+    to: Annotated[Kind, typer.Option(help="The kind to make.")]
+    output: Annotated[Path, typer.Option(help="A directory that is new or empty.")]
     rank: Annotated[
         int | None, typer.Option(min=1, help="At most. Default: the exact one, else ADAPTER's.")
-    ] = None,
+    ] = None
     approximate: Annotated[
-        bool, typer.Option(help="The nearest where none is the same; its error is in the card.")
-    ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the fit's starts.")] = 0,
-) -> None:
+        bool,
+        typer.Option(
+            "--approximate", help="The nearest where none is the same; its error is in the card."
+        ),
+    ] = False
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="A little of ADAPTER's text, to come nearer; as of flora-jax train.",
+        ),
+    ] = None
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Of distilling from the data; 0 only weights the fit. Default 200."
+        ),
+    ] = None
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak of distilling. Default as of flora-jax train.")
+    ] = None
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a step. Default 8.")] = None
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a row. Default 512, or the whole context.")
+    ] = None
+    text_column: Annotated[str | None, typer.Option(help="Default content, else text.")] = None
+    quantize: Annotated[
+        Literal["none", "int8", "int4"], typer.Option(help="How the base's weights are held.")
+    ] = "none"
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of the fit's starts and the rows' order.")
+    ] = 0
+
+
+@takes(ConvertCommand)
+def convert_adapter(command: ConvertCommand) -> None:
     """Writes an adapter as another kind: the same weights where it can be, else the nearest.
 
-    Without data: errors are those of the adapted weights, relative to how far the adapter moves them.
+    Errors are those of the adapted weights, relative to how far the adapter moves them; with data also
+    what the converted adapter predicts of text that is held out.
     """
+    given = [name for name in _OF_TEXT if getattr(command, name) is not None]
+    if command.data is None and given:
+        raise InputError(f"--{given[0].replace('_', '-')} belongs to --data, which is not given")
+    if command.learning_rate is not None and not 0 < command.learning_rate <= 1e38:
+        raise InputError(f"--learning-rate is {command.learning_rate:g}, expected more than 0")
+    require_new(command.output)
+    prepare_jax()
     from flora_jax.checkpoints import open_checkpoint
-    from flora_jax.peft.convert import Base, convert
     from flora_jax.peft.read import read_adapter
     from flora_jax.peft.write import write_adapter
     from flora_jax.shipped import adapter_source
-    from flora_jax.terminal import say
 
-    require_new(output)
-    opened = open_checkpoint(base)
-    folder = adapter_source(source)
+    opened = open_checkpoint(command.base)
+    folder = adapter_source(command.source)
     adapter = read_adapter(folder, opened.config.projections(), opened.config.n_layer)
-    model = opened.load("float32")
-    made = convert(
-        adapter, to, Base(model.weight, model.bias), rank=rank, approximate=approximate, seed=seed
+    made, way, result = (_without_data if command.data is None else _with_data)(
+        command, opened, adapter
     )
-    write_adapter(made.adapter, output, base, card=_card(adapter, made, base))
-    say(f"{output}: {_how_well(made)}")
+    card = _card(adapter, made, command.base, way, result)
+    write_adapter(made.adapter, command.output, command.base, card=card)
+    say(f"{command.output}: {result}")
+
+
+def _load(command: ConvertCommand, opened: Opened) -> Model:
+    return opened.load("float32", quantize=None if command.quantize == "none" else command.quantize)
+
+
+def _without_data(
+    command: ConvertCommand, opened: Opened, adapter: ModelAdapter
+) -> tuple[Converted, str, str]:
+    """What was made, in which way, and how well."""
+    from flora_jax.peft.convert import Base, convert
+
+    model = _load(command, opened)
+    made = convert(
+        adapter, command.to, Base(model.weight, model.bias), rank=command.rank,
+        approximate=command.approximate, seed=command.seed,
+    )  # fmt: skip
+    return made, "without data", _how_well(made)
+
+
+def _with_data(
+    command: ConvertCommand, opened: Opened, adapter: ModelAdapter
+) -> tuple[Converted, str, str]:
+    """The same with the help of text."""
+    from flora_jax.train.conversion import ConvertOptions, convert_with_text, read_text
+    from flora_jax.train.distil import DistilOptions
+
+    # Named as the fields.
+    names = {
+        "steps": "steps",
+        "learning_rate": "learning_rate",
+        "batch_size": "rows",
+        "seq_len": "length",
+    }
+    given = {field: getattr(command, name) for name, field in names.items()}
+    given = {field: value for field, value in given.items() if value is not None}
+    own = DistilOptions(**given, seed=command.seed)
+    if command.seq_len is None:
+        own = dataclasses.replace(own, length=min(own.length, opened.config.n_positions))
+    assert command.data is not None
+    text = read_text(
+        command.data, opened, own.length, column=command.text_column,
+        cache=cache_directory() / "tokens",
+    )  # fmt: skip
+    wanted = ConvertOptions(command.to, command.rank, command.approximate, own)
+    taught = convert_with_text(adapter, _load(command, opened), text, wanted, say)
+    made, quality = taught.converted, taught.quality
+    way = "exactly, so that the data only measured it"
+    if taught.windows:
+        way = (
+            f"fitted under the moments of the inputs of {taught.windows} windows of {own.length} tokens "
+            f"of {command.data}"
+        )
+    if taught.steps:
+        way += (
+            f", then distilled from the source's predictions of it for {taught.steps} steps of "
+            f"{own.rows} windows ({taught.steps * own.rows * own.length:,} tokens) at a peak rate of "
+            f"{own.rate(command.to):g}"
+        )
+    before = "" if taught.fitted is None else f" ({taught.fitted.divergence:.4f} before distilling)"
+    kept = "the source gains nothing"
+    if quality.kept is not None:
+        kept = f"{quality.kept:.1%} of the source's gain is kept"
+    predicted = (
+        f"on {quality.tokens:,} held-out tokens KL(source, this) is {quality.divergence:.4f} nats a token"
+        f"{before}, bits per byte are {quality.base:.4f} of the base, {quality.source:.4f} of the source "
+        f"and {quality.made:.4f} of this: {kept}"
+    )
+    return made, way, f"{_how_well(made)}; {predicted}"
 
 
 def _how_well(made: Converted) -> str:
@@ -67,7 +183,7 @@ def _how_well(made: Converted) -> str:
     )
 
 
-def _card(source: ModelAdapter, made: Converted, base: str) -> str:
+def _card(source: ModelAdapter, made: Converted, base: str, way: str, result: str) -> str:
     adapter, targets = made.adapter, made.adapter.targets()
     rows = []
     for target in targets:
@@ -78,18 +194,21 @@ def _card(source: ModelAdapter, made: Converted, base: str) -> str:
             f"{max(found.weight for found in own):.4f} | {max(found.bias for found in own):.4f} |"
         )
     return _CARD.format(
-        source=source.kind, kind=adapter.kind, base=base, parameters=adapter.parameters(),
-        how=_how_well(made), rows="\n".join(rows),
+        source=source.kind, kind=adapter.kind, base=base, parameters=adapter.parameters(), way=way,
+        result=result[0].upper() + result[1:], rows="\n".join(rows),
     )  # fmt: skip
 
 
 _CARD = """# {kind}, made of {source}
 
 An adapter of kind {kind} for {base}, converted from one of kind {source} by `flora-jax convert-adapter`
-without data: {how}. It has {parameters} parameters.
+{way}. It has {parameters} parameters.
+
+{result}.
 
 Errors are the largest of the target's layers: of weights ‖to - from‖ / ‖from - base‖ (0 is the same, 1 no
-better than no adapter), of biases ‖to - from‖ / ‖base‖.
+better than no adapter; weighted with the inputs' moments where those were taken), of biases
+‖to - from‖ / ‖base‖.
 
 | target | rank before | rank | the same | weights' error | biases' error |
 |---|---|---|---|---|---|

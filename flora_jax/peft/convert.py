@@ -22,6 +22,8 @@ from flora_jax.peft.format import FORMATS
 from flora_jax.weights.product import explicit
 
 Module = tuple[int, str]
+# Of each projection's inputs the mean squares ``[I]``, float32.
+Moments = Mapping[Module, jax.Array]
 
 
 class Base(NamedTuple):
@@ -39,7 +41,8 @@ class Difference(NamedTuple):
         weight: ``‖W_to - W_from‖ / ‖W_from - W‖``: 0 is the same, 1 no better than no adapter.
         bias: ``‖bias_to - bias_from‖ / ‖bias‖``.
 
-    With input moments ``m`` (see :func:`convert`) all norms of weights are weighted with them.
+    With input moments ``m`` (see :func:`convert`) all norms of weights are weighted with them: they are
+    then those of outputs whose inputs are independent.
     """
 
     change: float
@@ -74,7 +77,7 @@ def convert(
     *,
     rank: int | None = None,
     approximate: bool = False,
-    moments: Mapping[Module, jax.Array] | None = None,
+    moments: Callable[[], Moments] | None = None,
     seed: int = 0,
 ) -> Converted:
     """``adapter`` as one of kind ``to``.
@@ -89,7 +92,8 @@ def convert(
         base: what it stands on.
         rank: at most; ``None`` is what the exact conversion has, and the adapter's own elsewhere.
         approximate: whether it may differ.
-        moments: of each projection's inputs the mean squares ``[I]``, so that the outputs' error counts.
+        moments: gives the moments of the inputs, so that the outputs' error counts; called once, and
+            only where something differs.
         seed: of the random starts.
 
     Raises:
@@ -99,25 +103,42 @@ def convert(
     if to not in convertible():
         raise InputError(f"kind {to!r}: expected one of {', '.join(convertible())}")
     wanted = _Wanted(to, base, rank, approximate, seed)
-    layers: list[dict[str, Any]] = []
-    differences, exact = {}, set()
-    for layer, targets in enumerate(adapter.layers):
-        layers.append({})
-        for target, params in targets.items():
-            module = layer, target
-            found = wanted.of(params, module, None if moments is None else moments[module])
-            layers[-1][target], differences[module] = found.params, found.difference
-            if found.exact:
-                exact.add(module)
+    modules = modules_of(adapter)
+    exactly = {module: wanted.exactly(params, module) for module, params in modules.items()}
+    exact = frozenset(module for module, (_, why) in exactly.items() if why is None)
+    own = moments() if moments is not None and len(exact) < len(modules) else None
+    layers: list[dict[str, Any]] = [{} for _ in adapter.layers]
+    differences = {}
+    for module, params in modules.items():
+        found, differences[module] = wanted.of(params, module, exactly.pop(module)[0], own)
+        layer, target = module
+        layers[layer][target] = found
     kept = {name: adapter.settings[name] for name in FORMATS[to].kept if name in adapter.settings}
     made = ModelAdapter(to, tuple(layers), kept, projections=adapter.projections)
-    return Converted(made, differences, frozenset(exact))
+    return Converted(made, differences, exact)
 
 
-class _Found(NamedTuple):
-    params: Any
-    difference: Difference
-    exact: bool
+def modules_of(adapter: ModelAdapter) -> dict[Module, Any]:
+    """The factors of every projection that is adapted, by layer and target."""
+    return {
+        (layer, target): params
+        for layer, targets in enumerate(adapter.layers)
+        for target, params in targets.items()
+    }
+
+
+def differences(
+    source: ModelAdapter, made: ModelAdapter, base: Base, moments: Moments | None = None
+) -> dict[Module, Difference]:
+    """What ``made``, an adapter on the same projections, has other than ``source``."""
+    own = modules_of(made)
+    found = {}
+    for module, params in modules_of(source).items():
+        W_IO, bias_O = _wide(base, module)
+        wanted = kind_of(params).merge(params, W_IO, bias_O)
+        moments_I = None if moments is None else moments[module]
+        found[module] = _difference(own[module], wanted, W_IO, bias_O, moments_I)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,27 +151,25 @@ class _Wanted:
     approximate: bool
     seed: int
 
-    def of(self, params: Any, module: Module, moments_I: jax.Array | None) -> _Found:
-        """Raises ``InputError`` where it would differ and may not."""
-        weight, bias_O = partial(self.base.weights, *module), self.base.biases(*module)
-        found, why = self._exactly(params, weight, bias_O is not None)
+    def exactly(self, params: Any, module: Module) -> tuple[Any | None, str | None]:
+        """Factors with the same weight, if any, and why something is not the same all the same.
+
+        Raises:
+            InputError: something is not the same, and it may not differ.
+        """
+        found, why = self._of_components(params, module)
         if why is not None and not self.approximate:
             layer, target = module
             raise InputError(
                 f"layer {layer} {target}: no {self.to} is the same: {why}; "
                 "the nearest can be asked for (approximate)"
             )
-        if found is None:
-            found = self._nearly(params, module, moments_I)
-        difference = _difference(params, found, weight(), bias_O, moments_I)
-        return _Found(found, difference, why is None)
+        return found, why
 
-    def _exactly(
-        self, params: Any, weight: Callable[[], Any], has_bias: bool
-    ) -> tuple[Any | None, str | None]:
-        """Factors of the wanted kind with the same weight, if any, and what then is not the same."""
+    def _of_components(self, params: Any, module: Module) -> tuple[Any | None, str | None]:
         kind = KINDS[self.to]
         assert kind.of_components is not None
+        weight = partial(self.base.weights, *module)
         wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
         inputs, outputs = weight().shape
         components = kind_of(params).components(wide, inputs, outputs, weight)
@@ -160,31 +179,46 @@ class _Wanted:
             return None, str(error)
         if self.rank is not None and kind.rank(found) > self.rank:
             return None, f"that has rank {kind.rank(found)}, at most {self.rank} is asked for"
+        has_bias = self.base.biases(*module) is not None
         if has_bias and components.bias_scale_O is not None and not kind.traits.scales_bias:
             return found, f"it scales the bias, and a {self.to} leaves it"
         return found, None
 
-    def _nearly(self, params: Any, module: Module, moments_I: jax.Array | None) -> Any:
-        kind = KINDS[self.to]
-        assert kind.nearest is not None
-        W_IO = explicit(self.base.weights(*module), jnp.float32)
-        wanted_IO, _ = kind_of(params).merge(params, W_IO, None)
-        rank = kind_of(params).rank(params) if self.rank is None else self.rank
-        if moments_I is None:
-            moments_I = jnp.ones(len(W_IO))
-        key = jax.random.fold_in(jax.random.key(self.seed), module[0])
-        return kind.nearest(W_IO, wanted_IO, rank, moments_I, key)
+    def of(
+        self, params: Any, module: Module, found: Any | None, moments: Moments | None
+    ) -> tuple[Any, Difference]:
+        """``found``, or the nearest where there is none, and what then is different."""
+        W_IO, bias_O = _wide(self.base, module)
+        wanted = kind_of(params).merge(params, W_IO, bias_O)
+        moments_I = None if moments is None else moments[module]
+        if found is None:
+            kind = KINDS[self.to]
+            assert kind.nearest is not None
+            rank = kind_of(params).rank(params) if self.rank is None else self.rank
+            key = jax.random.fold_in(jax.random.key(self.seed), module[0])
+            weights_I = jnp.ones(len(W_IO)) if moments_I is None else moments_I
+            found = kind.nearest(W_IO, wanted[0], rank, weights_I, key)
+        return found, _difference(found, wanted, W_IO, bias_O, moments_I)
+
+
+def _wide(base: Base, module: Module) -> tuple[jax.Array, jax.Array | None]:
+    """The base's weight and bias in float32."""
+    bias_O = base.biases(*module)
+    return (
+        explicit(base.weights(*module), jnp.float32),
+        None if bias_O is None else jnp.asarray(bias_O, jnp.float32),
+    )
 
 
 def _difference(
-    source: Any, made: Any, weight: Any, bias_O: Any, moments_I: jax.Array | None
+    made: Any,
+    wanted: tuple[jax.Array, jax.Array | None],
+    W_IO: jax.Array,
+    bias_O: jax.Array | None,
+    moments_I: jax.Array | None,
 ) -> Difference:
-    W_IO = explicit(weight, jnp.float32)
-    if bias_O is not None:
-        bias_O = jnp.asarray(bias_O, jnp.float32)
-    (from_IO, from_O), (to_IO, to_O) = (
-        kind_of(params).merge(params, W_IO, bias_O) for params in (source, made)
-    )
+    """Of factors from the weight and bias that were wanted, all float32."""
+    (from_IO, from_O), (to_IO, to_O) = wanted, kind_of(made).merge(made, W_IO, bias_O)
     root_I1 = jnp.ones((len(W_IO), 1)) if moments_I is None else jnp.sqrt(moments_I)[:, None]
 
     def share(part: jax.Array, whole: jax.Array) -> float:

@@ -114,7 +114,7 @@ class StepOptions:
     head: HeadChunks = dataclasses.field(default_factory=HeadChunks)
 
 
-def _hidden(
+def hidden_of(
     model: LanguageModel, batch: GroupedBatch, hooks: Any, options: StepOptions
 ) -> tuple[jax.Array, jax.Array]:
     """Activations ``[b·N, T, D]`` and targets ``[b·N, T]``."""
@@ -129,8 +129,15 @@ def _hidden(
     return hidden_BTD, flat.tokens[:, 1:]
 
 
-def _per_adapter(values_BT: jax.Array, mask_bNT: jax.Array) -> jax.Array:
+def per_adapter(values_BT: jax.Array, mask_bNT: jax.Array) -> jax.Array:
+    """The sums ``[N]`` of what there is of each of ``b·N`` rows' targets."""
     return jnp.sum(values_BT.reshape(mask_bNT.shape) * mask_bNT, axis=(0, 2))
+
+
+# Of adapters' layers, what is frozen, a part of a batch and keys ``[N]``: the sum of the loss over each
+# adapter's targets, ``[N]``.
+Loss = Callable[[Any, Any, GroupedBatch, jax.Array], jax.Array]
+Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_adapter_step(
@@ -139,36 +146,53 @@ def make_adapter_step(
     schedule: optax.Schedule,
     options: StepOptions,
     place: jax.sharding.Sharding | None = None,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """A jitted ``(state, base, batch, keys_N) → (state, metrics)``; only the state is donated.
+) -> Step:
+    """The :func:`make_step` of next-token cross-entropy; what is frozen are the model's parameters.
 
-    ``state.params`` are an adapter's layers with a leading axis ``N`` on every leaf, ``base`` the
-    model's parameters, which get no gradient and are not copied; ``keys [N]`` seed each adapter's
-    dropout, folded with the step. Metrics are float32: ``loss [N]`` in nats per token, ``grad_norm
-    [N]`` before clipping, and ``learning_rate``, what ``schedule`` gives. ``place`` is where the results
-    are, the state's own place: elsewhere, the next step would be compiled anew for it.
+    ``keys [N]`` seed each adapter's dropout, folded with the step; the loss is in nats per token.
+    """
+
+    def loss(layers: Any, base: Any, part: GroupedBatch, keys_N: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, base)
+        hooks = grouped_hooks(layers, keys_N, options.dropout, rounded=options.rounded)
+        hidden_BTD, targets_BT = hidden_of(model, part, hooks, options)
+        nll_BT = frozen_head_nll(hidden_BTD, model.head(), targets_BT, options.head)
+        return per_adapter(nll_BT, part.mask)
+
+    return make_step(loss, optimizer, schedule, options.accumulate, place)
+
+
+def make_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    parts: int = 1,
+    place: jax.sharding.Sharding | None = None,
+) -> Step:
+    """A jitted ``(state, frozen, batch, keys_N) → (state, metrics)``; only the state is donated.
+
+    ``state.params`` are an adapter's layers with a leading axis ``N`` on every leaf; ``frozen`` is any
+    pytree, which gets no gradient and is not copied. Metrics are float32: ``loss [N]`` per token,
+    ``grad_norm [N]`` before clipping, and ``learning_rate``, what ``schedule`` gives. ``parts``: every
+    adapter's rows are split into so many, run one after another. ``place`` is where the results are, the
+    state's own place: elsewhere, the next step would be compiled anew for it.
 
     Raises:
-        ValueError: an adapter's rows are no multiple of ``options.accumulate``.
+        ValueError: an adapter's rows are no multiple of ``parts``.
     """
 
     def part_loss(
-        layers: Any, base: Any, part: GroupedBatch, keys_N: jax.Array
+        layers: Any, frozen: Any, part: GroupedBatch, keys_N: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graph, base)
-        hooks = grouped_hooks(layers, keys_N, options.dropout, rounded=options.rounded)
-        hidden_BTD, targets_BT = _hidden(model, part, hooks, options)
-        nll_BT = frozen_head_nll(hidden_BTD, model.head(), targets_BT, options.head)
-        nll_N = _per_adapter(nll_BT, part.mask)
+        sum_N = loss(layers, frozen, part, keys_N)
         # No adapter's rows touch another's factors, so the sum's gradient is each one's own.
-        return jnp.sum(nll_N), nll_N
+        return jnp.sum(sum_N), sum_N
 
     gradient = jax.value_and_grad(part_loss, has_aux=True)
 
     def step(
-        state: TrainState, base: Any, batch: GroupedBatch, keys_N: jax.Array
+        state: TrainState, frozen: Any, batch: GroupedBatch, keys_N: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        parts = options.accumulate
         if batch.tokens.shape[0] % parts:
             raise ValueError(
                 f"{batch.tokens.shape[0]} rows an adapter cannot be split into {parts} equal parts"
@@ -178,8 +202,8 @@ def make_adapter_step(
 
         def one_part(number: jax.Array, part: GroupedBatch) -> tuple[jax.Array, Any]:
             own_N = jax.vmap(lambda key: jax.random.fold_in(key, number))(keys_N)
-            (_, nll_N), grads = gradient(state.params, base, part, own_N)
-            return nll_N, grads
+            (_, sum_N), grads = gradient(state.params, frozen, part, own_N)
+            return sum_N, grads
 
         if parts == 1:
             sums = one_part(jnp.int32(0), batch)
@@ -255,11 +279,11 @@ def make_scorer(
     def score(layers: Sequence[Mapping[str, Any]] | None, base: Any, batch: GroupedBatch) -> Scores:
         model = nnx.merge(graph, base)
         hooks = None if layers is None else grouped_hooks(layers, rounded=options.rounded)
-        hidden_BTD, targets_BT = _hidden(model, batch, hooks, options)
+        hidden_BTD, targets_BT = hidden_of(model, batch, hooks, options)
         nll_BT, hit_BT = token_scores(hidden_BTD, model.head(), targets_BT, options.head)
         return Scores(
-            _per_adapter(nll_BT, batch.mask),
-            _per_adapter(hit_BT, batch.mask),
+            per_adapter(nll_BT, batch.mask),
+            per_adapter(hit_BT, batch.mask),
             jnp.sum(batch.mask, axis=(0, 2)),
         )
 

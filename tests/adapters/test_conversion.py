@@ -145,7 +145,7 @@ def test_the_nearest_lora_is_the_truncated_singular_value_decomposition(rank, we
     source = random_projection("flora", 3, I, O, rank=6)
     moments_I = np.random.default_rng(2).uniform(0.1, 4, I).astype(np.float32)
     root_I1 = np.sqrt(moments_I)[:, None] if weighted else np.ones((I, 1))
-    moments = {(0, TARGET): jnp.asarray(moments_I)} if weighted else None
+    moments = (lambda: {(0, TARGET): jnp.asarray(moments_I)}) if weighted else None
     found = convert(adapter_of(source), "lora", base, rank=rank, approximate=True, moments=moments)
     made = found.adapter.layers[0][TARGET]
     own_IO = np.asarray(kind_of(source).merge(source, jnp.asarray(W_IO), None)[0], np.float64)

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from flora_jax import cli
 from flora_jax.checkpoints import open_checkpoint
 from flora_jax.cli import completions
 from flora_jax.peft.read import write_adapter
 from flora_jax.serve.options import EngineOptions
 from tests.helpers.byte_tokenizer import PIECES, byte_tokenizer
+from tests.helpers.program import program_in
 from tests.helpers.random_adapters import random_adapter
 from tests.helpers.torch_models import TINY, tiny_torch_model
 
@@ -59,18 +59,7 @@ def home(tmp_path_factory):
 @pytest.fixture
 def program(home, monkeypatch, capsys, tmp_path):
     """Runs the program from where the models are; returns exit code, stdout, stderr."""
-    # Set, though to nothing, the variable keeps the program from choosing a place.
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    monkeypatch.chdir(home)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["flora-jax", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        return stopped.value.code, out, err
-
-    return run
+    return program_in(home, monkeypatch, capsys)
 
 
 def write_requests(path, requests):

@@ -1,15 +1,24 @@
-"""``flora-jax convert-adapter`` over the embedded model: folders in, folders and cards out."""
+"""``flora-jax convert-adapter``: folders in, folders and cards out."""
 
+import os
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flora_jax import cli
-from flora_jax.checkpoints import load_model
+from flora_jax.checkpoints import load_model, open_checkpoint
 from flora_jax.peft.read import read_adapter
 from flora_jax.peft.write import write_adapter
+from tests.helpers.program import program_in
 from tests.helpers.random_adapters import random_adapter
+from tests.helpers.training_home import fill, snapshot
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = ["loris", "--base", "flat", "--to", "flora", "--rank", "2", "--data", "perl.data.jsonl"]
+FAST = ["--seq-len", "16", "--batch-size", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +38,8 @@ def home(tmp_path_factory, mini):
 
 @pytest.fixture
 def program(home, monkeypatch, capsys):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    monkeypatch.chdir(home)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["flora-jax", "convert-adapter", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return stopped.value.code, capsys.readouterr().err
-
-    return run
+    run = program_in(home, monkeypatch, capsys, "convert-adapter")
+    return lambda *words: run(*words)[::2]
 
 
 def test_an_exact_conversion_says_so_and_gives_the_same_logits(program, home, mini, tmp_path):
@@ -99,3 +100,93 @@ def test_bad_input_is_one_line_and_nothing_is_written(program, tmp_path, words, 
     assert (code, len(said.splitlines())) == (2, 1), said
     assert message in said
     assert not (tmp_path / "made").exists()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Small models, one with a tokenizer and a text, and adapters on them."""
+    home = tmp_path_factory.mktemp("small")
+    fill(home)
+    config = open_checkpoint(home / "flat").config
+    for name, kind, layers in (("loris", "lora", 1), ("hiro", "hira", 1), ("bared", "lora", 2)):
+        made = random_adapter(kind, 1, config.projections(), layers, rank=2)
+        write_adapter(made, home / name)
+    return home
+
+
+@pytest.fixture
+def with_text(small, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(small / "cache"))
+    run = program_in(small, monkeypatch, capsys, "convert-adapter")
+    return lambda *words: run(*words)[::2]
+
+
+def test_text_teaches_and_the_card_says_how_and_how_well(with_text, tmp_path):
+    words = [*TEXT, *FAST, "--approximate", "--steps", "12", "--learning-rate", "0.02"]
+    for number in range(2):
+        code, said = with_text(*words, "--output", tmp_path / str(number))
+        assert code == 0, said
+    assert snapshot(tmp_path / "0") == snapshot(tmp_path / "1")
+    card = (tmp_path / "0/README.md").read_text()
+    assert "fitted under the moments of the inputs of " in card
+    assert "windows of 16 tokens of perl.data.jsonl, then distilled from the source's" in card
+    assert "12 steps of 2 windows (384 tokens) at a peak rate of 0.02. It has" in card
+    assert "0 of 1 projections are the same; on " in card
+    last, first = map(
+        float, re.search(r"is ([\d.]+) nats a token \(([\d.]+) before", card).groups()
+    )
+    assert last < first
+    assert card.split("\n\n")[2][:-1].split(";")[-1] in said
+
+
+def test_without_steps_only_the_fit_is_weighted(with_text, tmp_path):
+    code, said = with_text(
+        *TEXT, *FAST, "--approximate", "--steps", "0", "--output", tmp_path / "a"
+    )
+    assert code == 0
+    assert "before distilling" not in said
+    assert "distilled" not in (tmp_path / "a/README.md").read_text()
+    code, _ = with_text(*TEXT[:-2], "--approximate", "--output", tmp_path / "b")
+    assert code == 0
+    first, second = (snapshot(tmp_path / name)["adapter_model.safetensors"] for name in "ab")
+    assert first != second
+
+
+def test_what_is_exact_is_measured_only(with_text, tmp_path):
+    words = ["hiro", *TEXT[1:5], *TEXT[7:], *FAST, "--output", tmp_path / "made"]
+    code, said = with_text(*words)
+    assert code == 0, said
+    assert "the same weights in all 1 projections, to rounding; on " in said
+    assert "is 0.0000 nats a token, bits" in said
+    card = (tmp_path / "made/README.md").read_text()
+    assert "exactly, so that the data only measured it" in card
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([*TEXT[:-2], "--steps", "3"], "--steps belongs to --data, which is not given"),
+        ([*TEXT, *FAST], "no flora is the same: it adds to the weight"),
+        (["bared", "--base", "bare", *TEXT[3:]], "text needs tokenizer.json and an end token"),
+        ([*TEXT, "--seq-len", "4000"], "seq_len is 4000, the model's context has 48"),
+        ([*TEXT[:-1], "empty.jsonl"], "empty.jsonl: "),
+        ([*TEXT[:-1], "corrupt.jsonl", *FAST], "corrupt.jsonl"),
+        ([*TEXT[:-1], "notes.txt", "--seq-len", "40"], "notes.txt"),
+        ([*TEXT, *FAST, "--approximate", "--learning-rate", "-1"], "learning-rate is -1"),
+    ],
+)
+def test_text_that_cannot_be_used_is_one_line(with_text, tmp_path, words, message):
+    code, said = with_text(*words, "--output", tmp_path / "made")
+    assert (code, len(said.splitlines())) == (2, 1), said
+    assert message in said
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_thin_program_does_the_same(small, tmp_path):
+    words = [ROOT / "convert/adapters.py", "hiro", "--base", "flat", "--to", "flora"]
+    done = subprocess.run(
+        [sys.executable, *map(str, words), "--output", tmp_path / "made"],
+        cwd=small, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "made/adapter_config.json").is_file()

@@ -11,10 +11,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flora_jax import cli
 from flora_jax.checkpoints import open_checkpoint
 from flora_jax.cli.serve import ServeOptions, _adapters, _engine_options
 from flora_jax.peft.write import write_adapter
+from tests.helpers.program import program_in
 from tests.helpers.random_adapters import random_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,16 +60,8 @@ def home(tmp_path_factory):
 @pytest.fixture
 def program(home, monkeypatch, capsys):
     """Runs the program; returns exit code and stderr."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    monkeypatch.chdir(home)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["flora-jax", "serve", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        return stopped.value.code, capsys.readouterr().err
-
-    return run
+    run = program_in(home, monkeypatch, capsys, "serve")
+    return lambda *words: run(*words)[::2]
 
 
 @pytest.mark.parametrize(

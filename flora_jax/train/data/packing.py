@@ -15,6 +15,9 @@ import numpy as np
 
 from flora_jax.errors import InputError
 
+# One of so many documents, or of equal parts, is held out where there is no text for that.
+TENTH = 10
+
 
 class Batch(NamedTuple):
     """Windows of the stream, a row each, for one call.
@@ -138,3 +141,26 @@ class PackedTokens:
             segments=(segment_RW * inside_RW)[:, :-1].astype(np.int32),
             mask=(goes_on_RT & inside_RW[:, 1:]).astype(np.float32),
         )
+
+
+def hold_out(packed: PackedTokens, piece_bytes: np.ndarray) -> tuple[PackedTokens, PackedTokens]:
+    """All but about a tenth, and that tenth: every tenth document, or of fewer the last tokens.
+
+    Args:
+        packed: the whole.
+        piece_bytes: bytes of text that each token stands for, ``[V]``.
+    """
+    many, size = len(packed.starts), len(packed.tokens)
+    document_X = np.repeat(np.arange(many), np.diff(packed.starts, append=size))
+    if many < TENTH:
+        held_X = np.arange(size) >= size - size // TENTH
+    else:
+        held_X = document_X % TENTH == TENTH - 1
+
+    def part(own_X: np.ndarray) -> PackedTokens:
+        tokens, documents = packed.tokens[own_X], document_X[own_X]
+        starts = np.flatnonzero(np.diff(documents, prepend=-1))
+        names = tuple(packed.names[number] for number in documents[starts])
+        return PackedTokens(tokens, starts, names, int(piece_bytes[tokens].sum()))
+
+    return part(~held_X), part(held_X)

@@ -1,0 +1,385 @@
+"""How much of a trained LoRA a multiplicative adapter keeps, by rank and by way of converting it.
+
+    python experiments/lora_to_flora.py convert CORPORA --output runs/lora_to_flora
+    python experiments/lora_to_flora.py random
+
+``convert``: adapters of a model, by default the LoRAs that ship, each NAME=FOLDER of ``--adapters`` with
+CORPORA/NAME.train.jsonl.gz and CORPORA/NAME.validation.jsonl.gz, become FLoRA (a sum of components) and
+HiRA of ranks 1 to 32 in three ways: without data; with the fit weighted by the second moments of the
+projections' inputs (64 training windows under the LoRA); and from there distilled, 200 steps of 8 rows
+of 256 training tokens by default. ``--to lora`` turns FLoRAs into LoRAs instead. A fourth way,
+``--ways anew``, trains an adapter of that kind and rank on the same number of tokens, at ``--rate`` or
+the kind's own.
+
+A result has the share of the adapter's gain in held-out bits per byte over the base that is kept (with
+``compare``'s paired intervals of the change itself), the error left in the weights relative to how far
+the adapter moves them, and the seconds that it took, compilation included. What the errors bound:
+
+- to LoRA they are the best there is, the singular values of the change beyond the rank;
+- to FLoRA and HiRA there is no closed form: the least of five starts of an alternating fit, so that a
+  smaller error may exist. The error of a distilled adapter is of its weights all the same, though it
+  was not what was made small.
+
+``random``: what a rank-R multiplicative adapter keeps of ‖ΔW‖² where ΔW = a bᵀ is independent of W0:
+for a normal W0 with entries of a and b that are signs, or normal; for a W0 of the same sizes but
+positive; for one of ones. Beside them R / I, the share of a rank, and that of the largest R singular
+values of pure noise, the normal W0 itself. (Of a change with normal a and b a third of the rows and
+columns counts in effect, so that about three times as much is kept.)
+
+Results are appended to experiments/results/lora_to_flora.jsonl, and what is there is not made again; the
+tables are lora_to_flora.md beside it.
+
+Receipt: ``random`` alone so far, a few minutes of one core of a busy machine.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import typer
+
+from flora_jax.adapters import fits
+from flora_jax.adapters.model_adapter import ModelAdapter
+from flora_jax.checkpoints import Opened, open_checkpoint
+from flora_jax.cli.common import named_values, prepare_jax
+from flora_jax.cli.program import run_function
+from flora_jax.errors import InputError
+from flora_jax.models.model import Model
+from flora_jax.peft.convert import Base, Moments, convert, differences
+from flora_jax.peft.read import read_adapter
+from flora_jax.shipped import ASSETS, adapter_source
+from flora_jax.train.conversion import moments_of
+from flora_jax.train.data.packing import PackedTokens
+from flora_jax.train.data.tokens import piece_bytes, tokenize
+from flora_jax.train.distil import DistilOptions, distil
+from flora_jax.train.options import make_options
+from flora_jax.train.run import train
+
+try:
+    from experiments.finetune_tables import table
+    from experiments.held_out import Windows, compare, score_windows
+except ModuleNotFoundError:  # Started as a script, whose directory is on the path.
+    from finetune_tables import table  # type: ignore[no-redef]
+    from held_out import Windows, compare, score_windows  # type: ignore[no-redef]
+
+RESULTS = Path(__file__).parent / "results" / "lora_to_flora.jsonl"
+WAYS = ("data-free", "moments", "distilled")
+# Of the stage "random": inputs and outputs, ranks, and drawn pairs of a weight and a change.
+SIZES, RANDOM_RANKS, DRAWS = (128, 192), (1, 2, 4, 8, 16, 32), 2
+
+
+class Setting(NamedTuple):
+    """What all conversions of a run have in common."""
+
+    model: str
+    corpora: Path
+    output: Path
+    distil: DistilOptions
+    windows: int
+
+
+class Case(NamedTuple):
+    """A conversion; lines of results are told apart by it."""
+
+    model: str
+    adapter: str
+    source: str
+    to: str
+    rank: int
+    way: str
+    steps: int
+    rate: float | None
+    windows: int
+
+
+def read_results(stage: str) -> list[dict[str, Any]]:
+    """The results of a stage that were collected so far."""
+    if not RESULTS.exists():
+        return []
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    return [line for line in lines if line["stage"] == stage]
+
+
+def append(line: dict[str, Any]) -> None:
+    """Adds a result and prints it."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    with RESULTS.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line))
+
+
+class Adapted:
+    """One adapter on its model: its text, and what it and the base predict of held-out windows."""
+
+    def __init__(
+        self, setting: Setting, opened: Opened, model: Model, name: str, source: ModelAdapter
+    ) -> None:
+        self.setting, self.model, self.name, self.source = setting, model, name, source
+        self._opened = opened
+        self.lengths = piece_bytes(opened.tokenizer, opened.config.vocab_size)
+        self.training, self._validation = map(self._read, ("train", "validation"))
+        started = time.monotonic()
+        self.moments: Moments = moments_of(model, source, self.training, setting.distil)
+        self.moments_seconds = time.monotonic() - started
+        self.base_windows, self.source_windows = self.scores(None), self.scores(source)
+
+    def path(self, split: str) -> Path:
+        return self.setting.corpora / f"{self.name}.{split}.jsonl.gz"
+
+    def _read(self, split: str) -> PackedTokens:
+        opened = self._opened
+        end_id = opened.config.eos_token_ids[0]
+        packed, _ = tokenize(
+            self.path(split), opened.tokenizer, end_id, cache=self.setting.output / "tokens"
+        )
+        return packed
+
+    def scores(self, adapter: ModelAdapter | None) -> Windows:
+        own = self.setting.distil
+        batches = self._validation.evaluation(own.length, own.rows, self.setting.windows)
+        return score_windows(self.model, adapter, batches, self.lengths)
+
+    def made(self, case: Case) -> tuple[ModelAdapter, float]:
+        """The adapter of a case, and the seconds that it took."""
+        own, started = self.setting.distil, time.monotonic()
+        if case.way == "anew":
+            adapter = self._trained(case)
+            return adapter, time.monotonic() - started
+        base = Base(self.model.weight, self.model.bias)
+        with_text = case.way != "data-free"
+        found = convert(
+            self.source, case.to, base, rank=case.rank, approximate=True, seed=own.seed,
+            moments=(lambda: self.moments) if with_text else None,
+        )  # fmt: skip
+        adapter = found.adapter
+        if case.way == "distilled" and len(found.exact) < len(found.differences):
+            adapter = distil(self.model, self.source, adapter, self.training, own, held=found.exact)
+        seconds = time.monotonic() - started
+        return adapter, seconds + (self.moments_seconds if with_text else 0.0)
+
+    def _trained(self, case: Case) -> ModelAdapter:
+        own = self.setting.distil
+        values = {
+            "model": case.model, "kind": case.to, "rank": case.rank, "steps": own.steps,
+            "batch_size": own.rows, "seq_len": own.length, "seed": own.seed,
+            "data": {self.name: str(self.path("train"))}, "eval_every": own.steps,
+            "targets": list(self.source.targets()), "learning_rate": case.rate,
+        }  # fmt: skip
+        options = make_options(values)
+        place = self.setting.output / f"{self.name}-{case.to}-{case.rank}-{own.steps}"
+        folders = train(options, place, resume=True, cache=self.setting.output / "tokens")
+        config = self._opened.config
+        return read_adapter(folders[self.name], config.projections(), config.n_layer)
+
+    def result(self, case: Case) -> dict[str, Any]:
+        """A line of the results."""
+        adapter, seconds = self.made(case)
+        measured = compare(self.scores(adapter), self.base_windows)
+        source = compare(self.source_windows, self.base_windows)
+        gain = -source["bits_per_byte_change"]
+        base = Base(self.model.weight, self.model.bias)
+        left = differences(self.source, adapter, base).values()
+        moved = sum(one.change**2 for one in left)
+        error = (sum((one.change * one.weight) ** 2 for one in left) / moved) ** 0.5
+        return {
+            "stage": "convert",
+            **case._asdict(),
+            "rate": self.setting.distil.rate(case.to)
+            if case.way in ("distilled", "anew")
+            else None,
+            "parameters": adapter.parameters(),
+            "weights_error": round(error, 5),
+            "kept": round(-measured["bits_per_byte_change"] / gain, 4) if gain > 0 else None,
+            "source_bits_per_byte": source["bits_per_byte"],
+            "source_bits_per_byte_change": source["bits_per_byte_change"],
+            **measured,
+            "seconds": round(seconds, 1),
+        }
+
+
+def run_conversions(
+    setting: Setting, adapters: dict[str, Path], cases: Callable[[str, str], list[Case]]
+) -> None:
+    """Makes what is not there yet; ``cases`` gives those of an adapter's name and kind."""
+    opened = open_checkpoint(setting.model)
+    config, model = opened.config, None
+    done = {tuple(line[field] for field in Case._fields) for line in read_results("convert")}
+    for name, folder in adapters.items():
+        source = read_adapter(folder, config.projections(), config.n_layer)
+        wanted = [case for case in cases(name, source.kind) if tuple(case) not in done]
+        if not wanted:
+            print(f"{name}: all its results are in {RESULTS.name} already")
+            continue
+        model = model or opened.load("float32")
+        adapted = Adapted(setting, opened, model, name, source)
+        for case in wanted:
+            append(adapted.result(case))
+
+
+def kept_of_random(rank: int, seed: int) -> Iterator[tuple[str, float]]:
+    """By the way in which the weight is drawn, what is kept of ``‖ΔW‖²`` of a change of rank 1."""
+    inputs, outputs = SIZES
+    keys = jax.random.split(jax.random.key(seed), 4)
+    normal_IO = jax.random.normal(keys[0], SIZES)
+    down_I1, up_1O = (
+        jax.random.normal(keys[1], (inputs, 1)),
+        jax.random.normal(keys[2], (1, outputs)),
+    )
+    change_IO, flat_IO = down_I1 * up_1O, jnp.sign(down_I1) * jnp.sign(up_1O)
+    drawn = {
+        "normal, change of signs": (normal_IO, flat_IO),
+        "normal, normal change": (normal_IO, change_IO),
+        "its sizes, normal change": (jnp.abs(normal_IO), change_IO),
+        "ones, normal change": (jnp.ones(SIZES), change_IO),
+    }
+    for name, (W_IO, wanted_IO) in drawn.items():
+        fit = fits.product_of(W_IO, wanted_IO, rank, jnp.ones(inputs), key=keys[3])
+        yield name, 1.0 - float(fit.left)
+
+
+def noise(rank: int, seed: int) -> float:
+    """The share of a normal matrix that its largest singular values have."""
+    normal_IO = jax.random.normal(jax.random.split(jax.random.key(seed), 4)[0], SIZES)
+    return 1.0 - float(fits.sum_of(normal_IO, rank, jnp.ones(SIZES[0])).left)
+
+
+def run_random() -> None:
+    """Makes what is not there yet of the stage "random"."""
+    done = {line["rank"] for line in read_results("random")}
+    for rank in RANDOM_RANKS:
+        if rank in done:
+            continue
+        found: dict[str, list[float]] = {}
+        for seed in range(DRAWS):
+            for name, kept in kept_of_random(rank, seed):
+                found.setdefault(name, []).append(kept)
+        append(
+            {
+                "stage": "random",
+                "sizes": list(SIZES),
+                "rank": rank,
+                "kept": {name: round(statistics.mean(own), 4) for name, own in found.items()},
+                "share of the rank": round(rank / min(SIZES), 4),
+                "of noise": round(statistics.mean(noise(rank, seed) for seed in range(DRAWS)), 4),
+            }
+        )
+
+
+def mean_and_range(values: Iterable[float], form: str) -> str:
+    """The mean, and the least and the most where there are several."""
+    own = list(values)
+    mean = format(statistics.mean(own), form)
+    return mean if len(own) == 1 else f"{mean} ({min(own):{form}} to {max(own):{form}})"
+
+
+def conversion_tables(lines: list[dict[str, Any]]) -> Iterator[str]:
+    """For each model, kind before and kind after: rows of way and rank, over the adapters."""
+    kinds = sorted({(line["model"], line["source"], line["to"]) for line in lines})
+    head = ("way", "rank", "parameters", "adapters", "gain kept", "weights' error", "seconds")
+    for model, source, to in kinds:
+        own = [x for x in lines if (x["model"], x["source"], x["to"]) == (model, source, to)]
+        rows = []
+        for way, rank in sorted({(line["way"], line["rank"]) for line in own}):
+            group = [line for line in own if (line["way"], line["rank"]) == (way, rank)]
+            kept = [line["kept"] for line in group if line["kept"] is not None]
+            rows.append(
+                (
+                    way,
+                    str(rank),
+                    f"{group[0]['parameters']:,}",
+                    str(len(group)),
+                    mean_and_range(kept, ".1%") if kept else "",
+                    mean_and_range([line["weights_error"] for line in group], ".3f"),
+                    mean_and_range([line["seconds"] for line in group], ".0f"),
+                )
+            )
+        yield f"## {source} as {to}, {model}"
+        yield table(head, rows)
+
+
+def write_tables() -> None:
+    """Writes and prints the tables."""
+    parts = ["# LoRA as FLoRA and HiRA", "`experiments/lora_to_flora.py` says how."]
+    parts += conversion_tables(read_results("convert"))
+    drawn = read_results("random")
+    if drawn:
+        names = list(drawn[0]["kept"])
+        head = ("rank", *(f"W0 {name}" for name in names), "R / I", "noise")
+        rows = [
+            (
+                str(line["rank"]),
+                *(f"{line['kept'][name]:.1%}" for name in names),
+                f"{line['share of the rank']:.1%}",
+                f"{line['of noise']:.1%}",
+            )
+            for line in drawn
+        ]
+        inputs, outputs = drawn[0]["sizes"]
+        title = f"What is kept of a random change of rank 1 of a weight of {inputs} x {outputs}"
+        parts += [f"## {title}", table(head, rows)]
+    text = "\n\n".join(parts) + "\n"
+    RESULTS.with_suffix(".md").write_text(text)
+    print(text)
+
+
+def main(
+    stage: Annotated[str, typer.Argument(help="convert or random")],
+    corpora: Annotated[Path | None, typer.Argument()] = None,
+    output: Annotated[Path, typer.Option()] = Path("runs/lora_to_flora"),
+    model: Annotated[str, typer.Option()] = "mini",
+    adapters: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="[default: those that ship]")
+    ] = None,
+    to: Annotated[str, typer.Option(help="Comma-separated.")] = "flora,hira",
+    ranks: Annotated[str, typer.Option()] = "1,2,4,8,16,32",
+    ways: Annotated[str, typer.Option(help="Also: anew.")] = ",".join(WAYS),
+    steps: Annotated[int, typer.Option()] = 200,
+    rate: Annotated[float | None, typer.Option(help="[default: the kind's own]")] = None,
+    rows: Annotated[int, typer.Option()] = 8,
+    length: Annotated[int, typer.Option()] = 256,
+    windows: Annotated[int, typer.Option(help="Held-out windows of an adapter.")] = 192,
+) -> None:
+    """Runs what is not yet done of a stage, appends its results and writes the tables."""
+    prepare_jax()
+    if stage == "random":
+        run_random()
+    elif stage == "convert":
+        if corpora is None:
+            raise InputError("CORPORA is missing, expected the directory of NAME.train.jsonl.gz")
+        wrong = sorted(set(ways.split(",")) - {*WAYS, "anew"})
+        if wrong:
+            raise InputError(f"--ways is {wrong[0]!r}, expected some of {', '.join(WAYS)}, anew")
+        kind = "flora" if to == "lora" else "lora"
+        shipped = sorted((ASSETS / "adapters" / kind).iterdir())
+        found = {folder.name: folder for folder in shipped}
+        if adapters:
+            named = named_values(adapters, "adapters", "NAME=FOLDER")
+            found = {name: adapter_source(folder) for name, folder in named.items()}
+        setting = Setting(model, corpora, output, DistilOptions(steps, rate, rows, length), windows)
+
+        def learning(kind: str, way: str) -> tuple[int, float | None]:
+            return (0, None) if way in WAYS[:2] else (steps, setting.distil.rate(kind))
+
+        def cases(name: str, source: str) -> list[Case]:
+            return [
+                Case(model, name, source, kind, int(rank), way, *learning(kind, way), windows)
+                for kind in to.split(",")
+                for rank in ranks.split(",")
+                for way in ways.split(",")
+            ]
+
+        run_conversions(setting, found, cases)
+    else:
+        raise InputError(f"STAGE is {stage!r}, expected convert or random")
+    write_tables()
+
+
+if __name__ == "__main__":
+    run_function(main)
