@@ -17,6 +17,10 @@ Stages:
 one whose results are there is not run again. Results are collected in --results, one object for each
 adapter, with paired 95 % intervals of its change to the base by a bootstrap over windows of held-out
 files (windows of one file are alike, so they are somewhat too narrow), and as a table beside them.
+
+Receipt: SmolLM2-135M-Instruct from its Q4_1 file, ``--preset cpu``, ``main`` with ``--steps 40``, on 2
+cores of an Intel Xeon at 2.5 GHz beside other work: some 100 s a run of the sweep, 7 to 10 minutes one of
+the main stage, 120 to 150 tokens/s; jax 0.10.2. The preset gpu has not been run.
 """
 
 from __future__ import annotations
