@@ -86,7 +86,10 @@ def _alternate(
     def turn(_: jax.Array, factors: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         # An input's weight is common to all of its equations.
         down_RI = _solve(square_IO, both_IO, factors[1])
-        return down_RI, _solve((own * square_IO).T, (own * both_IO).T, down_RI)
+        new = down_RI, _solve((own * square_IO).T, (own * both_IO).T, down_RI)
+        # More components than the change has leave the equations singular: what was found stays.
+        sound = jnp.isfinite(new[0]).all() & jnp.isfinite(new[1]).all()
+        return jax.tree.map(lambda one, old: jnp.where(sound, one, old), new, factors)
 
     none_RI = jnp.zeros((len(up_RO), len(W_IO)), jnp.float32)
     down_RI, up_RO = jax.lax.fori_loop(0, _ALTERNATIONS, turn, (none_RI, up_RO))
