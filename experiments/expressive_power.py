@@ -18,14 +18,13 @@ the weights that is left, over all layers: 0 is the teacher, 1 no better than no
 ``model``: students are distilled, --steps steps of AdamW on the KL divergence of the next token, at two
 rates of which the better counts. Loss: the divergence on held-out windows as a share of the base's.
 
-Results are appended to experiments/results/expressive_power.jsonl, and what is there is not made again;
+Results are appended to experiments/results/expressive_power.jsonl; those of this machine and code are not made again,
 the tables are expressive_power.md beside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -37,6 +36,7 @@ import typer
 
 from flora_jax.adapters.kind import KINDS, kind_of
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter
+from flora_jax.bench.receipts import collected
 from flora_jax.checkpoints import Opened, open_checkpoint
 from flora_jax.cli.common import prepare_jax
 from flora_jax.cli.program import run_function
@@ -141,33 +141,23 @@ class Setting(NamedTuple):
 
 
 class Results:
-    """A line for each student of each teacher of each stage."""
-
-    def __init__(self) -> None:
-        text = RESULTS.read_text() if RESULTS.exists() else ""
-        self.lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+    """A line with its receipt for each student of each teacher of each stage."""
 
     def has(self, stage: str, teacher: str, student: Student) -> bool:
-        return any(
-            (line["stage"], line["teacher"], line["kind"], line["rank"])
-            == (stage, teacher, *student)
-            for line in self.lines
-        )
+        return collected.find(RESULTS, _key(stage, teacher, student)) is not None
 
     def add(self, stage: str, teacher: str, student: Student, found: dict[str, Any]) -> None:
-        line = {"stage": stage, "teacher": teacher, **student._asdict(), **found}
-        self.lines.append(line)
         RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(json.dumps(line), flush=True)
+        collected.append_line(RESULTS, _key(stage, teacher, student), found)
+        print(stage, teacher, student, f"{found['left']:.4f} left", flush=True)
 
     def write_tables(self) -> None:
         """For each stage and teacher, losses by kind and rank with the numbers of parameters."""
+        lines = collected.read_lines(RESULTS)
         parts = ["# Students of every kind", "`experiments/expressive_power.py` says how."]
         for stage in ("layer", "model"):
-            for teacher in dict.fromkeys(x["teacher"] for x in self.lines if x["stage"] == stage):
-                own = [x for x in self.lines if (x["stage"], x["teacher"]) == (stage, teacher)]
+            for teacher in dict.fromkeys(x["teacher"] for x in lines if x["stage"] == stage):
+                own = [x for x in lines if (x["stage"], x["teacher"]) == (stage, teacher)]
                 kinds = list(dict.fromkeys(line["kind"] for line in own))
                 found = {(line["kind"], line["rank"]): line for line in own}
                 rows = []
@@ -176,6 +166,10 @@ class Results:
                     rows.append([str(rank), *(_cell(line) for line in cells)])
                 parts += [f"## {stage}, teacher: {teacher}", table(("rank", *kinds), rows)]
         RESULTS.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+
+
+def _key(stage: str, teacher: str, student: Student) -> dict[str, Any]:
+    return {"stage": stage, "teacher": teacher, **student._asdict()}
 
 
 def _cell(line: dict[str, Any] | None) -> str:

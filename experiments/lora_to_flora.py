@@ -47,6 +47,7 @@ import typer
 
 from flora_jax.adapters import fits
 from flora_jax.adapters.model_adapter import ModelAdapter
+from flora_jax.bench.receipts import collected
 from flora_jax.checkpoints import Opened, open_checkpoint
 from flora_jax.cli.common import named_values, prepare_jax
 from flora_jax.cli.program import run_function
@@ -101,10 +102,7 @@ class Case(NamedTuple):
 
 def read_results(stage: str) -> list[dict[str, Any]]:
     """The results of a stage that were collected so far."""
-    if not RESULTS.exists():
-        return []
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    return [line for line in lines if line["stage"] == stage]
+    return [line for line in collected.read_lines(RESULTS) if line["stage"] == stage]
 
 
 def append(line: dict[str, Any]) -> None:
