@@ -18,8 +18,8 @@ the weights that is left, over all layers: 0 is the teacher, 1 no better than no
 ``model``: students are distilled, --steps steps of AdamW on the KL divergence of the next token, at two
 rates of which the better counts. Loss: the divergence on held-out windows as a share of the base's.
 
-Results are appended to experiments/results/expressive_power.jsonl; those of this machine and code are not made again,
-the tables are expressive_power.md beside it.
+Results are appended to experiments/results/expressive_power.jsonl; those of this machine and code are not
+made again. The tables are expressive_power.md beside it.
 """
 
 from __future__ import annotations
