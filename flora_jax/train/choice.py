@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from flora_jax.models.attention import cudnn_refuses
+from flora_jax.models.attention import MAY_REFUSE, cudnn_refuses
 from flora_jax.models.attention_trial import fails
 from flora_jax.models.family import ModelConfig
 from flora_jax.platforms import platform
@@ -28,8 +28,8 @@ def choose(
 ) -> StepOptions:
     """``options`` with this platform's attention, rounding and chunks of the head.
 
-    An attention other than "einsum" is first tried here on random numbers; where it is not usable,
-    ``say`` is told why.
+    An attention that may refuse is first tried here on random numbers; where it is not usable, ``say``
+    is told why.
 
     Args:
         options: what the user decides.
@@ -41,7 +41,7 @@ def choose(
     """
     wanted = platform()
     attention = wanted.training_attention
-    if attention != "einsum":
+    if attention in MAY_REFUSE:
         why = cudnn_refuses(config, dtype, length)
         if heads_split:
             why = "the heads are split over devices"

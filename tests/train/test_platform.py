@@ -46,9 +46,9 @@ def packed():
     return jnp.asarray(positions), jnp.asarray(segments)
 
 
-def attended(name, config, tensors, positions, segments, counted):
+def attended(name, config, tensors, positions, segments, counted, window=None):
     def loss(q, k, v):
-        out = attend_visible(q, k, v, visible(positions, segments, name), config)
+        out = attend_visible(q, k, v, visible(positions, segments, name), config, window)
         out = jnp.where(counted[:, :, None], out.astype(jnp.float32), 0.0)
         return jnp.sum(jnp.sin(out)), out
 
@@ -84,7 +84,7 @@ def test_fused_attention_sees_what_einsum_sees(heads, segmented, dtype, toleranc
 
 
 def test_an_unknown_attention_is_named():
-    with pytest.raises(ValueError, match="'fast', expected one of einsum, cudnn"):
+    with pytest.raises(ValueError, match="'fast', expected one of einsum, blocked, cudnn"):
         visible(jnp.zeros((1, 2), jnp.int32), None, "fast")
 
 
@@ -155,9 +155,32 @@ def test_a_run_chooses_by_platform_and_says_what_it_could_not(
     assert bool(lines) == bool(said)
 
 
-def test_on_a_cpu_a_step_is_what_it_was():
+def test_on_a_cpu_attention_alone_is_another():
     own = StepOptions(2, "full", 0.25)
-    assert choice.choose(own, CONFIG, "bfloat16", 24, print) == own
+    blocked = dataclasses.replace(own, attention="blocked")
+    assert choice.choose(own, CONFIG, "bfloat16", 24, print) == blocked
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("segmented", [True, False])
+@pytest.mark.parametrize("block", [1, 4, LENGTH, LENGTH + 1])
+def test_blocked_attention_sees_what_einsum_sees(block, segmented, window, monkeypatch):
+    monkeypatch.setattr(attention, "_BLOCK", block)
+    rng = np.random.default_rng(0)
+    tensors = [
+        jnp.asarray(rng.standard_normal((ROWS, LENGTH, n, CONFIG.head_dim)), jnp.float32)
+        for n in (CONFIG.n_head, CONFIG.kv_heads, CONFIG.kv_heads)
+    ]
+    positions, segments = packed()
+    if not segmented:
+        positions, segments = jnp.tile(jnp.arange(LENGTH)[None], (ROWS, 1)), None
+    counted = jnp.ones((ROWS, LENGTH), bool) if segments is None else segments > 0
+    found, expected = (
+        attended(name, CONFIG, tensors, positions, segments, counted, window)
+        for name in ("blocked", "einsum")
+    )
+    for own, right in zip(found, expected, strict=True):
+        assert relative(own, right) < 3e-6
     assert own.head == HeadChunks(1 << 24, even=False)
     assert (own.attention, own.rounded) == ("einsum", False)
 
