@@ -122,12 +122,13 @@ def attend_blocked(
 ) -> jax.Array:
     """:func:`attend` for a block of queries at a time, over the tokens up to the block's end.
 
-    The half of the scores that no token sees is not computed, and a block's stay in a CPU's cache: 3.4
-    times faster there at 512 tokens, forward and backward.
+    Tokens behind a token are masked by their place. The half of the scores that no token sees is not
+    computed, and a block's stay in a CPU's cache: 3.4 times faster there at 512 tokens, forward and
+    backward.
     """
     length = q_BTHK.shape[1]
-    if mask_BTT is None:
-        mask_BTT = jnp.tri(length, dtype=bool)[None]
+    earlier_1TT = jnp.tri(length, dtype=bool)[None]
+    mask_BTT = earlier_1TT if mask_BTT is None else earlier_1TT & mask_BTT
     blocks = []
     for start in range(0, length, _BLOCK):
         end = min(start + _BLOCK, length)

@@ -159,6 +159,8 @@ def test_on_a_cpu_attention_alone_is_another():
     own = StepOptions(2, "full", 0.25)
     blocked = dataclasses.replace(own, attention="blocked")
     assert choice.choose(own, CONFIG, "bfloat16", 24, print) == blocked
+    assert own.head == HeadChunks(1 << 24, even=False)
+    assert (own.attention, own.rounded) == ("einsum", False)
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -181,8 +183,6 @@ def test_blocked_attention_sees_what_einsum_sees(block, segmented, window, monke
     )
     for own, right in zip(found, expected, strict=True):
         assert relative(own, right) < 3e-6
-    assert own.head == HeadChunks(1 << 24, even=False)
-    assert (own.attention, own.rounded) == ("einsum", False)
 
 
 def test_even_chunks_have_no_more_positions_than_allowed_and_little_padding():
