@@ -19,6 +19,7 @@ from flora_jax.adapters.kind import KINDS, kind_of
 from flora_jax.adapters.model_adapter import ModelAdapter, WeightsOf
 from flora_jax.errors import InputError
 from flora_jax.peft.format import FORMATS
+from flora_jax.terminal import progress
 from flora_jax.weights.product import explicit
 
 Module = tuple[int, str]
@@ -109,10 +110,12 @@ def convert(
     own = moments() if moments is not None and len(exact) < len(modules) else None
     layers: list[dict[str, Any]] = [{} for _ in adapter.layers]
     differences = {}
-    for module, params in modules.items():
-        found, differences[module] = wanted.of(params, module, exactly.pop(module)[0], own)
-        layer, target = module
-        layers[layer][target] = found
+    with progress("projections", len(modules)) as bar:
+        for module, params in modules.items():
+            found, differences[module] = wanted.of(params, module, exactly.pop(module)[0], own)
+            layer, target = module
+            layers[layer][target] = found
+            bar.advance()
     kept = {name: adapter.settings[name] for name in FORMATS[to].kept if name in adapter.settings}
     made = ModelAdapter(to, tuple(layers), kept, projections=adapter.projections)
     return Converted(made, differences, exact)
