@@ -1,11 +1,14 @@
 """Training speed and memory beside PEFT: one process each, their steps interleaved in one run.
 
     python experiments/train_speed.py --rounds 5
+    python experiments/train_speed.py --rounds 5 --group variants
 
-The model has tiny_starcoder_py's shape (164M) with random weights; LoRA of rank 1 on c_attn, float32,
-8 rows of 256 tokens, AdamW. PEFT runs with the model's own dropout, as Trainer would (--no-dropout
-without). Ours also runs FLoRA of rank 1 and 8. The table has medians of the rounds; memory is each
-process's peak. Results go to experiments/results/train_speed.json.
+The model has tiny_starcoder_py's shape (164M) with random weights; float32, 8 rows of 256 tokens, AdamW.
+The group "peers": LoRA of rank 1 on c_attn by PEFT, with the model's own dropout as Trainer would
+(--no-dropout without), by ours, and FLoRA of rank 1 and 8. "variants": that LoRA with attention's scores
+for a whole row at once ("einsum"), as it is, and with memory in pages of 2 MiB that is never given back
+("pages", glibc on Linux). The table has medians of the rounds; memory is each process's peak. Results go
+to experiments/results/train_speed.json and train_speed_variants.json.
 
 Receipt: see the file.
 """
@@ -27,14 +30,29 @@ from typing import Annotated, Any
 import typer
 
 from flora_jax.cli.program import run_function
+from flora_jax.errors import InputError
 
 ROWS, LENGTH = 8, 256
-CONTENDERS = ("peft lora 1", "ours lora 1", "ours flora 1", "ours flora 8")
-RESULTS = Path(__file__).parent / "results" / "train_speed.json"
+# The first is what the others are compared with.
+GROUPS = {
+    "peers": ("peft lora 1", "ours lora 1", "ours flora 1", "ours flora 8"),
+    "variants": ("ours lora 1 einsum", "ours lora 1", "ours lora 1 pages"),
+}
+# What a process is started with, by the last word of its name.
+ENVIRONMENTS = {
+    "pages": {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_TOP_PAD_": str(1 << 29),
+    },
+}  # fmt: skip
+RESULTS = Path(__file__).parent / "results"
+FILES = {"peers": "train_speed.json", "variants": "train_speed_variants.json"}
 
 
-def ours(model_directory: str, kind: str, rank: int) -> Callable[[], float]:
-    """A function that does one step and gives its loss."""
+def ours(model_directory: str, kind: str, rank: int, attention: str | None) -> Callable[[], float]:
+    """A function that does one step and gives its loss; ``attention`` is by default the platform's."""
+    import dataclasses
+
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -57,6 +75,8 @@ def ours(model_directory: str, kind: str, rank: int) -> Callable[[], float]:
     with jax.numpy_dtype_promotion("standard"):
         state = init_adapter_state(jax.tree.map(lambda x: x[None], adapter.layers), optimizer)
     options = choose(StepOptions(), config, "float32", LENGTH, print)
+    if attention is not None:
+        options = dataclasses.replace(options, attention=attention)
     step = make_adapter_step(model.graph, optimizer, optax.constant_schedule(1e-3), options)
     tokens = np.random.default_rng(0).integers(1, config.vocab_size, (ROWS, 1, LENGTH + 1))
     shape = (ROWS, 1, LENGTH)
@@ -104,9 +124,10 @@ def peft(model_directory: str, rank: int, dropout: bool) -> Callable[[], float]:
 
 def worker(name: str, model_directory: str, dropout: bool) -> None:
     """Does a step for every line on standard input; says how long it took and the peak memory."""
-    side, kind, rank = name.split()
+    side, kind, rank, *variant = name.split()
     if side == "ours":
-        run = ours(model_directory, kind, int(rank))
+        attention = "einsum" if "einsum" in variant else None
+        run = ours(model_directory, kind, int(rank), attention)
     else:
         run = peft(model_directory, int(rank), dropout)
     run()
@@ -131,6 +152,7 @@ def make_model(directory: Path) -> None:
 
 def main(
     rounds: int = 5,
+    group: Annotated[str, typer.Option(help="peers or variants")] = "peers",
     dropout: Annotated[bool, typer.Option(help="PEFT with the model's dropout.")] = True,
     one: Annotated[str | None, typer.Option(hidden=True)] = None,
     model: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -140,6 +162,8 @@ def main(
         assert model is not None
         worker(one, model, dropout)
         return
+    if group not in GROUPS:
+        raise InputError(f"--group is {group!r}, expected one of {', '.join(GROUPS)}")
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "model"
         maker = f"import train_speed; train_speed.make_model(train_speed.Path({str(directory)!r}))"
@@ -149,10 +173,11 @@ def main(
             name: subprocess.Popen(
                 [sys.executable, __file__, "--one", name, "--model", str(directory), flag],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                env=os.environ | ENVIRONMENTS.get(name.split()[-1], {}),
             )
-            for name in CONTENDERS
+            for name in GROUPS[group]
         }  # fmt: skip
-        measured: dict[str, list[Any]] = {name: [] for name in CONTENDERS}
+        measured: dict[str, list[Any]] = {name: [] for name in workers}
         for process in workers.values():
             assert process.stdout is not None
             while process.stdout.readline().strip() != "ready":
@@ -166,10 +191,10 @@ def main(
                 measured[name].append(json.loads(process.stdout.readline()))
         for process in workers.values():
             process.communicate()
-    report(measured, rounds, dropout)
+    report(measured, rounds, group, dropout)
 
 
-def report(measured: dict[str, list[Any]], rounds: int, dropout: bool) -> None:
+def report(measured: dict[str, list[Any]], rounds: int, group: str, dropout: bool) -> None:
     """Prints the table and saves it with the machine and the versions."""
     import importlib.metadata as metadata
 
@@ -181,23 +206,23 @@ def report(measured: dict[str, list[Any]], rounds: int, dropout: bool) -> None:
             "seconds": [round(row[0], 3) for row in rows],
             "peak_mib": round(max(row[1] for row in rows)),
         }
-    reference = table[CONTENDERS[0]]
+    reference = table[GROUPS[group][0]]
     for name, row in table.items():
         row["speed_ratio"] = round(row["tokens_per_second"] / reference["tokens_per_second"], 3)
         row["memory_ratio"] = round(row["peak_mib"] / reference["peak_mib"], 3)
         print(
-            f"{name:14} {row['tokens_per_second']:8.1f} tokens/s ({row['speed_ratio']:.2f}x)  "
+            f"{name:18} {row['tokens_per_second']:8.1f} tokens/s ({row['speed_ratio']:.2f}x)  "
             f"{row['peak_mib']:6} MiB ({row['memory_ratio']:.2f}x)"
         )
     versions = ("jax", "flax", "optax", "torch", "transformers", "peft")
     result = {
-        "command": f"python experiments/train_speed.py --rounds {rounds}"
+        "command": f"python experiments/train_speed.py --rounds {rounds} --group {group}"
         + ("" if dropout else " --no-dropout"),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}",
         "versions": {name: metadata.version(name) for name in versions},
         "results": table,
     }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    (RESULTS / FILES[group]).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
