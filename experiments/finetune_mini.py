@@ -4,19 +4,21 @@
 
 CORPORA is a directory with LANGUAGE.train.jsonl.gz and LANGUAGE.validation.jsonl.gz. Stages:
 
-    sweep      learning rates x 100 steps for each kind, Perl
+    sweep      learning rates x 100 steps for each kind, and for FLoRA of rank 4 from a frozen first
+               component, Perl
     languages  FLoRA, LoRA and IA3 of rank 1 for D, Perl, Ruby, Rust, Racket, Swift and Lua, seven
-               adapters in one run; OUTPUT/languages-STEPS/KIND/LANGUAGE ships as
-               flora_jax/assets/adapters/KIND/LANGUAGE
+               adapters in one run, DoRA and HiRA for Perl and Lua; OUTPUT/languages-STEPS/KIND/LANGUAGE
+               ships as flora_jax/assets/adapters/KIND/LANGUAGE
     ranks      FLoRA 1/2/4/8, LoRA 1/4/8, both IA3 placements, 3 seeds, Perl and Lua
     inits      FLoRA of rank 4 from zero-sum noise, all ones and a frozen first component, Perl and
                Lua; singular values of what was learned
 
 A run is 250 steps of 8 rows of 256 tokens for each adapter, at the rate that the sweep found best for
-its kind. Every run resumes where it was stopped; one that is finished is not run again. Results are
-collected in experiments/results/finetune_mini.jsonl, one object for each adapter, with paired 95 %
-intervals of its change to the base by a bootstrap over windows of held-out files (windows of one file
-are alike, so they are somewhat too narrow; the sweep chooses on the windows that are reported).
+its kind. Every run resumes where it was stopped; one that is finished is not run again, unless the
+embedded model is another since. Results are collected in experiments/results/finetune_mini.jsonl, one
+object for each adapter, with paired 95 % intervals of its change to the base by a bootstrap over windows
+of held-out files (windows of one file are alike, so they are somewhat too narrow; the sweep chooses on
+the windows that are reported).
 
 Receipt: 2 cores of an AMD EPYC (Zen 5), float32, up to 8,100 tokens/s undisturbed, half of that beside
 the other work there was: the sweep 20 minutes, `languages` 34, `inits` 9, `ranks --seeds 0` 57. On 2
@@ -27,7 +29,6 @@ are in experiments/results/finetune_mini.md.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,9 @@ import typer
 from held_out import Windows, compare, score_windows
 
 from flora_jax.adapters.model_adapter import ModelAdapter
+from flora_jax.bench.receipts import collected
 from flora_jax.checkpoints.checkpoint import open_checkpoint
+from flora_jax.checkpoints.digest import model_digest
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 from flora_jax.peft.read import read_adapter
@@ -48,11 +51,16 @@ from flora_jax.train.options import TrainOptions, make_options
 from flora_jax.train.run import train
 
 LANGUAGES = ("d", "perl", "ruby", "rust", "racket", "swift", "lua")
-RATES = {
-    "flora": (2e-3, 8e-3, 3.2e-2, 1.28e-1, 5.12e-1),
-    "lora": (1e-4, 1e-3, 1e-2, 3e-2, 1e-1),
-    "ia3": (5e-3, 2e-2, 8e-2, 3.2e-1),
-    "hira": (2e-3, 8e-3, 3.2e-2, 1.28e-1, 5.12e-1),
+_WIDE, _NARROW = (8e-3, 3.2e-2, 1.28e-1, 5.12e-1), (3e-3, 1e-2, 3e-2, 1e-1)
+FROZEN = {"kind": "flora", "rank": 4, "init": "frozen_ones"}
+# What is swept: its changes of the recipe, and the rates.
+SWEPT: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    "flora": ({"kind": "flora"}, _WIDE),
+    "flora-frozen": (FROZEN, _WIDE),
+    "lora": ({"kind": "lora"}, _NARROW),
+    "dora": ({"kind": "dora"}, _NARROW),
+    "ia3": ({"kind": "ia3"}, (5e-3, 2e-2, 8e-2, 3.2e-1)),
+    "hira": ({"kind": "hira"}, _WIDE),
 }
 ROWS, LENGTH = 8, 256
 RESULTS = Path(__file__).parent / "results" / "finetune_mini.jsonl"
@@ -70,12 +78,14 @@ class Run(NamedTuple):
 def runs(stage: str) -> Iterator[Run]:
     """The runs of a stage."""
     if stage == "sweep":
-        for kind, rates in RATES.items():
+        for name, (changes, rates) in SWEPT.items():
             for rate in rates:
-                yield Run(f"{kind}-{rate:g}", ("perl",), {"kind": kind, "learning_rate": rate})
+                yield Run(f"{name}-{rate:g}", ("perl",), changes | {"learning_rate": rate})
     elif stage == "languages":
         for kind in ("flora", "lora", "ia3"):
             yield Run(kind, LANGUAGES, {"kind": kind})
+        for kind in ("dora", "hira"):
+            yield Run(kind, ("perl", "lua"), {"kind": kind})
     elif stage == "ranks":
         shapes: list[dict[str, Any]] = [
             *({"kind": "flora", "rank": rank} for rank in (1, 2, 4, 8)),
@@ -95,24 +105,24 @@ def runs(stage: str) -> Iterator[Run]:
         raise InputError(f"STAGE is {stage!r}, expected sweep, languages, ranks or inits")
 
 
-def best_rates() -> dict[str, float]:
-    """By kind the rate of the sweep with the lowest validation loss."""
-    swept = [line for line in read_results() if line["stage"] == "sweep"]
+def swept_name(changes: dict[str, Any]) -> str:
+    """Whose rate a run of these changes has."""
+    return "flora-frozen" if changes.get("init") == FROZEN["init"] else str(changes["kind"])
+
+
+def best_rates(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """By what is swept the rate with the lowest validation loss."""
+    swept = [line for line in lines if line["stage"] == "sweep"]
     found: dict[str, float] = {}
     for line in sorted(swept, key=lambda line: -line["bits_per_byte"]):
-        found[line["kind"]] = line["learning_rate"]
+        found[line["run"].rpartition("-")[0]] = line["learning_rate"]
     return found
 
 
-def read_results() -> list[dict[str, Any]]:
-    """The results collected so far."""
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
-
-
-def options_of(stage: str, run: Run, corpora: Path, steps: int, windows: int) -> TrainOptions:
-    """The recipe with the run's changes."""
+def options_of(
+    stage: str, run: Run, corpora: Path, steps: int, rates: dict[str, float]
+) -> TrainOptions:
+    """The recipe with the run's changes and its best rate."""
     values = {
         "model": "mini",
         "data": {name: str(corpora / f"{name}.train.jsonl.gz") for name in run.languages},
@@ -121,14 +131,14 @@ def options_of(stage: str, run: Run, corpora: Path, steps: int, windows: int) ->
         "batch_size": ROWS * len(run.languages),
         "seq_len": LENGTH,
         "eval_every": steps,
-        "eval_windows": windows,
+        "eval_windows": 48,
         "save_every": 25,
     } | run.changes  # fmt: skip
     if stage != "sweep":
-        rates = best_rates()
-        if values["kind"] not in rates:
-            raise InputError(f"{RESULTS}: no sweep of {values['kind']}; run that stage first")
-        values["learning_rate"] = rates[values["kind"]]
+        name = swept_name(run.changes)
+        if name not in rates:
+            raise InputError(f"{RESULTS}: no sweep of {name}; run that stage first")
+        values["learning_rate"] = rates[name]
     return make_options(values)
 
 
@@ -152,34 +162,37 @@ def main(
     windows: Annotated[int, typer.Option(help="Held-out windows of a language.")] = 192,
     kinds: Annotated[
         str, typer.Option(help="Only these, comma-separated.")
-    ] = "flora,lora,ia3,hira",
+    ] = "flora,lora,dora,ia3,hira",
     seeds: Annotated[str, typer.Option(help="Only these, comma-separated.")] = "0,1,2",
 ) -> None:
     """Runs what is not yet done of a stage and appends its results."""
     steps = steps or (100 if stage == "sweep" else 250)
     opened = open_checkpoint(MINI)
     model, config = opened.load("float32"), opened.config
+    digest = model_digest(opened.directory)[:12]
     tokenizer = opened.tokenizer
     assert tokenizer is not None
     lengths = piece_bytes(tokenizer)
     held_out: dict[str, PackedTokens] = {}
     base: dict[str, Windows] = {}
-    finished = {(line["stage"], line["run"], line["steps"]) for line in read_results()}
+    lines = [line for line in collected.read_lines(RESULTS) if line["model"] == digest]
+    finished = {(line["stage"], line["run"], line["language"], line["steps"]) for line in lines}
+    rates = best_rates(lines)
     for run in runs(stage):
         if run.changes["kind"] not in kinds.split(","):
             continue
         if str(run.changes.get("seed", 0)) not in seeds.split(","):
             continue
-        if (stage, run.name, steps) in finished:
+        missing = [name for name in run.languages if (stage, run.name, name, steps) not in finished]
+        if not missing:
             print(f"{stage} {run.name}: its results are in {RESULTS.name} already")
             continue
-        options = options_of(stage, run, corpora, steps, windows=48)
+        options = options_of(stage, run, corpora, steps, rates)
         directory = output / f"{stage}-{steps}" / run.name
         started = time.monotonic()
         folders = train(options, directory, resume=True, cache=output / "tokens", say=print)
         seconds = time.monotonic() - started
-        lines = []
-        for language in run.languages:
+        for language in missing:
             if language not in held_out:
                 path = corpora / f"{language}.validation.jsonl.gz"
                 held_out[language], _ = tokenize(
@@ -192,28 +205,22 @@ def main(
             own = score_windows(
                 model, adapter, held_out[language].evaluation(LENGTH, 16, windows), lengths
             )
+            key = {"stage": stage, "run": run.name, "language": language, "steps": steps}
             line = {
-                "stage": stage,
-                "run": run.name,
-                "language": language,
+                "model": digest,
                 "kind": options.kind,
                 "rank": options.rank,
                 "targets": list(options.targets or ("c_attn",)),
                 "learning_rate": options.rate,
                 "init": options.init,
                 "seed": options.seed,
-                "steps": steps,
                 "parameters": adapter.parameters(),
                 **compare(own, base[language]),
                 "seconds": round(seconds, 1),
             }
             if stage == "inits":
                 line["spectrum"] = learned_spectrum(adapter)
-            lines.append(json.dumps(line) + "\n")
-        RESULTS.parent.mkdir(exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.writelines(lines)
-        print(*lines, sep="")
+            print(collected.append_line(RESULTS, key, line))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Column, Table
@@ -14,12 +13,12 @@ from rich.text import Text
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.checkpoints import Opened, open_checkpoint
 from flora_jax.errors import RunError
-from flora_jax.models.family import ModelConfig
 from flora_jax.peft.read import read_adapter
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import generate
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Limits, Request, SamplingParams
+from flora_jax.shipped import ASSETS, shipped_adapters
 
 # The same function's head in each language, by the name of its adapter.
 PROMPTS = {
@@ -31,9 +30,6 @@ PROMPTS = {
     "swift": "func sum(_ numbers: [Int]) -> Int {\n",
     "lua": "local function sum(numbers)\n",
 }
-KINDS = ("flora", "lora", "ia3")
-
-
 # What a model of one's own is asked: with a chat template, and without.
 QUESTIONS = (
     "What is a rainbow? Answer in one sentence.",
@@ -52,33 +48,27 @@ class Row:
     adapter: str | None
 
 
-def shipped_adapters(assets: Path, config: ModelConfig) -> dict[str, ModelAdapter]:
-    """The embedded adapters by ``kind/language``."""
-    return {
-        f"{kind}/{language}": read_adapter(
-            assets / "adapters" / kind / language, config.projections(), config.n_layer
-        )
-        for kind in KINDS
-        for language in PROMPTS
-    }
-
-
-def run_embedded(assets: Path, *, language: str, max_tokens: int, seed: int) -> None:
+def run_embedded(*, language: str, max_tokens: int, seed: int) -> None:
     """Shows the embedded model: every language under the base and under its own FLoRA, and the prompt of
-    ``language`` under the other kinds as well.
+    ``language`` under all kinds that it has.
 
     Raises:
         RunError: see :func:`run_demo`.
     """
-    opened = open_checkpoint(assets / "mini")
+    opened = open_checkpoint(ASSETS / "mini")
     limits = _limits(opened)
+    config = opened.config
+    adapters = {
+        name: read_adapter(ASSETS / "adapters" / name, config.projections(), config.n_layer)
+        for name in shipped_adapters()
+    }
+    kinds = [name for name in adapters if name.endswith(f"/{language}")]
     rows = [
         Row(PROMPTS[name], limits.encode(PROMPTS[name]), adapter)
         for name in PROMPTS
-        for adapter in (None, *(f"{kind}/{name}" for kind in KINDS[: 3 if name == language else 1]))
+        for adapter in (None, *(kinds if name == language else [f"flora/{name}"]))
     ]
     console = Console()
-    adapters = shipped_adapters(assets, opened.config)
     with _batch(opened, adapters, rows, max_tokens, seed) as batch:
         texts = dict(zip(((r.shown, r.adapter) for r in rows), batch.texts(), strict=True))
         wide = [Column(name, overflow="fold") for name in ("prompt", "base", "its FLoRA of rank 1")]
@@ -88,7 +78,7 @@ def run_embedded(assets: Path, *, language: str, max_tokens: int, seed: int) -> 
             table.add_row(name, Text(prompt.rstrip()), *own)
         console.print(table)
         table = Table(f"{language} under", Column("completion", overflow="fold"), show_lines=True)
-        for adapter in (None, *(f"{kind}/{language}" for kind in KINDS)):
+        for adapter in (None, *kinds):
             table.add_row(adapter or "no adapter", texts[PROMPTS[language], adapter])
         console.print(table)
         console.print(

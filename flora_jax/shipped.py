@@ -20,3 +20,9 @@ def adapter_source(name: str | Path) -> Path:
         return path
     shipped = ASSETS / "adapters" / path
     return shipped if (shipped / "adapter_config.json").is_file() else path
+
+
+def shipped_adapters() -> tuple[str, ...]:
+    """The names of all that ship, ``kind/language``, in order."""
+    folders = (ASSETS / "adapters").glob("*/*/adapter_config.json")
+    return tuple(sorted(f"{one.parent.parent.name}/{one.parent.name}" for one in folders))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flora_jax.demo import KINDS, PROMPTS
+from flora_jax.shipped import shipped_adapters
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -129,10 +129,9 @@ def test_the_demo_checks_every_row_against_itself_alone(tmp_path):
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("language", PROMPTS)
-def test_every_embedded_adapter_is_small_has_its_card_and_has_learned(kind, language):
-    folder = ROOT / "flora_jax/assets/adapters" / kind / language
+@pytest.mark.parametrize("name", shipped_adapters())
+def test_every_embedded_adapter_is_small_has_its_card_and_has_learned(name):
+    folder = ROOT / "flora_jax/assets/adapters" / name
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
     assert sizes.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert sum(sizes.values()) < 40_000

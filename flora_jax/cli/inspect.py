@@ -63,7 +63,7 @@ def demo(
     if language is not None and language not in demo.PROMPTS:
         raise InputError(f"--language is {language!r}, expected one of {', '.join(demo.PROMPTS)}")
     if model_source(model) == str(ASSETS / "mini") and not (adapter or prompt):
-        demo.run_embedded(ASSETS, language=language or "lua", max_tokens=max_tokens, seed=seed)
+        demo.run_embedded(language=language or "lua", max_tokens=max_tokens, seed=seed)
         return
     if language is not None:
         raise InputError(
