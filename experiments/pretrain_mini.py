@@ -354,16 +354,16 @@ def steps_within(run: Pretraining, seconds: float) -> int:
 def main(
     roots: Annotated[list[Path], typer.Argument(metavar="CORPORA...")],
     output: Annotated[Path, typer.Option()],
-    steps: int = 12_500,
+    steps: int = 7_000,
     seconds: Annotated[
         float | None, typer.Option(help="Instead of --steps: of the run, without reading text.")
     ] = None,
     shape: Annotated[str, typer.Option(metavar="LAYERSxWIDTH")] = "6x256",
-    rows: Annotated[int, typer.Option(help="Windows of a step.")] = 4,
+    rows: Annotated[int, typer.Option(help="Windows of a step.")] = 8,
     optimizer: Annotated[str, typer.Option(help="muon or adamw")] = "muon",
     learning_rate: Annotated[float, typer.Option(help="The peak.")] = 3e-3,
     dtype: Annotated[str, typer.Option(help="Of the products: float32 or bfloat16.")] = "float32",
-    pieces: Annotated[int, typer.Option(help="Of the tokenizer.")] = 4096,
+    pieces: Annotated[int, typer.Option(help="Of the tokenizer.")] = 8192,
     python_bytes: Annotated[int | None, typer.Option(help="Of Python; default all.")] = None,
     other_bytes: Annotated[int, typer.Option(help="Of every other language.")] = 8_000_000,
     seed: int = 0,
