@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flora_jax.checkpoints import open_checkpoint
 from flora_jax.checkpoints.digest import model_digest
 from flora_jax.checkpoints.sources import resolve
 from flora_jax.cli.common import dtype_of, prepare_jax
@@ -248,9 +249,10 @@ def run_stages(
         f"{'hub' if arguments.problems == 'hub' else 'DIR'} --output {output}{limit}",
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "stop tokens": f"{arguments.stop_tokens}: {_stops(problems)}",
+        "parameters": f"{open_checkpoint(resolve(preset.model)).describe().parameters:,}",
         "left out": ", ".join(left_out) or "nothing",
         "seconds": json.loads((output / "seconds.json").read_text(encoding="utf-8")),
-        "empty completions under the base, %": _empty(generations["base"]),
+        "empty completions under the base, %": empty(generations["base"]),
         "programs run": sum(1 for _ in (output / "executions.jsonl").open()),
         "empty for want of context": sum(
             not any(one.completions)
@@ -267,7 +269,7 @@ def _stops(problems: list[Problem]) -> str:
     return "; ".join(f"{name} {[*stops]}" for name, stops in found.items())
 
 
-def _empty(generations: list[Generation]) -> dict[str, float]:
+def empty(generations: list[Generation]) -> dict[str, float]:
     """By language the share of completions that a stop token ended at once."""
     texts: dict[str, list[str]] = {}
     for one in generations:
