@@ -30,7 +30,7 @@ def test_a_name_that_is_no_language_is_refused(perl_alone):
 
 
 def test_a_run_of_nothing_is_refused_with_what_is_missing(perl_alone):
-    with pytest.raises(InputError, match="--language is d,lua, none.*: D: ldc2 not found; no lua"):
+    with pytest.raises(InputError, match=r"--language is d,lua, none.*: D: ldc2 not found; no lua"):
         table1.runnable("d,lua")
 
 
