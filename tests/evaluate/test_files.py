@@ -148,6 +148,16 @@ def test_the_current_release_ends_no_body_of_lua_at_a_blank_line():
         with_stop_tokens(old, "new")
 
 
+@pytest.mark.parametrize("which", ["new", ""])
+def test_stop_tokens_of_no_known_kind_are_refused_before_anything_is_read(
+    tmp_path, monkeypatch, capsys, which
+):
+    run = program_in(tmp_path, monkeypatch, capsys, "evaluate", "multipl-e", "absent")
+    _, _, err = run("--problems", "absent", "--output", "runs", "--stop-tokens", which)
+    assert f"--stop-tokens is {which!r}, expected one of given, current" in err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_bad_problems_are_named(tmp_path):
     with pytest.raises(InputError, match="no such directory"):
         read_problems(str(tmp_path / "absent"), ["pl"])
