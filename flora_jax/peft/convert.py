@@ -17,6 +17,7 @@ import numpy as np
 
 from flora_jax.adapters.kind import KINDS, kind_of
 from flora_jax.adapters.model_adapter import ModelAdapter, WeightsOf
+from flora_jax.adapters.registry import convertible
 from flora_jax.errors import InputError
 from flora_jax.peft.format import FORMATS
 from flora_jax.terminal import progress
@@ -66,11 +67,6 @@ class Converted(NamedTuple):
         return math.sqrt(sum(left**2 for _, left in squares) / changed) if changed else 0.0
 
 
-def convertible() -> tuple[str, ...]:
-    """The kinds that others can become."""
-    return tuple(name for name, kind in KINDS.items() if kind.of_components is not None)
-
-
 def convert(
     adapter: ModelAdapter,
     to: str,
@@ -89,7 +85,7 @@ def convert(
 
     Args:
         adapter: of another kind, or of the same where its rank is to be smaller.
-        to: one of :func:`convertible`.
+        to: one of :func:`.registry.convertible`.
         base: what it stands on.
         rank: at most; ``None`` is what the exact conversion has, and the adapter's own elsewhere.
         approximate: whether it may differ.
