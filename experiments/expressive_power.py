@@ -18,8 +18,8 @@ the weights that is left, over all layers: 0 is the teacher, 1 no better than no
 ``model``: students are distilled, --steps steps of AdamW on the KL divergence of the next token, at two
 rates of which the better counts. Loss: the divergence on held-out windows as a share of the base's.
 
-Results are appended to experiments/results/expressive_power.jsonl; those of this machine and code are not
-made again. The tables are expressive_power.md beside it.
+Results are appended to experiments/results/expressive_power.jsonl; what is there of the same model,
+target and settings is not made again. The tables are expressive_power.md beside it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from flora_jax.adapters.kind import KINDS, kind_of
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter
 from flora_jax.bench.receipts import collected
 from flora_jax.checkpoints import Opened, open_checkpoint
+from flora_jax.checkpoints.digest import model_digest
 from flora_jax.cli.common import prepare_jax
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
@@ -141,35 +142,45 @@ class Setting(NamedTuple):
 
 
 class Results:
-    """A line with its receipt for each student of each teacher of each stage."""
+    """A line with its receipt for each student of each teacher under the same ``settings``."""
 
-    def has(self, stage: str, teacher: str, student: Student) -> bool:
-        return collected.find(RESULTS, _key(stage, teacher, student)) is not None
+    def __init__(self, settings: dict[str, Any]):
+        self.settings = settings
 
-    def add(self, stage: str, teacher: str, student: Student, found: dict[str, Any]) -> None:
-        RESULTS.parent.mkdir(exist_ok=True)
-        collected.append_line(RESULTS, _key(stage, teacher, student), found)
-        print(stage, teacher, student, f"{found['left']:.4f} left", flush=True)
+    def _key(self, teacher: str, student: Student) -> dict[str, Any]:
+        return {"settings": self.settings, "teacher": teacher, **student._asdict()}
 
-    def write_tables(self) -> None:
-        """For each stage and teacher, losses by kind and rank with the numbers of parameters."""
-        lines = collected.read_lines(RESULTS)
-        parts = ["# Students of every kind", "`experiments/expressive_power.py` says how."]
-        for stage in ("layer", "model"):
-            for teacher in dict.fromkeys(x["teacher"] for x in lines if x["stage"] == stage):
-                own = [x for x in lines if (x["stage"], x["teacher"]) == (stage, teacher)]
-                kinds = list(dict.fromkeys(line["kind"] for line in own))
-                found = {(line["kind"], line["rank"]): line for line in own}
-                rows = []
-                for rank in sorted({line["rank"] for line in own}):
-                    cells = [found.get((kind, rank)) for kind in kinds]
-                    rows.append([str(rank), *(_cell(line) for line in cells)])
-                parts += [f"## {stage}, teacher: {teacher}", table(("rank", *kinds), rows)]
-        RESULTS.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+    def has(self, teacher: str, student: Student) -> bool:
+        return collected.made(RESULTS, self._key(teacher, student)) is not None
+
+    def add(self, teacher: str, student: Student, found: dict[str, Any]) -> None:
+        collected.append_line(RESULTS, self._key(teacher, student), found)
+        print(teacher, student, f"{found['left']:.4f} left", flush=True)
 
 
-def _key(stage: str, teacher: str, student: Student) -> dict[str, Any]:
-    return {"stage": stage, "teacher": teacher, **student._asdict()}
+def write_tables() -> None:
+    """For each setting and teacher, losses by kind and rank with the numbers of parameters."""
+    lines = collected.read_lines(RESULTS)
+    parts = ["# Students of every kind", "`experiments/expressive_power.py` says how."]
+    grouped: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in lines:
+        grouped.setdefault((_title(line["settings"]), line["teacher"]), []).append(line)
+    for (title, teacher), own in grouped.items():
+        kinds = list(dict.fromkeys(line["kind"] for line in own))
+        found = {(line["kind"], line["rank"]): line for line in own}
+        rows = []
+        for rank in sorted({line["rank"] for line in own}):
+            cells = [found.get((kind, rank)) for kind in kinds]
+            rows.append([str(rank), *(_cell(line) for line in cells)])
+        parts += [f"## {title}; teacher: {teacher}", table(("rank", *kinds), rows)]
+    RESULTS.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+
+
+def _title(settings: dict[str, Any]) -> str:
+    return ", ".join(
+        str(value) if name in ("stage", "model", "target") else f"{name} {value}"
+        for name, value in settings.items()
+    )
 
 
 def _cell(line: dict[str, Any] | None) -> str:
@@ -209,7 +220,7 @@ def run_layer(setting: Setting, results: Results, names: tuple[str, ...], rank: 
         wanted["noise of full rank"].append(W_IO + scale * noise_IO)
     for name, weights in wanted.items():
         for student in students(RANKS, ("lora", "flora", "hira", "ia3")):
-            if results.has("layer", name, student):
+            if results.has(name, student):
                 continue
             left = moved = 0.0
             for number, wanted_IO in enumerate(weights):
@@ -217,7 +228,7 @@ def run_layer(setting: Setting, results: Results, names: tuple[str, ...], rank: 
                 left += float(jnp.sum(jnp.square(fitted(student, W_IO, wanted_IO) - wanted_IO)))
                 moved += float(jnp.sum(jnp.square(wanted_IO - W_IO)))
             parameters = setting.fresh(student).parameters()
-            results.add("layer", name, student, {"parameters": parameters, "left": left / moved})
+            results.add(name, student, {"parameters": parameters, "left": left / moved})
 
 
 def run_model(
@@ -230,7 +241,7 @@ def run_model(
         # A fresh adapter is the base.
         alone = judge.divergence(setting.fresh(Student("lora", 1)))
         for student in students((1, 4, 16), ("lora", "dora", "flora", "hira", "ia3")):
-            if results.has("model", name, student):
+            if results.has(name, student):
                 continue
             found = {}
             for rate in RATES[student.kind]:
@@ -244,10 +255,10 @@ def run_model(
             if not found:
                 raise InputError(f"{student}: diverged at all of {RATES[student.kind]}")
             best = min(found, key=lambda rate: found[rate])
-            results.add("model", name, student, {
+            results.add(name, student, {
                 "parameters": setting.fresh(student).parameters(), "left": found[best],
                 "rate": best, "by_rate": {f"{rate:g}": left for rate, left in found.items()},
-                "base_divergence": alone, **dataclasses.asdict(options),
+                "base_divergence": alone,
             })  # fmt: skip
 
 
@@ -270,18 +281,22 @@ def main(
     opened = open_checkpoint(model)
     setting = Setting(opened, opened.load("float32"), target)
     names = tuple(teacher) if teacher else SHIPPED
-    results = Results()
+    settings: dict[str, Any] = {
+        "stage": stage, "model": f"{Path(model).name} {model_digest(opened.directory)[:12]}",
+        "target": target,
+    }  # fmt: skip
     if stage == "layer":
-        run_layer(setting, results, names, teacher_rank)
+        run_layer(setting, Results(settings), names, teacher_rank)
     elif stage == "model":
         if corpus is None:
             raise InputError("CORPUS is missing, expected a file of text")
         options = DistilOptions(steps=steps, rows=rows, length=length)
         text = read_text(corpus, opened, length, cache=output / "tokens")
-        run_model(setting, results, text, options, names, teacher_rank)
+        settings |= {"text": Path(corpus).name, "steps": steps, "rows": rows, "length": length}
+        run_model(setting, Results(settings), text, options, names, teacher_rank)
     else:
         raise InputError(f"STAGE is {stage!r}, expected layer or model")
-    results.write_tables()
+    write_tables()
 
 
 if __name__ == "__main__":

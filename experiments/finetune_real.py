@@ -7,16 +7,18 @@ MODEL is a Hugging Face directory of SmolLM2-135M-Instruct (``flora-jax convert 
 makes one), or any other model; CORPORA has LANGUAGE.train.jsonl.gz and LANGUAGE.validation.jsonl.gz.
 Stages:
 
-    sweep   learning rates for each kind on the first language; the rate with the fewest bits is used
+    sweep   learning rates for each kind, and for FLoRA from a frozen first component, on the first
+            language; the rate with the fewest bits is used
     main    FLoRA of rank 1, of rank 4 from zero-sum noise and from a frozen first component; LoRA of
             rank 1 and 8; DoRA of rank 8; IA3 where PEFT places it; HiRA of rank 4. A run trains an
             adapter for every language in one step
 
 ``--preset cpu``: three languages (Perl, Lua, Racket), rows of 256 tokens, two of each adapter in a step.
 ``--preset gpu``: seven languages, more ranks, eight rows of 512. Every run resumes where it was stopped;
-one whose results are there is not run again. Results are collected in --results, one object for each
-adapter, with paired 95 % intervals of its change to the base by a bootstrap over windows of held-out
-files (windows of one file are alike, so they are somewhat too narrow), and as a table beside them.
+one whose results are there, of the same model, preset and steps, is not run again. Results are collected
+in --results, one object for each adapter, with paired 95 % intervals of its change to the base by a
+bootstrap over windows of held-out files (windows of one file are alike, so they are somewhat too narrow),
+and as tables beside them.
 
 Receipt: SmolLM2-135M-Instruct from its Q4_1 file, ``--preset cpu``, ``main`` with ``--steps 40``, on 2
 cores of an Intel Xeon at 2.5 GHz beside other work: some 100 s a run of the sweep, 7 to 10 minutes one of
@@ -25,18 +27,16 @@ the main stage, 120 to 150 tokens/s; jax 0.10.2. The preset gpu has not been run
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from finetune_tables import HEAD, row, table
-from held_out import Windows, compare, score_windows
 
-from flora_jax.bench.receipts.machine import command
+from flora_jax.bench.receipts import collected
 from flora_jax.checkpoints.checkpoint import Opened, open_checkpoint
+from flora_jax.checkpoints.digest import model_digest
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 from flora_jax.models.model import Model
@@ -44,6 +44,13 @@ from flora_jax.peft.read import read_adapter
 from flora_jax.train.data.tokens import piece_bytes, tokenize
 from flora_jax.train.options import TrainOptions, make_options
 from flora_jax.train.run import train
+
+try:
+    from experiments.finetune_tables import HEAD, row, table
+    from experiments.held_out import Windows, compare, score_windows
+except ModuleNotFoundError:  # Started as a script, whose directory is on the path.
+    from finetune_tables import HEAD, row, table  # type: ignore[no-redef]
+    from held_out import Windows, compare, score_windows  # type: ignore[no-redef]
 
 Shape = dict[str, Any]
 SHAPES: dict[str, Shape] = {
@@ -62,13 +69,14 @@ MORE_SHAPES: dict[str, Shape] = {
     for rank in (2, 8, 16, 32)
     if (kind, rank) not in {("lora", 8), ("dora", 8)}
 }
-# By kind the shape that is swept, and its rates.
-RATES: dict[str, tuple[str, tuple[float, ...]]] = {
-    "flora": ("FLoRA r 1", (2e-3, 8e-3, 3.2e-2, 1.28e-1)),
-    "lora": ("LoRA r 8", (3e-4, 1e-3, 4e-3, 1.6e-2)),
-    "ia3": ("IA3", (5e-3, 2e-2, 8e-2)),
-    "hira": ("HiRA r 4", (8e-3, 3.2e-2, 1.28e-1)),
-    "dora": ("DoRA r 8", (3e-4, 1e-3, 4e-3, 1.6e-2)),
+# The shapes that are swept, and their rates; others have that of their kind and start.
+SWEPT: dict[str, tuple[float, ...]] = {
+    "FLoRA r 1": (2e-3, 8e-3, 3.2e-2, 1.28e-1),
+    "FLoRA r 4, frozen ones": (8e-3, 3.2e-2, 1.28e-1),
+    "LoRA r 8": (3e-4, 1e-3, 4e-3, 1.6e-2),
+    "IA3": (5e-3, 2e-2, 8e-2),
+    "HiRA r 4": (8e-3, 3.2e-2, 1.28e-1),
+    "DoRA r 8": (3e-4, 1e-3, 4e-3, 1.6e-2),
 }
 
 
@@ -103,38 +111,66 @@ class Run(NamedTuple):
 
 
 class Results:
-    """What has been found so far, a line for each adapter, and the table of it."""
+    """A line for each adapter of a run, and tables of them.
 
-    def __init__(self, path: Path):
-        self.path = path
-        text = path.read_text() if path.exists() else ""
-        self.lines: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
+    Args:
+        path: of the lines.
+        settings: the model, preset and steps; lines of others are kept apart.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path, self.settings = path, settings
+
+    def key(self, stage: str, run: str, language: str) -> dict[str, Any]:
+        return {"stage": stage, "run": run, "language": language, **self.settings}
 
     def has(self, stage: str, run: Run) -> bool:
-        return any((line["stage"], line["run"]) == (stage, run.name) for line in self.lines)
+        """Whether all adapters of the run are there."""
+        keys = [self.key(stage, run.name, language) for language in run.languages]
+        return all(collected.made(self.path, key) is not None for key in keys)
 
-    def add(self, lines: list[dict[str, Any]]) -> None:
-        self.lines += lines
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-        parts = ["# Fine-tuning a real model", f"`{command()}`"]
-        for stage in ("sweep", "main"):
-            own = [line for line in self.lines if line["stage"] == stage]
-            if own:
-                tokens = f"{own[0]['tokens_trained']:,} tokens for each adapter"
-                parts += [
-                    f"## {stage}: {tokens}",
-                    table(HEAD, map(row, sorted(own, key=_place))),
-                ]
-        self.path.with_suffix(".md").write_text("\n\n".join(parts) + "\n")
+    def add(self, stage: str, run: Run, found: dict[str, dict[str, Any]]) -> None:
+        """Adds what was found by language, and writes the tables."""
+        for language, line in found.items():
+            print(
+                collected.append_line(self.path, self.key(stage, run.name, language), line),
+                flush=True,
+            )
+        self.path.with_suffix(".md").write_text(tables(collected.read_lines(self.path)))
 
-    def rate(self, kind: str) -> float:
-        """The rate of the sweep with the fewest bits."""
-        own = [line for line in self.lines if (line["stage"], line["kind"]) == ("sweep", kind)]
+    def rate(self, shape: Shape) -> float:
+        """The rate with the fewest bits in the sweep of the same model, preset, kind and start.
+
+        Raises:
+            InputError: there is none.
+        """
+        wanted = {"stage": "sweep", "kind": shape["kind"], "init": shape.get("init")} | {
+            name: self.settings[name] for name in ("model", "preset")
+        }
+        own = [
+            line
+            for line in collected.read_lines(self.path)
+            if all(line[name] == value for name, value in wanted.items())
+        ]
         if not own:
-            raise InputError(f"{self.path}: no sweep of {kind}; run that stage first")
-        return min(own, key=lambda line: line["bits_per_byte"])["learning_rate"]
+            said = ", ".join(f"{name} {value}" for name, value in wanted.items())
+            raise InputError(f"{self.path}: no line of {said}; run the sweep first")
+        return float(min(own, key=lambda line: line["bits_per_byte"])["learning_rate"])
+
+
+def tables(lines: list[dict[str, Any]]) -> str:
+    """Markdown: for each stage, model, preset and length of training a table."""
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        title = (
+            f"{line['stage']}: {line['model']}, preset {line['preset']}, "
+            f"{line['tokens_trained']:,} tokens for each adapter"
+        )
+        grouped.setdefault(title, []).append(line)
+    parts = ["# Fine-tuning a real model", "`experiments/finetune_real.py` says how."]
+    for title in sorted(grouped, reverse=True):
+        parts += [f"## {title}", table(HEAD, map(row, sorted(grouped[title], key=_place)))]
+    return "\n\n".join(parts) + "\n"
 
 
 def _place(line: dict[str, Any]) -> tuple[str, float]:
@@ -144,7 +180,7 @@ def _place(line: dict[str, Any]) -> tuple[str, float]:
 def runs(stage: str, preset: Preset) -> Iterator[Run]:
     """The runs of a stage."""
     if stage == "sweep":
-        for name, rates in RATES.values():
+        for name, rates in SWEPT.items():
             for rate in rates:
                 changes = SHAPES[name] | {"learning_rate": rate}
                 yield Run(f"{name} at {rate:g}", preset.languages[:1], changes)
@@ -208,7 +244,9 @@ def main(
     if study.opened.tokenizer is None:
         raise InputError(f"{model}: no tokenizer.json, which the texts need")
     lengths = piece_bytes(study.opened.tokenizer)
-    found = Results(results)
+    digest = model_digest(study.opened.directory)[:12]
+    settings = {"model": f"{Path(model).name} {digest}", "preset": preset, "steps": steps}
+    found = Results(results, settings)
     loaded: Model | None = None
     base: dict[str, Windows] = {}
     for run in runs(stage, own):
@@ -217,30 +255,27 @@ def main(
             continue
         changes = run.changes
         if stage == "main":
-            changes = changes | {"learning_rate": found.rate(changes["kind"])}
+            changes = changes | {"learning_rate": found.rate(changes)}
         options = study.options(run._replace(changes=changes), steps)
         directory = output / f"{stage}-{steps}" / run.name.replace(" ", "-").replace(",", "")
         started = time.monotonic()
         folders = train(options, directory, resume=True, cache=output / "tokens", say=print)
         seconds = time.monotonic() - started
         loaded = loaded or study.opened.load(own.dtype)
-        lines = []
+        lines = {}
         for language in run.languages:
             if language not in base:
                 base[language] = score_windows(loaded, None, study.held_out(language), lengths)
             config = loaded.config
             adapter = read_adapter(folders[language], config.projections(), config.n_layer)
             scored = score_windows(loaded, adapter, study.held_out(language), lengths)
-            line = {
-                "stage": stage, "run": run.name, "language": language, "kind": options.kind,
-                "rank": options.rank, "init": options.init, "learning_rate": options.rate,
-                "steps": steps, "tokens_trained": steps * own.rows * own.length,
+            lines[language] = {
+                "kind": options.kind, "rank": options.rank, "init": options.init,
+                "learning_rate": options.rate, "tokens_trained": steps * own.rows * own.length,
                 "parameters": adapter.parameters(), **compare(scored, base[language]),
                 "seconds": round(seconds, 1),
             }  # fmt: skip
-            print(json.dumps(line), flush=True)
-            lines.append(line)
-        found.add(lines)
+        found.add(stage, run, lines)
 
 
 if __name__ == "__main__":

@@ -26,15 +26,15 @@ positive; for one of ones. Beside them R / I, the share of a rank, and that of t
 values of pure noise, the normal W0 itself. (Of a change with normal a and b a third of the rows and
 columns counts in effect, so that about three times as much is kept.)
 
-Results are appended to experiments/results/lora_to_flora.jsonl, and what is there is not made again; the
-tables are lora_to_flora.md beside it.
+Results are appended to experiments/results/lora_to_flora.jsonl, and what is there of the same model and
+settings is not made again; the tables are lora_to_flora.md beside it.
 
 Receipt: ``random`` alone so far, a few minutes of one core of a busy machine.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -49,6 +49,7 @@ from flora_jax.adapters import fits
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.bench.receipts import collected
 from flora_jax.checkpoints import Opened, open_checkpoint
+from flora_jax.checkpoints.digest import model_digest
 from flora_jax.cli.common import named_values, prepare_jax
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
@@ -87,7 +88,11 @@ class Setting(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A conversion; lines of results are told apart by it."""
+    """A conversion; lines of results are told apart by it.
+
+    ``steps`` and ``rate`` are of what is distilled or trained, 0 and ``None`` elsewhere;
+    ``most_windows`` of held-out text are scored.
+    """
 
     model: str
     adapter: str
@@ -97,20 +102,18 @@ class Case(NamedTuple):
     way: str
     steps: int
     rate: float | None
-    windows: int
+    rows: int
+    length: int
+    most_windows: int
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return {"stage": "convert", **self._asdict()}
 
 
 def read_results(stage: str) -> list[dict[str, Any]]:
     """The results of a stage that were collected so far."""
     return [line for line in collected.read_lines(RESULTS) if line["stage"] == stage]
-
-
-def append(line: dict[str, Any]) -> None:
-    """Adds a result and prints it."""
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    print(json.dumps(line))
 
 
 class Adapted:
@@ -165,7 +168,7 @@ class Adapted:
     def _trained(self, case: Case) -> ModelAdapter:
         own = self.setting.distil
         values = {
-            "model": case.model, "kind": case.to, "rank": case.rank, "steps": own.steps,
+            "model": self.setting.model, "kind": case.to, "rank": case.rank, "steps": own.steps,
             "batch_size": own.rows, "seq_len": own.length, "seed": own.seed,
             "data": {self.name: str(self.path("train"))}, "eval_every": own.steps,
             "targets": list(self.source.targets()), "learning_rate": case.rate,
@@ -177,7 +180,7 @@ class Adapted:
         return read_adapter(folders[self.name], config.projections(), config.n_layer)
 
     def result(self, case: Case) -> dict[str, Any]:
-        """A line of the results."""
+        """What a line of the results has beside its key."""
         adapter, seconds = self.made(case)
         measured = compare(self.scores(adapter), self.base_windows)
         source = compare(self.source_windows, self.base_windows)
@@ -187,11 +190,6 @@ class Adapted:
         moved = sum(one.change**2 for one in left)
         error = (sum((one.change * one.weight) ** 2 for one in left) / moved) ** 0.5
         return {
-            "stage": "convert",
-            **case._asdict(),
-            "rate": self.setting.distil.rate(case.to)
-            if case.way in ("distilled", "anew")
-            else None,
             "parameters": adapter.parameters(),
             "weights_error": round(error, 5),
             "kept": round(-measured["bits_per_byte_change"] / gain, 4) if gain > 0 else None,
@@ -208,17 +206,18 @@ def run_conversions(
     """Makes what is not there yet; ``cases`` gives those of an adapter's name and kind."""
     opened = open_checkpoint(setting.model)
     config, model = opened.config, None
-    done = {tuple(line[field] for field in Case._fields) for line in read_results("convert")}
     for name, folder in adapters.items():
         source = read_adapter(folder, config.projections(), config.n_layer)
-        wanted = [case for case in cases(name, source.kind) if tuple(case) not in done]
+        wanted = [
+            case for case in cases(name, source.kind) if collected.made(RESULTS, case.key) is None
+        ]
         if not wanted:
             print(f"{name}: all its results are in {RESULTS.name} already")
             continue
         model = model or opened.load("float32")
         adapted = Adapted(setting, opened, model, name, source)
         for case in wanted:
-            append(adapted.result(case))
+            print(collected.append_line(RESULTS, case.key, adapted.result(case)), flush=True)
 
 
 def kept_of_random(rank: int, seed: int) -> Iterator[tuple[str, float]]:
@@ -250,24 +249,19 @@ def noise(rank: int, seed: int) -> float:
 
 def run_random() -> None:
     """Makes what is not there yet of the stage "random"."""
-    done = {line["rank"] for line in read_results("random")}
     for rank in RANDOM_RANKS:
-        if rank in done:
+        key = {"stage": "random", "sizes": SIZES, "rank": rank}
+        if collected.made(RESULTS, key) is not None:
             continue
         found: dict[str, list[float]] = {}
         for seed in range(DRAWS):
             for name, kept in kept_of_random(rank, seed):
                 found.setdefault(name, []).append(kept)
-        append(
-            {
-                "stage": "random",
-                "sizes": list(SIZES),
-                "rank": rank,
-                "kept": {name: round(statistics.mean(own), 4) for name, own in found.items()},
-                "share of the rank": round(rank / min(SIZES), 4),
-                "of noise": round(statistics.mean(noise(rank, seed) for seed in range(DRAWS)), 4),
-            }
-        )
+        collected.append_line(RESULTS, key, {
+            "kept": {name: round(statistics.mean(own), 4) for name, own in found.items()},
+            "share of the rank": round(rank / min(SIZES), 4),
+            "of noise": round(statistics.mean(noise(rank, seed) for seed in range(DRAWS)), 4),
+        })  # fmt: skip
 
 
 def mean_and_range(values: Iterable[float], form: str) -> str:
@@ -278,28 +272,44 @@ def mean_and_range(values: Iterable[float], form: str) -> str:
 
 
 def conversion_tables(lines: list[dict[str, Any]]) -> Iterator[str]:
-    """For each model, kind before and kind after: rows of way and rank, over the adapters."""
-    kinds = sorted({(line["model"], line["source"], line["to"]) for line in lines})
-    head = ("way", "rank", "parameters", "adapters", "gain kept", "weights' error", "seconds")
-    for model, source, to in kinds:
-        own = [x for x in lines if (x["model"], x["source"], x["to"]) == (model, source, to)]
+    """For each model, kinds and sizes of text: rows of way, rank, steps and rate, over the adapters."""
+    common = ("model", "source", "to", "rows", "length", "most_windows")
+    own = ("way", "rank", "steps", "rate")
+    head = (*own, "parameters", "adapters", "gain kept", "weights' error", "seconds")
+    for group in _alike(lines, common):
         rows = []
-        for way, rank in sorted({(line["way"], line["rank"]) for line in own}):
-            group = [line for line in own if (line["way"], line["rank"]) == (way, rank)]
-            kept = [line["kept"] for line in group if line["kept"] is not None]
+        for cell in _alike(group, own):
+            kept = [line["kept"] for line in cell if line["kept"] is not None]
+            first = cell[0]
             rows.append(
                 (
-                    way,
-                    str(rank),
-                    f"{group[0]['parameters']:,}",
-                    str(len(group)),
+                    first["way"],
+                    str(first["rank"]),
+                    str(first["steps"] or ""),
+                    f"{first['rate']:g}" if first["rate"] else "",
+                    f"{first['parameters']:,}",
+                    str(len(cell)),
                     mean_and_range(kept, ".1%") if kept else "",
-                    mean_and_range([line["weights_error"] for line in group], ".3f"),
-                    mean_and_range([line["seconds"] for line in group], ".0f"),
+                    mean_and_range([line["weights_error"] for line in cell], ".3f"),
+                    mean_and_range([line["seconds"] for line in cell], ".0f"),
                 )
             )
-        yield f"## {source} as {to}, {model}"
+        line = group[0]
+        yield (
+            f"## {line['source']} as {line['to']}, {line['model']}: rows of {line['rows']} x "
+            f"{line['length']} tokens, up to {line['most_windows']} held-out windows"
+        )
         yield table(head, rows)
+
+
+def _alike(lines: list[dict[str, Any]], names: tuple[str, ...]) -> list[list[dict[str, Any]]]:
+    """Lines by their values of ``names``, in order of these."""
+
+    def place(line: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple((line[name] is not None, line[name]) for name in names)
+
+    ordered = sorted(lines, key=place)
+    return [list(group) for _, group in itertools.groupby(ordered, place)]
 
 
 def write_tables() -> None:
@@ -362,12 +372,25 @@ def main(
             found = {name: adapter_source(folder) for name, folder in named.items()}
         setting = Setting(model, corpora, output, DistilOptions(steps, rate, rows, length), windows)
 
+        known_as = f"{Path(model).name} {model_digest(open_checkpoint(model).directory)[:12]}"
+
         def learning(kind: str, way: str) -> tuple[int, float | None]:
             return (0, None) if way in WAYS[:2] else (steps, setting.distil.rate(kind))
 
         def cases(name: str, source: str) -> list[Case]:
             return [
-                Case(model, name, source, kind, int(rank), way, *learning(kind, way), windows)
+                Case(
+                    known_as,
+                    name,
+                    source,
+                    kind,
+                    int(rank),
+                    way,
+                    *learning(kind, way),
+                    rows,
+                    length,
+                    windows,
+                )
                 for kind in to.split(",")
                 for rank in ranks.split(",")
                 for way in ways.split(",")

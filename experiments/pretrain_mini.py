@@ -6,8 +6,9 @@
 CORPORA is what `experiments/source_text.py` reads: directories with LANGUAGE.train.jsonl.gz or
 LANGUAGE.jsonl.xz and LANGUAGE.validation.jsonl.gz, a directory of source files, or one packed file for a
 machine that has nothing else. All of Python is used and at most --other-bytes of every other language.
-Killed or stopped, the same command goes on from its last checkpoint; as long as the learning rate does
-not fall yet, also with other --steps. OUTPUT/model is what ships as flora_jax/assets/mini. On a GPU:
+Killed or stopped, the same command goes on from its last checkpoint, with --seconds to the number of
+steps that it had found; as long as the learning rate does not fall yet, also with other --steps.
+OUTPUT/model is what ships as flora_jax/assets/mini. On a GPU:
 
     python experiments/pretrain_mini.py packed.jsonl.xz --output runs/mini --seconds 360 --shape 8x384 \\
         --rows 64 --dtype bfloat16 --sources experiments/mini_sources.md
@@ -21,6 +22,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -55,7 +57,7 @@ except ModuleNotFoundError:  # Run as a script, from its own directory.
 
 # Features of a head.
 HEAD = 64
-# Steps that are timed where a run is to fit a time.
+# Steps of a trial, thrown away, that tells how many fit a time; the last ten are timed.
 TRIAL = 40
 END = "<|endoftext|>"
 # Bytes of text that the tokenizer is trained on: more changes its merges little.
@@ -133,7 +135,8 @@ def stream(tokenizer: Tokenizer, documents: list[str]) -> Stream:
 class Recipe(NamedTuple):
     """What decides a run's result, and what its card says of it.
 
-    ``steps`` may change between runs: before the decay the learning rate does not depend on it.
+    ``steps`` may change between runs: before the decay the learning rate does not depend on it. 0: they
+    are not known yet.
     """
 
     roots: tuple[str, ...]
@@ -207,7 +210,7 @@ def keep_recipe(recipe: Recipe, output: Path) -> None:
             if name != "steps" and found.get(name) != value:
                 raise InputError(f"{path}: {name} was {found.get(name)!r}, now {value!r}")
         before, done = Recipe(**found), _steps_done(output)
-        if recipe.steps != before.steps and done > min(recipe.decay, before.decay):
+        if before.steps and recipe.steps != before.steps and done > min(recipe.decay, before.decay):
             raise InputError(
                 f"{path}: steps were {before.steps}, now {recipe.steps}, but the run is at step {done} "
                 f"and the learning rate falls from step {min(recipe.decay, before.decay)}"
@@ -314,8 +317,8 @@ class Pretraining:
                 result[language] = {"bits_per_byte": bits, "bytes": count}
         return result
 
-    def run(self, steps: int, options: LoopOptions, *, last: bool = True) -> TrainState:
-        """Trains up to ``options.steps`` of ``steps``, and evaluates unless there is more to come."""
+    def run(self, steps: int, options: LoopOptions, output: Path | None = None) -> TrainState:
+        """Trains up to ``options.steps`` of ``steps`` and evaluates; in ``output``, or the run's own."""
         recipe = self.recipe
         schedule = pretraining.warmup_stable_decay(recipe.learning_rate, steps)
         optimizer = pretraining.OPTIMIZERS[recipe.optimizer](schedule)
@@ -325,26 +328,27 @@ class Pretraining:
                 self.training.batch, rows=recipe.rows, length=self.length, seed=recipe.seed
             ),
             tokens_per_batch=recipe.rows * self.length,
-            evaluate=self.evaluate if last else None,
+            evaluate=self.evaluate,
         )
         # A step donates what it is given, and there may be another run.
         start = pretraining.init_state(jax.tree.map(jnp.copy, self.params), optimizer)
-        return run_loop(start, work, self.output, options)
+        return run_loop(start, work, self.output if output is None else output, options)
 
 
-def steps_within(run: Pretraining, seconds: float, save_seconds: float) -> int:
-    """How many steps fit the time, by how long the first ones take.
+def steps_within(run: Pretraining, seconds: float) -> int:
+    """How many steps fit the time with what stands beside them, by a trial.
 
-    The schedule of those does not depend on it.
+    The time that it took itself is part of ``seconds``.
     """
     began = time.monotonic()
-    # The first half compiles.
-    for done in (TRIAL // 2, TRIAL):
-        timed = time.monotonic()
-        run.run(10 * TRIAL, LoopOptions(steps=done, save_seconds=save_seconds), last=False)
-    each = (time.monotonic() - timed) / (TRIAL - TRIAL // 2)
-    left = seconds - (time.monotonic() - began)
-    return TRIAL + max(TRIAL, int(left / each))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        run.run(10 * TRIAL, LoopOptions(steps=TRIAL), folder)
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    each = run.recipe.rows * run.length / last["tokens_per_second"]
+    took = time.monotonic() - began
+    # The run compiles its step and evaluates as the trial did.
+    return max(TRIAL, int((seconds - took - (took - TRIAL * each)) / each))
 
 
 def main(
@@ -352,7 +356,7 @@ def main(
     output: Annotated[Path, typer.Option()],
     steps: int = 12_500,
     seconds: Annotated[
-        float | None, typer.Option(help="Instead of --steps: of a new run, without reading text.")
+        float | None, typer.Option(help="Instead of --steps: of the run, without reading text.")
     ] = None,
     shape: Annotated[str, typer.Option(metavar="LAYERSxWIDTH")] = "6x256",
     rows: Annotated[int, typer.Option(help="Windows of a step.")] = 4,
@@ -380,15 +384,19 @@ def main(
         tuple(map(str, roots)), python_bytes, other_bytes, pieces, shape, rows, optimizer,
         learning_rate, dtype, seed, steps,
     )  # fmt: skip
-    if seconds is not None and (output / "recipe.json").exists():
-        raise InputError(f"{output}: a run is there already; --seconds is for a new one")
     recipe.config()
+    found = output / "recipe.json"
+    if seconds is not None:
+        # None yet, until a trial has told.
+        planned = json.loads(found.read_text())["steps"] if found.exists() else 0
+        recipe = recipe._replace(steps=planned)
     keep_recipe(recipe, output)
     run = Pretraining(recipe, output, evaluation_windows)
     print(f"{len(run.training.tokens):,} tokens of {run.training.text_bytes:,} bytes")
-    if seconds is not None:
-        recipe = recipe._replace(steps=steps_within(run, seconds, save_seconds))
+    if seconds is not None and not recipe.steps:
+        recipe = run.recipe = recipe._replace(steps=steps_within(run, seconds))
         keep_recipe(recipe, output)
+    if seconds is not None:
         print(f"{recipe.steps:,} steps fit {seconds:g} seconds")
     state = run.run(recipe.steps, LoopOptions(steps=recipe.steps, save_seconds=save_seconds))
     model = Model(run.config, run.graph, state.params)

@@ -75,12 +75,21 @@ def test_the_best_scales_of_outputs_are_found(setting):
 def test_a_stage_is_made_once_and_written_as_a_table(setting, monkeypatch, tmp_path):
     monkeypatch.setattr(expressive_power, "RESULTS", tmp_path / "results" / "power.jsonl")
     monkeypatch.setattr(expressive_power, "RANKS", (1, 2))
-    expressive_power.run_layer(setting, Results(), (), 2)
-    Results().write_tables()
+    settings = {"stage": "layer", "model": "tiny", "target": TARGET}
+    expressive_power.run_layer(setting, Results(settings), (), 2)
+    expressive_power.write_tables()
     path = tmp_path / "results" / "power.md"
-    assert "## layer, teacher: noise of full rank" in path.read_text()
+    assert f"## layer, tiny, {TARGET}; teacher: noise of full rank" in path.read_text()
     assert "| rank | lora | flora | hira | ia3 |" in path.read_text()
     again = []
-    monkeypatch.setattr(expressive_power, "fitted", lambda *given: again.append(given))
-    expressive_power.run_layer(setting, Results(), (), 2)
+
+    def fitted(student, W_IO, wanted_IO):
+        again.append(student)
+        return wanted_IO
+
+    monkeypatch.setattr(expressive_power, "fitted", fitted)
+    expressive_power.run_layer(setting, Results(settings), (), 2)
     assert not again
+    # Another model's are others.
+    expressive_power.run_layer(setting, Results(settings | {"model": "large"}), (), 2)
+    assert again

@@ -8,6 +8,7 @@ import json
 import lzma
 import re
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -188,7 +189,7 @@ def test_a_run_that_is_extended_before_its_rate_falls_is_the_longer_run(pretrain
             if steps == 10:  # Stopped where the rate is about to fall.
                 pretrain.keep_recipe(recipe, output)
                 held = pretrain.Pretraining(recipe, output, 2)
-                held.run(10, pretrain.LoopOptions(steps=recipe.decay), last=False)
+                held.run(10, pretrain.LoopOptions(steps=recipe.decay))
             else:
                 pretrain.main([tmp_path], output, steps=steps, learning_rate=1e-2,
                               other_bytes=10**6, **shared)  # fmt: skip
@@ -197,7 +198,23 @@ def test_a_run_that_is_extended_before_its_rate_falls_is_the_longer_run(pretrain
     assert losses["extended"] == losses["straight"]
 
 
-def test_a_run_of_seconds_has_the_steps_that_fit(pretrain, tmp_path, capsys, monkeypatch):
+def test_the_steps_of_a_time_leave_room_for_what_stands_beside_them(pretrain, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(pretrain.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pretrain, "TRIAL", 4)
+
+    def run(steps, options, folder):
+        # Half a minute of compiling and evaluating, then a tenth of a second for each step.
+        now[0] += 30 + options.steps * 0.1
+        lines = [{"tokens_per_second": speed} for speed in (2.0, 640.0)]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    held = types.SimpleNamespace(recipe=types.SimpleNamespace(rows=2), length=32, run=run)
+    found = pretrain.steps_within(held, 100.0)
+    np.testing.assert_allclose(now[0] + 30 + found * 0.1, 100.0, atol=0.1)
+
+
+def test_a_run_of_seconds_plans_its_steps_once(pretrain, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pretrain, "TRIAL", 4)
     (tmp_path / "one.py").write_text("def f(x):\n    return x\n" * 200)
     (tmp_path / "two.py").write_text("def g(y):\n    return y + 1\n" * 200)
@@ -209,12 +226,22 @@ def test_a_run_of_seconds_has_the_steps_that_fit(pretrain, tmp_path, capsys, mon
         "dtype": "bfloat16",
         "optimizer": "adamw",
     }
-    pretrain.main([tmp_path], output, seconds=1e-3, **few)
-    assert "8 steps fit 0.001 seconds" in capsys.readouterr().out
-    assert json.loads((output / "recipe.json").read_text())["steps"] == 8
-    assert json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 8
-    with pytest.raises(InputError, match="a run is there already"):
+    planned = pretrain.steps_within
+    # Killed in the trial.
+    monkeypatch.setattr(pretrain, "steps_within", lambda run, seconds: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
         pretrain.main([tmp_path], output, seconds=1e-3, **few)
+    monkeypatch.setattr(pretrain, "steps_within", planned)
+    pretrain.main([tmp_path], output, seconds=1e-3, **few)
+    assert "4 steps fit 0.001 seconds" in capsys.readouterr().out
+    assert json.loads((output / "recipe.json").read_text())["steps"] == 4
+    assert json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
+    # Done: the same command finds its plan.
+    monkeypatch.setattr(pretrain, "steps_within", lambda run, seconds: 1 / 0)
+    pretrain.main([tmp_path], output, seconds=1e-3, **few)
+    assert json.loads((output / "recipe.json").read_text())["steps"] == 4
+    with pytest.raises(InputError, match=r"recipe\.json: pieces was 300, now 310"):
+        pretrain.main([tmp_path], output, seconds=1e-3, **few | {"pieces": 310})
     for wrong, match in (
         ({"shape": "6-256"}, "--shape is '6-256', expected LAYERSxWIDTH"),
         ({"optimizer": "sgd"}, "--optimizer is 'sgd', expected one of adamw, muon"),

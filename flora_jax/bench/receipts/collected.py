@@ -52,14 +52,32 @@ def find(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
     Raises:
         InputError: a line that is no JSON object.
     """
-    wanted = json.loads(json.dumps(dict(key)))
     here = _place(machine.describe()), _code({"versions": machine.versions()})
-    for line in reversed(read_lines(path)):
-        if (_place(line.get("machine")), _code(line)) == here and all(
-            name in line and line[name] == value for name, value in wanted.items()
-        ):
+    for line in reversed(_with(path, key)):
+        if (_place(line.get("machine")), _code(line)) == here:
             return line
     return None
+
+
+def made(path: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The last line with these values, whatever machine and code it is of: for what is no time.
+
+    The key has everything that decides a result.
+
+    Raises:
+        InputError: a line that is no JSON object.
+    """
+    found = _with(path, key)
+    return found[-1] if found else None
+
+
+def _with(path: Path, key: Mapping[str, Any]) -> list[dict[str, Any]]:
+    wanted = json.loads(json.dumps(dict(key)))
+    return [
+        line
+        for line in read_lines(path)
+        if all(name in line and line[name] == value for name, value in wanted.items())
+    ]
 
 
 def by_preset(lines: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -113,6 +131,7 @@ def append_line(path: Path, key: Mapping[str, Any], result: Mapping[str, Any]) -
         ValueError: a number that is not finite.
     """
     line = dict(key) | machine.receipt() | dict(result)
+    path.parent.mkdir(parents=True, exist_ok=True)
     old = path.read_text(encoding="utf-8") if path.exists() else ""
     with whole_file(path) as file:
         file.write(old + json.dumps(line, allow_nan=False) + "\n")

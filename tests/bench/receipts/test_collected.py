@@ -9,6 +9,7 @@ from flora_jax.bench.receipts.collected import (
     append_line,
     by_preset,
     find,
+    made,
     read_lines,
     run_presets,
 )
@@ -61,6 +62,11 @@ def test_a_line_of_another_commit_is_another_line(tmp_path, monkeypatch):
         assert find(path, key) is None
         append_line(path, key, {"value": number})
         assert find(path, key)["value"] == number
+    # What is no time is found all the same.
+    monkeypatch.setattr(machine, "versions", lambda: {"flora_jax": "0.1", "commit": "c" * 40})
+    assert find(path, key) is None
+    assert made(path, key)["value"] == 3
+    assert made(path, {"preset": "q"}) is None
     groups = by_preset(read_lines(path))
     assert list(groups) == [f"p, commit {c}" for c in ("a" * 12, "b" * 12, "b" * 12 + "+", "0.1")]
 
