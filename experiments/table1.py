@@ -35,13 +35,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flora_jax.checkpoints import open_checkpoint
 from flora_jax.checkpoints.digest import model_digest
 from flora_jax.checkpoints.sources import resolve
 from flora_jax.cli.common import dtype_of, prepare_jax
-from flora_jax.errors import InputError, RunError
+from flora_jax.errors import InputError, RunError, listing
 from flora_jax.evaluate.completions import Generation, Sampling, Store
 from flora_jax.evaluate.doctor import examine
 from flora_jax.evaluate.execution import Runner
+from flora_jax.evaluate.languages import select
 from flora_jax.evaluate.local import Job, Local
 from flora_jax.evaluate.multipl_e import evaluate
 from flora_jax.evaluate.problems import STOP_TOKENS, Problem, first, read_problems, with_stop_tokens
@@ -165,6 +167,23 @@ def _by_place(problems: list[Problem]) -> list[Problem]:
     return [problem for _, problem in sorted(placed, key=lambda one: one[0])]
 
 
+def runnable(asked: str) -> tuple[list[str], list[str]]:
+    """The languages of ``--language``, comma-separated: those with a toolchain, and the others.
+
+    Raises:
+        InputError: a name that is no language, or none of them has a toolchain.
+    """
+    names = select(asked.split(","))
+    report = examine(Sandbox())
+    ready = {one.language for one in report.findings if one.state == "ready"}
+    languages = [name for name in names if name in ready]
+    if not languages:
+        why = [report.trouble] if report.trouble else []
+        why += [one.advice for one in report.findings if one.language in names and one.advice]
+        raise InputError(listing(f"--language is {asked}, none of it can be run here", why))
+    return languages, [name for name in names if name not in ready]
+
+
 def run(generations: Mapping[str, list[Generation]], output: Path) -> None:
     """Runs the programs of every method."""
     started = time.monotonic()
@@ -200,10 +219,7 @@ def main() -> None:
     preset, output = PRESETS[arguments.preset], arguments.output
     if preset.model != "mini" and arguments.data is None:
         parser.error("--data is missing, expected a directory of LANGUAGE.train.jsonl.gz")
-    asked = arguments.language.split(",")
-    states = {one.language: one.state for one in examine(Sandbox()).findings}
-    languages = [name for name in asked if states.get(name) == "ready"]
-    left_out = [name for name in asked if name not in languages]
+    languages, left_out = runnable(arguments.language)
     if left_out:
         print(f"left out, no toolchain: {', '.join(left_out)}", flush=True)
     problems = with_stop_tokens(
@@ -233,9 +249,10 @@ def run_stages(
         f"{'hub' if arguments.problems == 'hub' else 'DIR'} --output {output}{limit}",
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "stop tokens": f"{arguments.stop_tokens}: {_stops(problems)}",
+        "parameters": f"{open_checkpoint(resolve(preset.model)).describe().parameters:,}",
         "left out": ", ".join(left_out) or "nothing",
         "seconds": json.loads((output / "seconds.json").read_text(encoding="utf-8")),
-        "empty completions under the base, %": _empty(generations["base"]),
+        "empty completions under the base, %": empty(generations["base"]),
         "programs run": sum(1 for _ in (output / "executions.jsonl").open()),
         "empty for want of context": sum(
             not any(one.completions)
@@ -252,7 +269,7 @@ def _stops(problems: list[Problem]) -> str:
     return "; ".join(f"{name} {[*stops]}" for name, stops in found.items())
 
 
-def _empty(generations: list[Generation]) -> dict[str, float]:
+def empty(generations: list[Generation]) -> dict[str, float]:
     """By language the share of completions that a stop token ended at once."""
     texts: dict[str, list[str]] = {}
     for one in generations:

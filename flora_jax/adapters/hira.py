@@ -110,23 +110,32 @@ def of_components(components: Components, weight: WeightOf) -> HiRA:
     constant, pre_RI, post_RO = constant_part(components)
     rest = np.float32(constant - 1.0)
     if abs(rest) > ROUNDING or not len(pre_RI):
-        pre_RI, post_RO = _plus(rest, pre_RI.copy(), post_RO.copy())
+        pre_RI, post_RO = _plus(rest, pre_RI, post_RO)
     return HiRA(jnp.asarray(pre_RI), jnp.asarray(post_RO))
 
 
 def _plus(
     constant: np.float32, pre_RI: np.ndarray, post_RO: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs of ``Σ_r pre_r post_rᵀ + constant``."""
-    for own_RX, other_RX in ((pre_RI, post_RO), (post_RO, pre_RI)):
-        found = np.flatnonzero((np.ptp(other_RX, axis=1) == 0) & (other_RX[:, 0] != 0))
-        if len(found):
-            own_RX[found[0]] += constant / other_RX[found[0], 0]
-            return pre_RI, post_RO
-    return (
-        np.concatenate([pre_RI, constant * ones(1, pre_RI.shape[1])]),
-        np.concatenate([post_RO, ones(1, post_RO.shape[1])]),
-    )
+    """Pairs of ``Σ_r pre_r post_rᵀ + constant``; what is given stays as it is."""
+    flat_posts, flat_pres = _flat(post_RO), _flat(pre_RI)
+    if len(flat_posts):
+        r = flat_posts[0]
+        pre_RI = pre_RI.copy()
+        pre_RI[r] += constant / post_RO[r, 0]
+    elif len(flat_pres):
+        r = flat_pres[0]
+        post_RO = post_RO.copy()
+        post_RO[r] += constant / pre_RI[r, 0]
+    else:
+        pre_RI = np.concatenate([pre_RI, constant * ones(1, pre_RI.shape[1])])
+        post_RO = np.concatenate([post_RO, ones(1, post_RO.shape[1])])
+    return pre_RI, post_RO
+
+
+def _flat(side_RX: np.ndarray) -> np.ndarray:
+    """The components whose side is one number other than zero everywhere: their indices."""
+    return np.flatnonzero((np.ptp(side_RX, axis=1) == 0) & (side_RX[:, 0] != 0))
 
 
 def nearest(

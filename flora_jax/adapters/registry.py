@@ -41,6 +41,7 @@ class Traits(NamedTuple):
         options: see :class:`Option`.
         fixed_rank: the only rank there is.
         scales_bias: whether an adapter on a projection's output scales the bias as well.
+        from_others: whether an adapter of another kind can become one, see :func:`convertible`.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Traits(NamedTuple):
     options: tuple[Option, ...] = ()
     fixed_rank: int | None = None
     scales_bias: bool = False
+    from_others: bool = True
 
     def rank(self, wanted: int) -> int:
         """The rank that an adapter of this kind gets where ``wanted`` is asked for of all kinds."""
@@ -76,11 +78,16 @@ TRAITS: Mapping[str, Traits] = {
     for traits in (
         Traits("lora", lambda rank: (1, rank), 1e-4, (_ALPHA, _DROPOUT)),
         Traits("flora", lambda rank: (rank, 0), 8e-3, (_INIT, _REDUCTION)),
-        Traits("ia3", lambda rank: (1, 0), 5e-3, fixed_rank=1, scales_bias=True),
+        Traits("ia3", lambda rank: (1, 0), 5e-3, fixed_rank=1, scales_bias=True, from_others=False),
         Traits("hira", lambda rank: (rank + 1, 0), 8e-3),
         Traits("dora", lambda rank: (1, rank), 1e-4, (_ALPHA, _DROPOUT)),
     )
 }
+
+
+def convertible() -> tuple[str, ...]:
+    """The names of the kinds that adapters of others can become."""
+    return tuple(traits.name for traits in TRAITS.values() if traits.from_others)
 
 
 def owners(option: str) -> tuple[str, ...]:

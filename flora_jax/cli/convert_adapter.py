@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from flora_jax.adapters.registry import convertible
 from flora_jax.cli.common import MODEL_HELP, cache_directory, prepare_jax, say
 from flora_jax.cli.options import takes
 from flora_jax.errors import InputError
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from flora_jax.models.model import Model
     from flora_jax.peft.convert import Converted
 
-Kind = Literal["flora", "lora", "hira", "dora"]
 # Options that only text gives a meaning.
 _OF_TEXT = ("steps", "learning_rate", "batch_size", "seq_len", "text_column")
 
@@ -32,7 +32,7 @@ class ConvertCommand:
         str, typer.Argument(metavar="ADAPTER", help="A folder, or a shipped adapter.")
     ]
     base: Annotated[str, typer.Option(metavar="MODEL", help=f"Of the adapter. {MODEL_HELP}")]
-    to: Annotated[Kind, typer.Option(help="The kind to make.")]
+    to: Annotated[str, typer.Option(help=f"The kind to make: {', '.join(convertible())}.")]
     output: Annotated[Path, typer.Option(help="A directory that is new or empty.")]
     rank: Annotated[
         int | None, typer.Option(min=1, help="At most. Default: the exact one, else ADAPTER's.")
@@ -79,6 +79,8 @@ def convert_adapter(command: ConvertCommand) -> None:
     Errors are those of the adapted weights, relative to how far the adapter moves them; with data also
     what the converted adapter predicts of text that is held out.
     """
+    if command.to not in convertible():
+        raise InputError(f"--to is {command.to!r}, expected one of {', '.join(convertible())}")
     given = [name for name in _OF_TEXT if getattr(command, name) is not None]
     if command.data is None and given:
         raise InputError(f"--{given[0].replace('_', '-')} belongs to --data, which is not given")

@@ -78,13 +78,20 @@ def table(
 ) -> None:
     """Puts several evaluations into one table, with failures by class, and a bar chart."""
     from flora_jax.evaluate import tables
-    from flora_jax.evaluate.results import KS, check_same_problems, read_results, summarise
+    from flora_jax.evaluate.results import (
+        KS,
+        check_same_problems,
+        check_same_stops,
+        read_results,
+        summarise,
+    )
 
     if k not in KS:
         raise InputError(f"-k is {k}, expected one of {', '.join(map(str, KS))}")
     require_new(output, tables.FILES if overwrite else ())
     named = named_paths(results, "NAME=DIR", "NAME=DIR")
     read = {name: read_results(path) for name, path in named.items()}
+    check_same_stops(named.values())
     cells = tables.table({name: summarise(own) for name, own in read.items()}, k, base)
     if base is not None:
         check_same_problems(read, base)
@@ -105,12 +112,14 @@ def compare(
     """Compares two evaluations problem by problem, with a 95 % interval of the difference."""
     from dataclasses import asdict
 
-    from flora_jax.evaluate.results import compare_results, read_results
+    from flora_jax.evaluate.results import check_same_stops, compare_results, read_results
     from flora_jax.evaluate.tables import comparison_markdown
 
     if output is not None:
         require_file(output, overwrite)
-    compared = compare_results(read_results(first), read_results(second), k, seed)
+    read = read_results(first), read_results(second)
+    check_same_stops((first, second))
+    compared = compare_results(*read, k, seed)
     if output is not None:
         with whole_file(output) as file:
             json.dump({name: asdict(one) for name, one in compared.items()}, file, indent=1)

@@ -110,8 +110,13 @@ def multipl_e(
     the model's files are hashed at every start, 1 to 2 GB/s on each core.
     """
     from flora_jax.evaluate.languages import LANGUAGES, select
+    from flora_jax.evaluate.problems import STOP_TOKENS
     from flora_jax.sandbox.sandbox import Sandbox
 
+    if stop_tokens is not None and stop_tokens not in STOP_TOKENS:
+        raise InputError(
+            f"--stop-tokens is {stop_tokens!r}, expected one of {', '.join(STOP_TOKENS)}"
+        )
     for name, number in (("workers", workers), ("limit", limit)):
         if number is not None and number < 1:
             raise InputError(f"--{name} is {number}, expected 1 or more")
@@ -146,7 +151,7 @@ def multipl_e(
         _exclude(_as_options(engine), "--server")
     generating = Generating(
         model, server, engine, tuple(adapter or ()), problems, chosen or tuple(LANGUAGES), limit,
-        stop_tokens or "given",
+        "given" if stop_tokens is None else stop_tokens,
         {name: value for name, value in sampling.items() if value is not None} | {"seed": seed},
     )  # fmt: skip
     with _claimed(output):

@@ -31,6 +31,8 @@ _SEARCH_STEPS = 60
 _OF_THE_RUN = ("output", "resume", "steps", "warmup_steps")
 _RATES = ", ".join(f"{kind} {traits.learning_rate:g}" for kind, traits in TRAITS.items())
 _MEETING = ("coordinator", "num_processes", "process_id")
+# Of the command line what is no part of a run's options: where and how, not what.
+_BESIDE = ("config", "output", "resume", "find_rate", "rates", *_MEETING)
 
 
 def _own(name: str, default: str) -> str:
@@ -151,46 +153,62 @@ class TrainCommand:
         ),
     ] = None
 
-    def values(self) -> dict[str, Any]:
-        """What is given, by the name of its option."""
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in given.items() if value is not None}
+    def options(self) -> dict[str, Any]:
+        """What is given of ``TrainOptions``, by the name of its field."""
+        names = [field.name for field in dataclasses.fields(self) if field.name not in _BESIDE]
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        for name in ("data", "validation"):
+            if name in given:
+                # As written: "./a/b" is a directory and "a/b" may be a data set of the hub.
+                given[name] = named_values(given[name], name)
+        return given
+
+    def meeting(self) -> dict[str, Any]:
+        """Where several processes meet; ``None`` is what is not given."""
+        return {name: getattr(self, name) for name in _MEETING}
 
 
 @takes(TrainCommand)
 def train(command: TrainCommand) -> None:
     """Fine-tunes adapters on a frozen base, any number of them in one run."""
-    from flora_jax.train.options import make_options, read_file
+    (_find_rate if command.find_rate else _train)(command)
 
-    given = command.values()
-    config = given.pop("config", None)
-    finding, rates = given.pop("find_rate"), given.pop("rates", None)
-    meeting = [given.pop(name, None) for name in _MEETING]
-    if not command.resume:
-        del given["resume"]  # Its absence wishes nothing: a file may ask for it.
-    for name in ("data", "validation"):
-        if name in given:
-            # As written: "./a/b" is a directory and "a/b" may be a data set of the hub.
-            given[name] = named_values(given[name], name)
-    values: dict[str, Any] = {} if config is None else read_file(config)
-    if finding:
-        values = {name: value for name, value in values.items() if name not in _OF_THE_RUN}
-        values["steps"] = _SEARCH_STEPS
-    origins = {} if config is None else {name: config for name in values if name not in given}
-    values |= given
-    # Where, not what: no part of a run's options.
+
+def _options(command: TrainCommand, file: dict[str, Any]) -> TrainOptions:
+    """The run's options: those of the command line, else those of its file.
+
+    Raises:
+        InputError: an option that is wrong, unknown or missing; names the file where that has it.
+    """
+    from flora_jax.train.options import make_options
+
+    given = command.options()
+    config = command.config
+    origins = {} if config is None else {name: config for name in file if name not in given}
+    return make_options(file | given, origins)
+
+
+def _file(command: TrainCommand) -> dict[str, Any]:
+    """What the file of options says, if there is one, by the name of the option."""
+    from flora_jax.train.options import read_file
+
+    values = {} if command.config is None else read_file(command.config)
+    # A file in a file is not read.
     values.pop("config", None)
-    place, again = values.pop("output", None), values.pop("resume", False)
-    options = make_options(values, origins)
-    if finding:
-        alone = {"resume": again or None} | dict(zip(_MEETING, meeting, strict=True))
-        for name, value in alone.items():
-            if value is not None:
-                raise InputError(f"{name} is {value}, expected none with --find-rate")
-        _find_rate(options, rates, place)
-        return
-    if rates is not None:
-        raise InputError(f"rates is {rates!r}, expected none without --find-rate")
+    return values
+
+
+def _train(command: TrainCommand) -> None:
+    """Trains, and says where each adapter is."""
+    file, config = _file(command), command.config
+    place, again = file.pop("output", None), file.pop("resume", False)
+    if command.output is not None:
+        place = command.output
+    if command.resume:  # Its absence wishes nothing: a file may ask for it.
+        again = True
+    options = _options(command, file)
+    if command.rates is not None:
+        raise InputError(f"rates is {command.rates!r}, expected none without --find-rate")
     if place is None:
         raise InputError("output is missing, expected --output DIR")
     if not isinstance(place, (str, Path)):
@@ -204,7 +222,7 @@ def train(command: TrainCommand) -> None:
 
     with on_signals() as interrupt:
         prepare_jax()
-        join(*meeting)
+        join(*command.meeting().values())
         from flora_jax.train.run import train as run
 
         try:
@@ -219,15 +237,22 @@ def train(command: TrainCommand) -> None:
         say(f"{name} -> {folder}")
 
 
-def _find_rate(options: TrainOptions, rates: str | None, output: Path | None) -> None:
-    """Prints how well each rate did, and writes it to ``output``, a new file.
+def _find_rate(command: TrainCommand) -> None:
+    """Prints how well each rate did, and writes it to ``--output``, a new file.
 
     Raises:
-        InputError: see :func:`flora_jax.train.find_rate.find_rate`; or ``output`` cannot be written.
+        InputError: see :func:`flora_jax.train.find_rate.find_rate`; an option that a search does not
+            take; or ``--output`` cannot be written.
         RunError: no rate did well.
     """
+    file = {name: value for name, value in _file(command).items() if name not in _OF_THE_RUN}
+    options = _options(command, {**file, "steps": _SEARCH_STEPS})
+    for name, value in ({"resume": command.resume or None} | command.meeting()).items():
+        if value is not None:
+            raise InputError(f"{name} is {value}, expected none with --find-rate")
     from flora_jax.train.options import parse_rates
 
+    rates, output = command.rates, command.output
     wanted = None if rates is None else parse_rates(rates)
     if output is not None:
         if output.suffix != ".json" or output.exists():

@@ -21,12 +21,12 @@ from flora_jax.evaluate import toolchains
 from flora_jax.evaluate.completions import GENERATIONS, PARTIAL, SETTINGS, Generation
 from flora_jax.evaluate.execution import Memory, Progress, Runner, Task, cores
 from flora_jax.evaluate.languages import LANGUAGES, limits
-from flora_jax.evaluate.results import Result, summarise
+from flora_jax.evaluate.results import RESULTS, RUN, Result, summarise
 from flora_jax.files import directory_lock, entries, is_part, whole_file
 from flora_jax.jsonl import Journal
 from flora_jax.sandbox.sandbox import Sandbox
 
-EXECUTIONS, RESULTS, SUMMARY, RUN = "executions.jsonl", "results.jsonl", "summary.json", "run.json"
+EXECUTIONS, SUMMARY = "executions.jsonl", "summary.json"
 _OURS = {EXECUTIONS, RESULTS, SUMMARY, RUN, GENERATIONS, PARTIAL, SETTINGS}
 
 

@@ -13,8 +13,9 @@ from typing import Any
 from flora_jax.errors import InputError, listing
 from flora_jax.evaluate import pass_at_k as metric
 from flora_jax.evaluate.languages import OK, check_status
-from flora_jax.jsonl import read_objects, text, texts
+from flora_jax.jsonl import kind_of, parse_object, read_objects, text, texts
 
+RESULTS, RUN = "results.jsonl", "run.json"
 KS = (1, 10, 100)
 
 
@@ -43,7 +44,7 @@ def read_results(path: Path) -> list[Result]:
     Raises:
         InputError: no such file, a line that is no result, or a problem twice.
     """
-    file = path / "results.jsonl" if path.is_dir() else path
+    file = path / RESULTS if path.is_dir() else path
     found: list[Result] = []
     known: set[tuple[str, str]] = set()
     for where, raw in read_objects(file):
@@ -121,6 +122,57 @@ def check_same_problems(results: Mapping[str, Sequence[Result]], base: str) -> N
             if alone:
                 said = f"{base} and {method} have not the same problems in {language}"
                 raise InputError(listing(said, alone, 5))
+
+
+def check_same_stops(paths: Iterable[Path]) -> None:
+    """Whether several evaluations cut a language's completions by the same stop tokens.
+
+    A run that does not say by which is passed over: an older one, or one of another program's
+    generations; and so is a file of results that has been moved elsewhere.
+
+    Args:
+        paths: as :func:`read_results` takes them; ``run.json`` beside the results has the lists.
+
+    Raises:
+        InputError: two differ in a language that both have, or a ``run.json`` is damaged.
+    """
+    known: dict[str, tuple[Path, list[tuple[str, ...]]]] = {}
+    for path in paths:
+        file = (path if path.is_dir() else path.parent) / RUN
+        if not (path.is_dir() or path.name == RESULTS) or not file.is_file():
+            continue
+        for language, lists in _stops(file).items():
+            first, had = known.setdefault(language, (file, lists))
+            if {*map(frozenset, had)} != {*map(frozenset, lists)}:
+                raise InputError(
+                    f"{file}: completions in {language} were cut at {_said(lists)}, those of {first} at "
+                    f"{_said(had)}, expected the same stop tokens"
+                )
+
+
+def _stops(file: Path) -> dict[str, list[tuple[str, ...]]]:
+    """By language the lists of a ``run.json``, as far as it has them."""
+    try:
+        found = parse_object(file.read_bytes()).get("stop_tokens", {})
+    except ValueError as error:
+        raise InputError(f"{file}: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{file}: stop_tokens is {kind_of(found)}, expected an object")
+    lists = {}
+    for language, raw in found.items():
+        if not isinstance(raw, list):
+            raise InputError(
+                f"{file}: stop_tokens of {language} is {kind_of(raw)}, expected a list"
+            )
+        own = [texts({language: one}, language, f"{file}, stop_tokens") for one in raw]
+        # Generations of another program come without.
+        if all(own):
+            lists[language] = own
+    return lists
+
+
+def _said(lists: Iterable[Iterable[str]]) -> str:
+    return " or ".join(str([*one]) for one in lists)
 
 
 def _names(results: Iterable[Result]) -> set[str]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from flora_jax.adapters.kind import KINDS, kind_of
 from flora_jax.adapters.model_adapter import ModelAdapter, WeightsOf
+from flora_jax.adapters.registry import convertible
 from flora_jax.errors import InputError
 from flora_jax.peft.format import FORMATS
 from flora_jax.terminal import progress
@@ -52,11 +53,19 @@ class Difference(NamedTuple):
 
 
 class Converted(NamedTuple):
-    """The adapter, what is different by projection, and the projections of which nothing is."""
+    """An adapter as one of another kind.
+
+    Args:
+        adapter: what was made.
+        differences: what is different, by projection.
+        exact: the projections of which nothing is.
+        moments: what differences are weighted with; ``None`` where none were asked for or given.
+    """
 
     adapter: ModelAdapter
     differences: Mapping[Module, Difference]
     exact: frozenset[Module]
+    moments: Moments | None = None
 
     @property
     def total(self) -> float:
@@ -64,11 +73,6 @@ class Converted(NamedTuple):
         squares = [(one.change, one.change * one.weight) for one in self.differences.values()]
         changed = sum(change**2 for change, _ in squares)
         return math.sqrt(sum(left**2 for _, left in squares) / changed) if changed else 0.0
-
-
-def convertible() -> tuple[str, ...]:
-    """The kinds that others can become."""
-    return tuple(name for name, kind in KINDS.items() if kind.of_components is not None)
 
 
 def convert(
@@ -89,7 +93,7 @@ def convert(
 
     Args:
         adapter: of another kind, or of the same where its rank is to be smaller.
-        to: one of :func:`convertible`.
+        to: one of :func:`.registry.convertible`.
         base: what it stands on.
         rank: at most; ``None`` is what the exact conversion has, and the adapter's own elsewhere.
         approximate: whether it may differ.
@@ -106,19 +110,20 @@ def convert(
     wanted = _Wanted(to, base, rank, approximate, seed)
     modules = modules_of(adapter)
     exactly = {module: wanted.exactly(params, module) for module, params in modules.items()}
-    exact = frozenset(module for module, (_, why) in exactly.items() if why is None)
-    own = moments() if moments is not None and len(exact) < len(modules) else None
+    exact = frozenset(module for module, own in exactly.items() if own.lacks is None)
+    taken = moments() if moments is not None and len(exact) < len(modules) else None
     layers: list[dict[str, Any]] = [{} for _ in adapter.layers]
     differences = {}
     with progress("projections", len(modules)) as bar:
         for module, params in modules.items():
-            found, differences[module] = wanted.of(params, module, exactly.pop(module)[0], own)
+            same = exactly.pop(module).params
+            found, differences[module] = wanted.of(params, module, same, taken)
             layer, target = module
             layers[layer][target] = found
             bar.advance()
     kept = {name: adapter.settings[name] for name in FORMATS[to].kept if name in adapter.settings}
     made = ModelAdapter(to, tuple(layers), kept, projections=adapter.projections)
-    return Converted(made, differences, exact)
+    return Converted(made, differences, exact, taken)
 
 
 def modules_of(adapter: ModelAdapter) -> dict[Module, Any]:
@@ -144,6 +149,18 @@ def differences(
     return found
 
 
+class _Exactly(NamedTuple):
+    """What a kind has with the same weight as a projection's adapter.
+
+    Args:
+        params: factors of that weight; ``None`` where there are none.
+        lacks: what is not the same, the bias where there are factors; ``None`` where nothing is.
+    """
+
+    params: Any | None
+    lacks: str | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
     """What a projection's factors are to become; the arguments of :func:`convert`."""
@@ -154,22 +171,22 @@ class _Wanted:
     approximate: bool
     seed: int
 
-    def exactly(self, params: Any, module: Module) -> tuple[Any | None, str | None]:
-        """Factors with the same weight, if any, and why something is not the same all the same.
+    def exactly(self, params: Any, module: Module) -> _Exactly:
+        """What there is of the same weight.
 
         Raises:
             InputError: something is not the same, and it may not differ.
         """
-        found, why = self._of_components(params, module)
-        if why is not None and not self.approximate:
+        found = self._of_components(params, module)
+        if found.lacks is not None and not self.approximate:
             layer, target = module
             raise InputError(
-                f"layer {layer} {target}: no {self.to} is the same: {why}; "
+                f"layer {layer} {target}: no {self.to} is the same: {found.lacks}; "
                 "the nearest can be asked for (approximate)"
             )
-        return found, why
+        return found
 
-    def _of_components(self, params: Any, module: Module) -> tuple[Any | None, str | None]:
+    def _of_components(self, params: Any, module: Module) -> _Exactly:
         kind = KINDS[self.to]
         assert kind.of_components is not None
         weight = partial(self.base.weights, *module)
@@ -179,29 +196,31 @@ class _Wanted:
         try:
             found = kind.of_components(components, weight)
         except ValueError as error:
-            return None, str(error)
+            return _Exactly(None, str(error))
         if self.rank is not None and kind.rank(found) > self.rank:
-            return None, f"that has rank {kind.rank(found)}, at most {self.rank} is asked for"
+            rank = kind.rank(found)
+            return _Exactly(None, f"that has rank {rank}, at most {self.rank} is asked for")
         has_bias = self.base.biases(*module) is not None
         if has_bias and components.bias_scale_O is not None and not kind.traits.scales_bias:
-            return found, f"it scales the bias, and a {self.to} leaves it"
-        return found, None
+            return _Exactly(found, f"it scales the bias, and a {self.to} leaves it")
+        return _Exactly(found)
 
     def of(
-        self, params: Any, module: Module, found: Any | None, moments: Moments | None
+        self, params: Any, module: Module, same: Any | None, moments: Moments | None
     ) -> tuple[Any, Difference]:
-        """``found``, or the nearest where there is none, and what then is different."""
+        """``same``, or the nearest where there are no such factors, and what then is different."""
         W_IO, bias_O = _wide(self.base, module)
         wanted = kind_of(params).merge(params, W_IO, bias_O)
         moments_I = None if moments is None else moments[module]
-        if found is None:
+        made = same
+        if made is None:
             kind = KINDS[self.to]
             assert kind.nearest is not None
             rank = kind_of(params).rank(params) if self.rank is None else self.rank
             key = jax.random.fold_in(jax.random.key(self.seed), module[0])
             weights_I = jnp.ones(len(W_IO)) if moments_I is None else moments_I
-            found = kind.nearest(W_IO, wanted[0], rank, weights_I, key)
-        return found, _difference(found, wanted, W_IO, bias_O, moments_I)
+            made = kind.nearest(W_IO, wanted[0], rank, weights_I, key)
+        return made, _difference(made, wanted, W_IO, bias_O, moments_I)
 
 
 def _wide(base: Base, module: Module) -> tuple[jax.Array, jax.Array | None]:

@@ -104,6 +104,13 @@ class Start(NamedTuple):
     own: int | None
 
 
+class Withdrawn(NamedTuple):
+    """The part of a plan that a sequence was taken out of, and the ``key`` of its :class:`Start`."""
+
+    part: Literal["started", "swapped_in", "chunks"] | None
+    key: bytes | None = None
+
+
 @dataclasses.dataclass
 class Plan:
     """What one iteration does, in the order of the fields.
@@ -129,6 +136,21 @@ class Plan:
     swapped_out: list[tuple[Sequence, list[int]]] = dataclasses.field(default_factory=list)
     decode: Decode | None = None
     unread: bool = False
+
+    def withdraw(self, sequence: Sequence) -> Withdrawn:
+        """Undoes what was to be dispatched of a sequence before it decodes: one part at most has it."""
+        for start in self.started:
+            if start.sequence is sequence:
+                self.started.remove(start)
+                return Withdrawn("started", start.key)
+        if sequence in self.swapped_in:
+            self.swapped_in.remove(sequence)
+            return Withdrawn("swapped_in")
+        kept = [[c for c in chunks if c.sequence is not sequence] for chunks in self.chunks]
+        if kept == self.chunks:
+            return Withdrawn(None)
+        self.chunks = [chunks for chunks in kept if chunks]
+        return Withdrawn("chunks")
 
 
 class Scheduler:
@@ -443,24 +465,18 @@ class Scheduler:
         blocks = sequence.blocks[: self._blocks_for(sequence.cached)]
         self.running.remove(sequence)
         self._leave(sequence)
-        planned = any(chunk.sequence is sequence for chunks in plan.chunks for chunk in chunks)
-        started = [start for start in plan.started if start.sequence is sequence]
-        if started:  # Nothing of it is dispatched yet.
-            plan.started.remove(started[0])
-            assert sequence.keys is not None
-            sequence.keys = sequence.keys._replace(whole=started[0].key)
-            planned = True
-        elif planned:  # Nor here.
-            kept = [[c for c in chunks if c.sequence is not sequence] for chunks in plan.chunks]
-            plan.chunks = [chunks for chunks in kept if chunks]
-        if planned or sequence.stage == "prefill":
-            sequence.prefilled = sequence.drawn = 0
-        elif sequence in plan.swapped_in:
-            plan.swapped_in.remove(sequence)  # The host still has its copy.
-        else:
+        part, key = plan.withdraw(sequence)
+        if part == "swapped_in":
+            pass  # The host still has its copy.
+        elif part is None and sequence.stage == "decode":
             plan.swapped_out.append((sequence, blocks))
             if sequence.keys is not None:  # When it is back, nothing of its prefill is left.
                 sequence.keys = sequence.keys._replace(whole=None)
+        else:
+            sequence.prefilled = sequence.drawn = 0
+            if key is not None:  # Once more it is another's that it starts from.
+                assert sequence.keys is not None
+                sequence.keys = sequence.keys._replace(whole=key)
         sequence.stage = "swapped"
         self.swapped.append(sequence)
         self.swapped.sort(key=lambda s: s.number)

@@ -136,23 +136,21 @@ def convert_with_text(
     own = options.distil
     program = choose(StepOptions(), model.config, model.embedding.dtype, own.length, say)
     base = Base(model.weight, model.bias)
-    taken: list[Moments] = []
-
-    def moments() -> Moments:
-        taken.append(moments_of(model, adapter, text.training, own))
-        return taken[0]
-
     made = convert(
         adapter, options.to, base, rank=options.rank, approximate=options.approximate,
-        moments=moments, seed=own.seed,
+        moments=lambda: moments_of(model, adapter, text.training, own), seed=own.seed,
     )  # fmt: skip
     judge = Judge(model, adapter, text.held_out, text.piece_bytes, own, HELD_OUT_WINDOWS, program)
     quality = judge(made.adapter)
-    windows = min(MOMENT_WINDOWS, text.training.windows(own.length)) if taken else 0
-    if not taken or not own.steps:
-        return Taught(made, quality, None, 0, windows)
+    if made.moments is None:
+        return Taught(made, quality, None, steps=0, windows=0)
+    windows = min(MOMENT_WINDOWS, text.training.windows(own.length))
+    if not own.steps:
+        return Taught(made, quality, None, steps=0, windows=windows)
     student = distil(model, adapter, made.adapter, text.training, own, program, held=made.exact)
-    found = Converted(student, differences(adapter, student, base, taken[0]), made.exact)
+    found = made._replace(
+        adapter=student, differences=differences(adapter, student, base, made.moments)
+    )
     return Taught(found, judge(student), quality, own.steps, windows)
 
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -158,10 +156,8 @@ def distil(
         train_step, batch_at, tokens_per_batch=options.rows * options.length,
         describe=lambda measured: {name: value.item() for name, value in measured.items()},
     )  # fmt: skip
-    # Short enough to be begun anew: nothing of the run is kept.
-    loop = LoopOptions(options.steps, save_seconds=float("inf"))
-    with tempfile.TemporaryDirectory(prefix="flora-jax-") as directory:
-        state = run_loop(state, work, Path(directory), loop)
+    # Short enough to be begun anew: no directory, so that nothing of the run is kept.
+    state = run_loop(state, work, None, LoopOptions(options.steps))
     layers = tuple(
         {
             target: jax.tree.map(lambda leaf: leaf[0], {**held_layer, **own}[target])

@@ -75,7 +75,7 @@ class Work:
 def run_loop(
     state: TrainState,
     work: Work,
-    directory: Path,
+    directory: Path | None,
     options: LoopOptions,
     interrupt: Interrupt | None = None,
 ) -> TrainState:
@@ -90,7 +90,8 @@ def run_loop(
     Args:
         state: where to start without a checkpoint; donated.
         work: what is trained.
-        directory: of the run; made where it is missing.
+        directory: of the run; made where it is missing. With ``None`` nothing is kept: no checkpoint and
+            no line, whatever ``options`` and ``interrupt`` say.
         options: see there.
         interrupt: looked at between two steps; once it is set, the last step is saved.
 
@@ -101,6 +102,9 @@ def run_loop(
             saved, it names the first such step, and nothing of it is logged or saved.
     """
     interrupt = interrupt or Interrupt()
+    nowhere = Path(os.devnull)
+    if directory is None:
+        return _logged(state, work, options, None, nowhere, interrupt)
     directory.mkdir(parents=True, exist_ok=True)
     metrics = directory / METRICS
     manager = ocp.CheckpointManager(
@@ -115,10 +119,22 @@ def run_loop(
         if is_first():
             _cut_metrics(metrics, int(state.step))
         # The other processes of a run compute the same lines.
-        path = metrics if is_first() else Path(os.devnull)
-        with progress("step", options.steps, keep=True) as bar, path.open("a") as log:
-            bar.show(int(state.step), note="compiling")
-            return _Loop(work, options, manager, log, bar, interrupt).run(state)
+        path = metrics if is_first() else nowhere
+        return _logged(state, work, options, manager, path, interrupt)
+
+
+def _logged(
+    state: TrainState,
+    work: Work,
+    options: LoopOptions,
+    manager: ocp.CheckpointManager | None,
+    path: Path,
+    interrupt: Interrupt,
+) -> TrainState:
+    """The loop with its bar and its lines, which are added to the file ``path``."""
+    with progress("step", options.steps, keep=True) as bar, path.open("a") as log:
+        bar.show(int(state.step), note="compiling")
+        return _Loop(work, options, manager, log, bar, interrupt).run(state)
 
 
 def _restored(manager: ocp.CheckpointManager, state: TrainState, directory: Path) -> TrainState:
@@ -144,7 +160,7 @@ class _Loop:
         self,
         work: Work,
         options: LoopOptions,
-        manager: ocp.CheckpointManager,
+        manager: ocp.CheckpointManager | None,
         log: TextIO,
         bar: Bar,
         interrupt: Interrupt,
@@ -214,7 +230,8 @@ class _Loop:
         """Ends after ``done`` steps, all that is known of them written and saved."""
         if late is not None:
             self.report(*late, self.look(late[0]))
-        if done > start and self.manager.latest_step() != done:
+        newest = None if self.manager is None else self.manager.latest_step()
+        if done > start and newest != done:
             if self.unseen:
                 self.look(done)
             self.save(done, state)
@@ -248,7 +265,8 @@ class _Loop:
         self.log.flush()
 
     def save(self, done: int, state: TrainState) -> None:
-        self.manager.save(done, args=ocp.args.StandardSave(state))
+        if self.manager is not None:
+            self.manager.save(done, args=ocp.args.StandardSave(state))
         self.saved = time.monotonic()
 
 

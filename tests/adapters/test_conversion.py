@@ -8,8 +8,9 @@ import pytest
 from flora_jax.adapters import fits
 from flora_jax.adapters.kind import kind_of
 from flora_jax.adapters.model_adapter import ModelAdapter
+from flora_jax.adapters.registry import convertible
 from flora_jax.errors import InputError
-from flora_jax.peft.convert import Base, convert, convertible
+from flora_jax.peft.convert import Base, convert
 from tests.helpers.random_adapters import projections_of, random_projection
 
 I, O = 12, 18  # noqa: E741

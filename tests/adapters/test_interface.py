@@ -7,7 +7,7 @@ import pytest
 
 from flora_jax.adapters import KINDS, kind_of
 from flora_jax.adapters.model_adapter import abstract_adapter
-from flora_jax.adapters.registry import TRAITS
+from flora_jax.adapters.registry import TRAITS, convertible
 from flora_jax.peft.format import FORMATS
 from tests.helpers.random_adapters import projections_of
 
@@ -78,6 +78,12 @@ def test_words_that_are_no_question_are_left_alone():
         "KINDS = ('flora', 'lora')\nx = {'ia3': 1}.get(kind)\nif kind == 'none': pass\nLoRA(a, b)"
     )
     assert questions(source) == []
+
+
+def test_the_table_says_which_kinds_can_be_made_of_others():
+    assert convertible() == tuple(n for n, kind in KINDS.items() if kind.of_components is not None)
+    # What has no exact conversion for an adapter has the nearest.
+    assert convertible() == tuple(n for n, kind in KINDS.items() if kind.nearest is not None)
 
 
 @pytest.mark.parametrize("name", TRAITS)

@@ -103,7 +103,7 @@ def test_what_is_lost_of_a_bias_is_said(program, tmp_path):
     [
         (["nowhere", "--base", "mini", "--to", "flora"], "nowhere"),
         (["hira", "--base", "nowhere", "--to", "flora"], "nowhere"),
-        (["hira", "--base", "mini", "--to", "ia3"], "'ia3' is not one of"),
+        (["hira", "--base", "mini", "--to", "ia3"], "--to is 'ia3', expected one of lora, flora"),
         (["hira", "--base", "mini", "--to", "flora", "--rank", "0"], "rank"),
     ],
 )

@@ -24,7 +24,14 @@ from flora_jax.evaluate.completions import (
 )
 from flora_jax.evaluate.languages import select
 from flora_jax.evaluate.problems import Problem, read_problems, with_stop_tokens
-from flora_jax.evaluate.results import Result, check_same_problems, read_results, summarise
+from flora_jax.evaluate.results import (
+    Result,
+    check_same_problems,
+    check_same_stops,
+    read_results,
+    summarise,
+)
+from tests.helpers.program import program_in
 
 LINE = {"name": "one", "language": "pl", "prompt": "p", "tests": "t", "stop_tokens": ["\n\n"],
         "completions": ["c", "d"]}  # fmt: skip
@@ -139,6 +146,16 @@ def test_the_current_release_ends_no_body_of_lua_at_a_blank_line():
     assert cut == ["  local a = 1", "  local a = 1\n\n  return a\nend"]
     with pytest.raises(InputError, match="stop tokens are 'new', expected one of given, current"):
         with_stop_tokens(old, "new")
+
+
+@pytest.mark.parametrize("which", ["new", ""])
+def test_stop_tokens_of_no_known_kind_are_refused_before_anything_is_read(
+    tmp_path, monkeypatch, capsys, which
+):
+    run = program_in(tmp_path, monkeypatch, capsys, "evaluate", "multipl-e", "absent")
+    _, _, err = run("--problems", "absent", "--output", "runs", "--stop-tokens", which)
+    assert f"--stop-tokens is {which!r}, expected one of given, current" in err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_bad_problems_are_named(tmp_path):
@@ -353,6 +370,72 @@ def test_only_results_of_the_same_problems_are_relative_to_each_other():
     check_same_problems({"base": results(1, 2), "flora": other}, "base")
     with pytest.raises(InputError, match="base and flora have not the same problems in pl: p1"):
         check_same_problems({"base": results(1, 2), "flora": results(1)}, "base")
+
+
+def evaluated(directory, run):
+    """A directory of results with what its run.json says, if it has one."""
+    directory.mkdir()
+    text = "".join(json.dumps(one.to_dict()) + "\n" for one in results(1, 2))
+    (directory / "results.jsonl").write_text(text)
+    if run is not None:
+        (directory / "run.json").write_text(run if isinstance(run, str) else json.dumps(run))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        {"stop_tokens": {"pl": [["\nsub", "\n\n"]]}},
+        {"stop_tokens": {"pl": [["\n\n", "\nsub"]], "rb": [["\ndef"]]}},
+        {"stop_tokens": {"pl": [[]]}},
+        {"programs": 3},
+        None,
+    ],
+)
+def test_runs_cut_alike_or_at_what_nobody_knows_are_compared(tmp_path, run):
+    first = evaluated(tmp_path / "a", {"stop_tokens": {"pl": [["\nsub", "\n\n"]]}})
+    check_same_stops([first, evaluated(tmp_path / "b", run)])
+
+
+def test_only_completions_cut_at_the_same_stop_tokens_are_compared(tmp_path, monkeypatch, capsys):
+    first = evaluated(tmp_path / "a", {"stop_tokens": {"pl": [["\nsub", "\n\n"]]}})
+    second = evaluated(tmp_path / "b", {"stop_tokens": {"pl": [["\nsub"]]}})
+    message = (
+        f"{second}/run.json: completions in pl were cut at ['\\nsub'], those of {first}/run.json at "
+        "['\\nsub', '\\n\\n'], expected the same stop tokens"
+    )
+    run = program_in(tmp_path, monkeypatch, capsys, "evaluate")
+    for words in (
+        ("compare", first, second),
+        ("compare", first / "results.jsonl", second / "results.jsonl"),
+        ("table", f"base={first}", f"flora={second}", "--output", "new"),
+    ):
+        code, out, err = run(*words)
+        assert (code, out) == (2, "")
+        assert message in err
+    assert not (tmp_path / "new").exists()
+    # Somewhere else another run lies beside it.
+    moved = second / "others.jsonl"
+    (second / "results.jsonl").rename(moved)
+    check_same_stops([first, moved])
+
+
+@pytest.mark.parametrize(
+    "run, message",
+    [
+        ("{", "malformed JSON"),
+        ('{"stop_tokens": 3}', "stop_tokens is a number, expected an object"),
+        ('{"stop_tokens": {"pl": "a"}}', "stop_tokens of pl is a string, expected a list"),
+        (
+            '{"stop_tokens": {"pl": ["a"]}}',
+            "stop_tokens: pl is a string, expected a list of strings",
+        ),
+    ],
+)
+def test_a_damaged_record_of_a_run_is_named(tmp_path, run, message):
+    directory = evaluated(tmp_path / "a", run)
+    with pytest.raises(InputError, match=f"{directory}/run.json.*{re.escape(message)}"):
+        check_same_stops([directory])
 
 
 def test_results_are_read_back(tmp_path):

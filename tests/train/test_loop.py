@@ -23,6 +23,7 @@ from experiments.pretraining import (
     warmup_stable_decay,
 )
 from flora_jax.errors import RunError
+from flora_jax.train import loop
 from flora_jax.train.interrupt import Interrupt, InterruptedRun
 from flora_jax.train.loop import LoopOptions, NonFiniteLossError, Work, run_loop
 from flora_jax.train.loss import bits_per_byte
@@ -98,6 +99,36 @@ def uninterrupted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("uninterrupted")
     # One checkpoint only, at the end.
     return run(directory, save_seconds=1e9), lines_of(directory), directory
+
+
+def test_without_a_directory_nothing_is_kept_and_the_state_is_the_same(
+    uninterrupted, tmp_path, monkeypatch
+):
+    expected, lines, _ = uninterrupted
+    monkeypatch.setattr(loop.ocp, "CheckpointManager", None)
+    monkeypatch.chdir(tmp_path)
+    described = []
+    work = Work(
+        toy_step, toy_batch, tokens_per_batch=ROWS * LENGTH,
+        describe=lambda measured: described.append(float(measured["loss"])) or {},
+    )  # fmt: skip
+    # Every step is due to be saved.
+    found = run_loop(toy_state(), work, None, LoopOptions(STEPS, save_every=1, log_every=2))
+    assert_same_state(found, expected)
+    assert described == [line["loss"] for line in lines]
+    with pytest.raises(InterruptedRun, match="at step 1 of 9"):
+        run(None, step=interrupting(interrupt := Interrupt()), interrupt=interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+def interrupting(interrupt):
+    """A step during which the process is asked to end."""
+
+    def step(state, batch):
+        interrupt.request(signal.SIGTERM)
+        return toy_step(state, batch)
+
+    return step
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

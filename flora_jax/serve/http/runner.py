@@ -233,6 +233,8 @@ class Runner:
         self._rounds = 0
         # Adapters to place, each with who waits for it; the engine's thread takes them.
         self._wanted: collections.deque[tuple[str, asyncio.Future[None]]] = collections.deque()
+        # All who wait for one, wherever the engine's thread has them; only the loop looks here.
+        self._placing: set[asyncio.Future[None]] = set()
 
     def start(self) -> None:
         """Starts the engine's thread; the running loop is the one that gets its updates."""
@@ -319,8 +321,12 @@ class Runner:
         """
         found: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.check_open()
+        self._placing.add(found)
         self._wanted.append((name, found))
-        await found
+        try:
+            await found
+        finally:
+            self._placing.discard(found)
 
     def drain(self) -> None:
         """Takes nothing in any more; what is there goes on."""
@@ -449,8 +455,8 @@ class Runner:
         for request_id, one in list(self._open.items()):
             one.answers._fail(EngineFailed(why))
             self._end(request_id, "error", now_s)
-        while self._wanted:
-            _settle(self._wanted.popleft()[1], Unavailable(why))
+        for waiter in self._placing:
+            _settle(waiter, Unavailable(why))
 
     # The engine's thread.
 
@@ -479,7 +485,6 @@ class Runner:
         except BaseException as error:  # Whatever it is, the engine is of no use now.
             self._tell(self._broke, error)
         finally:
-            self._wanted.extend(loading)  # Whoever ends the runner tells them.
             if engine is not None:
                 engine.close()
 

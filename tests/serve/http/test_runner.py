@@ -199,6 +199,60 @@ def test_a_step_that_does_not_end_fails_what_is_open_and_is_not_waited_for():
     assert closed
 
 
+async def waiting_for_an_adapter(runner, engine):
+    """Who waits for an adapter that the engine's thread has begun to load."""
+    asked = threading.Event()
+    engine.try_preload = lambda name: asked.set()  # Nothing: it is not there yet.
+    waiter = asyncio.ensure_future(runner.place("later"))
+    assert await asyncio.to_thread(asked.wait, 10)
+    return waiter
+
+
+def test_whoever_waits_for_an_adapter_is_told_that_the_engine_broke():
+    async def body(runner, engine):
+        tell = runner._tell
+
+        def tell_and_wait(function, *arguments):
+            """The loop has done it before the engine's thread goes on."""
+            done = threading.Event()
+            tell(lambda: (function(*arguments), done.set()))
+            assert done.wait(10)
+
+        waiter = await waiting_for_an_adapter(runner, engine)
+        runner._tell = tell_and_wait
+        engine.error = MemoryError("no more")
+        runner.submit([request("a")])
+        with pytest.raises(Unavailable, match="broke off"):
+            await asyncio.wait_for(waiter, 10)
+
+    run(body)
+
+
+def test_whoever_waits_for_an_adapter_is_told_that_the_engine_hangs():
+    engine, gone_on = ScriptedEngine(), threading.Event()
+
+    async def body(runner, engine):
+        waiter = await waiting_for_an_adapter(runner, engine)
+        engine.step = lambda: gone_on.wait(20) and []
+        runner.submit([request("a")])
+        with pytest.raises(Unavailable, match="broke off"):
+            await asyncio.wait_for(waiter, 10)
+        gone_on.set()
+        await asyncio.to_thread(runner._thread.join)
+
+    run(body, engine, step_timeout_s=0.5)
+
+
+def test_whoever_waits_for_an_adapter_when_the_runner_closes_is_told():
+    async def body(runner, engine):
+        waiter = await waiting_for_an_adapter(runner, engine)
+        await runner.close()
+        with pytest.raises(Unavailable, match="shutting down"):
+            await asyncio.wait_for(waiter, 10)
+
+    run(body)
+
+
 def test_an_idle_engine_and_one_with_short_steps_are_not_hung():
     async def body(runner, engine):
         await asyncio.sleep(1.3)
