@@ -13,7 +13,6 @@ Results go to experiments/results/compare_models.json, and as a table to compare
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,13 +22,14 @@ import typer
 
 from flora_jax.bench.receipts import machine
 from flora_jax.checkpoints import Opened, open_checkpoint
-from flora_jax.checkpoints.digest import model_digest
+from flora_jax.checkpoints.digest import model_label
 from flora_jax.cli.common import named_values, prepare_jax
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 from flora_jax.train.data.documents import read_documents
 from flora_jax.train.data.packing import Batch
 from flora_jax.train.data.tokens import piece_bytes
+from flora_jax.train.loss import bits_per_byte
 
 try:
     from experiments.finetune_tables import table
@@ -71,11 +71,9 @@ def encoded(opened: Opened, texts: Sequence[str]) -> list[list[int]]:
     Raises:
         InputError: the model has no tokenizer or no end token.
     """
-    if opened.tokenizer is None or not opened.config.eos_token_ids:
-        raise InputError(f"{opened.source}: texts need tokenizer.json and an end token")
-    end = opened.config.eos_token_ids[0]
-    found = opened.tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    return [[end, *one.ids] for one in found]
+    tokenizer, end_id = opened.text_tokens("text")
+    found = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [[end_id, *one.ids] for one in found]
 
 
 def batches(rows: Sequence[Sequence[int]]) -> Iterator[Batch]:
@@ -125,20 +123,6 @@ def main(
             raise InputError(f"{path}: none of {len(own)} excerpts fits the models' contexts")
         for name, all_rows in rows.items():
             tokens[name, language] = [row for row, fit in zip(all_rows, fits, strict=True) if fit]
-    found: dict[str, dict[str, Any]] = {}
-    for name, opened in named.items():
-        model = opened.load(dtype)
-        lengths = piece_bytes(opened.tokenizer, opened.config.vocab_size)
-        found[name] = {
-            "model": model_digest(opened.directory)[:12], "vocabulary": opened.config.vocab_size,
-            "bits_per_byte": {},
-        }  # fmt: skip
-        for language, own in texts.items():
-            windows = score_windows(model, None, batches(tokens[name, language]), lengths)
-            size = sum(len(text.encode()) for text in own)
-            bits = float(windows.nll.sum()) / math.log(2) / size
-            found[name]["bits_per_byte"][language] = round(bits, 4)
-            print(f"{name} {language} {bits:.4f}", flush=True)
     sizes = {
         language: {
             "excerpts": len(own), "bytes": sum(len(text.encode()) for text in own),
@@ -146,6 +130,19 @@ def main(
         }
         for language, own in texts.items()
     }  # fmt: skip
+    found: dict[str, dict[str, Any]] = {}
+    for name, opened in named.items():
+        model = opened.load(dtype)
+        lengths = piece_bytes(opened.tokenizer, opened.config.vocab_size)
+        found[name] = {
+            "model": model_label(opened.source, opened.directory), "vocabulary": opened.config.vocab_size,
+            "bits_per_byte": {},
+        }  # fmt: skip
+        for language in texts:
+            windows = score_windows(model, None, batches(tokens[name, language]), lengths)
+            bits = bits_per_byte(float(windows.nll.sum()), sizes[language]["bytes"])
+            found[name]["bits_per_byte"][language] = round(bits, 4)
+            print(f"{name} {language} {bits:.4f}", flush=True)
     report = machine.receipt() | {"excerpts": sizes, "models": found}
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(report, indent=1) + "\n")

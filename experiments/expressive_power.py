@@ -38,7 +38,7 @@ from flora_jax.adapters.kind import KINDS, kind_of
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter
 from flora_jax.bench.receipts import collected
 from flora_jax.checkpoints import Opened, open_checkpoint
-from flora_jax.checkpoints.digest import model_digest
+from flora_jax.checkpoints.digest import model_label
 from flora_jax.cli.common import prepare_jax
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
@@ -282,7 +282,7 @@ def main(
     setting = Setting(opened, opened.load("float32"), target)
     names = tuple(teacher) if teacher else SHIPPED
     settings: dict[str, Any] = {
-        "stage": stage, "model": f"{Path(model).name} {model_digest(opened.directory)[:12]}",
+        "stage": stage, "model": model_label(model, opened.directory),
         "target": target,
     }  # fmt: skip
     if stage == "layer":

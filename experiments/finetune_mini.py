@@ -41,7 +41,7 @@ from held_out import Windows, compare, score_windows
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.bench.receipts import collected
 from flora_jax.checkpoints.checkpoint import open_checkpoint
-from flora_jax.checkpoints.digest import model_digest
+from flora_jax.checkpoints.digest import model_label
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 from flora_jax.peft.read import read_adapter
@@ -169,13 +169,12 @@ def main(
     steps = steps or (100 if stage == "sweep" else 250)
     opened = open_checkpoint(MINI)
     model, config = opened.load("float32"), opened.config
-    digest = model_digest(opened.directory)[:12]
-    tokenizer = opened.tokenizer
-    assert tokenizer is not None
+    label = model_label(MINI, opened.directory)
+    tokenizer, end_id = opened.text_tokens("text")
     lengths = piece_bytes(tokenizer)
     held_out: dict[str, PackedTokens] = {}
     base: dict[str, Windows] = {}
-    lines = [line for line in collected.read_lines(RESULTS) if line["model"] == digest]
+    lines = [line for line in collected.read_lines(RESULTS) if line["model"] == label]
     finished = {(line["stage"], line["run"], line["language"], line["steps"]) for line in lines}
     rates = best_rates(lines)
     for run in runs(stage):
@@ -195,9 +194,7 @@ def main(
         for language in missing:
             if language not in held_out:
                 path = corpora / f"{language}.validation.jsonl.gz"
-                held_out[language], _ = tokenize(
-                    path, tokenizer, config.eos_token_ids[0], cache=output / "tokens"
-                )
+                held_out[language], _ = tokenize(path, tokenizer, end_id, cache=output / "tokens")
                 base[language] = score_windows(
                     model, None, held_out[language].evaluation(LENGTH, 16, windows), lengths
                 )
@@ -207,7 +204,7 @@ def main(
             )
             key = {"stage": stage, "run": run.name, "language": language, "steps": steps}
             line = {
-                "model": digest,
+                "model": label,
                 "kind": options.kind,
                 "rank": options.rank,
                 "targets": list(options.targets or ("c_attn",)),

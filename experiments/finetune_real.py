@@ -36,7 +36,7 @@ import typer
 
 from flora_jax.bench.receipts import collected
 from flora_jax.checkpoints.checkpoint import Opened, open_checkpoint
-from flora_jax.checkpoints.digest import model_digest
+from flora_jax.checkpoints.digest import model_label
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
 from flora_jax.models.model import Model
@@ -216,10 +216,9 @@ class Study(NamedTuple):
 
     def held_out(self, language: str) -> Iterator[Any]:
         """Batches of windows of the language's held-out files."""
-        assert self.opened.tokenizer is not None
         packed, _ = tokenize(
-            self.corpora / f"{language}.validation.jsonl.gz", self.opened.tokenizer,
-            self.opened.config.eos_token_ids[0], cache=self.output / "tokens",
+            self.corpora / f"{language}.validation.jsonl.gz",
+            *self.opened.text_tokens("text"), cache=self.output / "tokens",
         )  # fmt: skip
         return packed.evaluation(self.preset.length, 8, self.preset.windows)
 
@@ -241,12 +240,10 @@ def main(
     own = PRESETS[preset]
     steps = steps or (own.sweep_steps if stage == "sweep" else own.steps)
     study = Study(model, open_checkpoint(model), corpora, output, own)
-    if study.opened.tokenizer is None:
-        raise InputError(f"{model}: no tokenizer.json, which the texts need")
-    lengths = piece_bytes(study.opened.tokenizer)
-    digest = model_digest(study.opened.directory)[:12]
-    settings = {"model": f"{Path(model).name} {digest}", "preset": preset, "steps": steps}
-    found = Results(results, settings)
+    tokenizer, _ = study.opened.text_tokens("text")
+    lengths = piece_bytes(tokenizer)
+    label = model_label(model, study.opened.directory)
+    found = Results(results, {"model": label, "preset": preset, "steps": steps})
     loaded: Model | None = None
     base: dict[str, Windows] = {}
     for run in runs(stage, own):

@@ -49,7 +49,7 @@ from flora_jax.adapters import fits
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.bench.receipts import collected
 from flora_jax.checkpoints import Opened, open_checkpoint
-from flora_jax.checkpoints.digest import model_digest
+from flora_jax.checkpoints.digest import model_label
 from flora_jax.cli.common import named_values, prepare_jax
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
@@ -135,10 +135,9 @@ class Adapted:
         return self.setting.corpora / f"{self.name}.{split}.jsonl.gz"
 
     def _read(self, split: str) -> PackedTokens:
-        opened = self._opened
-        end_id = opened.config.eos_token_ids[0]
+        tokenizer, end_id = self._opened.text_tokens("text")
         packed, _ = tokenize(
-            self.path(split), opened.tokenizer, end_id, cache=self.setting.output / "tokens"
+            self.path(split), tokenizer, end_id, cache=self.setting.output / "tokens"
         )
         return packed
 
@@ -201,10 +200,10 @@ class Adapted:
 
 
 def run_conversions(
-    setting: Setting, adapters: dict[str, Path], cases: Callable[[str, str], list[Case]]
-) -> None:
+    setting: Setting, opened: Opened, adapters: dict[str, Path],
+    cases: Callable[[str, str], list[Case]],
+) -> None:  # fmt: skip
     """Makes what is not there yet; ``cases`` gives those of an adapter's name and kind."""
-    opened = open_checkpoint(setting.model)
     config, model = opened.config, None
     for name, folder in adapters.items():
         source = read_adapter(folder, config.projections(), config.n_layer)
@@ -370,33 +369,24 @@ def main(
         if adapters:
             named = named_values(adapters, "adapters", "NAME=FOLDER")
             found = {name: adapter_source(folder) for name, folder in named.items()}
+        opened = open_checkpoint(model)
         setting = Setting(model, corpora, output, DistilOptions(steps, rate, rows, length), windows)
-
-        known_as = f"{Path(model).name} {model_digest(open_checkpoint(model).directory)[:12]}"
+        label = model_label(model, opened.directory)
 
         def learning(kind: str, way: str) -> tuple[int, float | None]:
             return (0, None) if way in WAYS[:2] else (steps, setting.distil.rate(kind))
 
+        sizes = rows, length, windows
+
         def cases(name: str, source: str) -> list[Case]:
             return [
-                Case(
-                    known_as,
-                    name,
-                    source,
-                    kind,
-                    int(rank),
-                    way,
-                    *learning(kind, way),
-                    rows,
-                    length,
-                    windows,
-                )
+                Case(label, name, source, kind, int(rank), way, *learning(kind, way), *sizes)
                 for kind in to.split(",")
                 for rank in ranks.split(",")
                 for way in ways.split(",")
             ]
 
-        run_conversions(setting, found, cases)
+        run_conversions(setting, opened, found, cases)
     else:
         raise InputError(f"STAGE is {stage!r}, expected convert or random")
     write_tables()

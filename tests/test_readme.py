@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from flora_jax.demo import PROMPTS
 from flora_jax.shipped import shipped_adapters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -127,6 +128,11 @@ def test_the_demo_checks_every_row_against_itself_alone(tmp_path):
     assert "16 of 16 rows have the same tokens as when they run alone" in " ".join(
         done.stdout.split()
     )
+
+
+def test_every_language_of_the_demo_has_its_adapters():
+    named = {f"{kind}/{language}" for kind in ("flora", "lora", "ia3") for language in PROMPTS}
+    assert named <= {*shipped_adapters()}
 
 
 @pytest.mark.parametrize("name", shipped_adapters())

@@ -45,6 +45,7 @@ from flora_jax.checkpoints.tensor_files import (
     write_safetensors,
 )
 from flora_jax.checkpoints.tokenizer import load_tokenizer
+from flora_jax.errors import InputError
 from flora_jax.files import whole_directory
 from flora_jax.models.family import DTYPES, ModelConfig, Tensor, family_of
 from flora_jax.models.model import Model, abstract_model
@@ -85,6 +86,16 @@ class Opened:
             InputError: its file is damaged, or has ids that the model has no embedding for.
         """
         return load_tokenizer(self.directory, self.config.vocab_size)
+
+    def text_tokens(self, what: str) -> tuple[Any, int]:
+        """The tokenizer, and the token that ends a document; ``what`` needs both.
+
+        Raises:
+            InputError: one is missing; see :attr:`tokenizer`.
+        """
+        if self.tokenizer is None or not self.config.eos_token_ids:
+            raise InputError(f"{self.directory}: {what} needs tokenizer.json and an end token")
+        return self.tokenizer, self.config.eos_token_ids[0]
 
     @functools.cached_property
     def chat(self) -> Chat:

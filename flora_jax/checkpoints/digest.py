@@ -70,3 +70,8 @@ def _hash(part: tuple[Path, int]) -> str:
             found.update(block)
             left -= len(block)
     return found.hexdigest()
+
+
+def model_label(source: str, directory: Path) -> str:
+    """What a line of results calls a model: the name it was asked for by, and its digest's start."""
+    return f"{Path(source).name} {model_digest(directory)[:12]}"

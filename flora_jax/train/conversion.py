@@ -62,13 +62,10 @@ def read_text(
         raise InputError(
             f"seq_len is {length}, the model's context has {positions_in_words(config)}"
         )
-    if base.tokenizer is None or not config.eos_token_ids:
-        raise InputError(f"{base.directory}: text needs tokenizer.json and an end token")
+    tokenizer, end_id = base.text_tokens("text")
     with tokenizing() as watch:
-        packed, _ = tokenize(
-            source, base.tokenizer, config.eos_token_ids[0], column=column, cache=cache, watch=watch
-        )
-    lengths = piece_bytes(base.tokenizer, config.vocab_size)
+        packed, _ = tokenize(source, tokenizer, end_id, column=column, cache=cache, watch=watch)
+    lengths = piece_bytes(tokenizer, config.vocab_size)
     training, held_out = hold_out(packed, lengths)
     if len(training.tokens) <= length:
         raise InputError(
