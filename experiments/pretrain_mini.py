@@ -7,8 +7,9 @@ CORPORA is what `experiments/source_text.py` reads: directories with LANGUAGE.tr
 LANGUAGE.jsonl.xz and LANGUAGE.validation.jsonl.gz, a directory of source files, or one packed file for a
 machine that has nothing else. All of Python is used and at most --other-bytes of every other language.
 Killed or stopped, the same command goes on from its last checkpoint, with --seconds to the number of
-steps that it had found; as long as the learning rate does not fall yet, also with other --steps.
-OUTPUT/model is what ships as flora_jax/assets/mini. On a GPU:
+steps that it had found; as long as the learning rate does not fall yet, also with other --steps, --rows,
+--learning-rate and --dtype, and on another machine. OUTPUT/model is what ships as flora_jax/assets/mini.
+On a GPU:
 
     python experiments/pretrain_mini.py packed.jsonl.xz --output runs/mini --seconds 360 --shape 8x384 \\
         --rows 64 --dtype bfloat16 --sources experiments/mini_sources.md
@@ -19,10 +20,9 @@ Receipt: see that folder's README.md for the data, the recipe and the result.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+import math
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -46,7 +46,7 @@ from flora_jax.train.data.packing import windows_at
 from flora_jax.train.data.tokens import pack, piece_bytes
 from flora_jax.train.loop import LoopOptions, Work, run_loop
 from flora_jax.train.loss import bits_per_byte
-from flora_jax.train.options import CHECKPOINTS
+from flora_jax.train.options import CHECKPOINTS, METRICS
 from flora_jax.train.step import StepOptions, TrainState
 
 try:
@@ -57,8 +57,10 @@ except ModuleNotFoundError:  # Run as a script, from its own directory.
 
 # Features of a head.
 HEAD = 64
-# Steps of a trial, thrown away, that tells how many fit a time; the last ten are timed.
-TRIAL = 40
+# Steps of a first stretch, which compiles, and of a second one, which is timed.
+FEW = 40
+# What of the time that is left the next stretch takes, each timed by the one before.
+SHARES = (0.05, 0.3, 0.4, 1.0)
 END = "<|endoftext|>"
 # Bytes of text that the tokenizer is trained on: more changes its merges little.
 TOKENIZER_BYTES = 40_000_000
@@ -132,11 +134,21 @@ def stream(tokenizer: Tokenizer, documents: list[str]) -> Stream:
     return Stream(packed.tokens, packed.text_bytes)
 
 
+class Stage(NamedTuple):
+    """How a run goes on from step ``first``."""
+
+    rows: int
+    learning_rate: float
+    dtype: str
+    platform: str
+    first: int = 0
+
+
 class Recipe(NamedTuple):
     """What decides a run's result, and what its card says of it.
 
-    ``steps`` may change between runs: before the decay the learning rate does not depend on it. 0: they
-    are not known yet.
+    ``steps`` may change between runs, and a stage may follow: before the last ``decay`` steps the
+    learning rate does not depend on them. ``None``: they are not known yet.
     """
 
     roots: tuple[str, ...]
@@ -144,17 +156,32 @@ class Recipe(NamedTuple):
     other_bytes: int
     pieces: int
     shape: str
-    rows: int
     optimizer: str
-    learning_rate: float
-    dtype: str
     seed: int
-    steps: int
+    stages: tuple[Stage, ...]
+    steps: int | None = None
+    decay: int | None = None
 
     @property
-    def decay(self) -> int:
+    def falls(self) -> float:
         """The step at which the learning rate begins to fall."""
-        return self.steps - pretraining.decay_steps(self.steps)
+        return math.inf if self.steps is None else self.steps - (self.decay or 0)
+
+    def stage(self, step: int) -> Stage:
+        return next(stage for stage in reversed(self.stages) if stage.first <= step)
+
+    def windows(self, step: int) -> int:
+        """How many windows the steps before ``step`` have."""
+        ends = [*(stage.first for stage in self.stages[1:]), step]
+        return sum(
+            stage.rows * (min(end, step) - stage.first)
+            for stage, end in zip(self.stages, ends, strict=True)
+            if stage.first < step
+        )
+
+    def rate(self, step: int) -> float:
+        peak = self.stage(step).learning_rate
+        return pretraining.rate_at(step, peak, self.steps, self.decay or 0)
 
     def texts(self, split: str) -> source_text.Texts:
         """The documents by language; held-out ones are all read."""
@@ -194,28 +221,56 @@ def prepare(recipe: Recipe, output: Path) -> Tokenizer:
     return tokenizer
 
 
-def keep_recipe(recipe: Recipe, output: Path) -> None:
-    """Writes the recipe beside the run.
+def keep_recipe(recipe: Recipe, output: Path) -> Recipe:
+    """Writes the recipe beside the run, with the stages that a run in ``output`` has had; gives that.
 
     Raises:
         InputError: ``output`` holds a run of another recipe, or one whose learning rate has begun to
-            fall towards another last step.
+            fall and that is to go on otherwise.
     """
     path = output / "recipe.json"
     output.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        found = json.loads(path.read_text())
-        found["roots"] = tuple(found["roots"])
-        for name, value in recipe._asdict().items():
-            if name != "steps" and found.get(name) != value:
-                raise InputError(f"{path}: {name} was {found.get(name)!r}, now {value!r}")
-        before, done = Recipe(**found), _steps_done(output)
-        if before.steps and recipe.steps != before.steps and done > min(recipe.decay, before.decay):
+        found = read_recipe(path)
+        for name in (
+            "roots",
+            "python_bytes",
+            "other_bytes",
+            "pieces",
+            "shape",
+            "optimizer",
+            "seed",
+        ):
+            before, now = getattr(found, name), getattr(recipe, name)
+            if before != now:
+                raise InputError(f"{path}: {name} was {before!r}, now {now!r}")
+        done = _steps_done(output)
+        stages = found.stages
+        if recipe.stages[0] != stages[-1]._replace(first=0):
+            # A stage of no steps gives way.
+            kept = tuple(stage for stage in stages if stage.first < done)
+            stages = (*kept, recipe.stages[0]._replace(first=done))
+        recipe = recipe._replace(stages=stages)
+        if recipe != found and done > (falls := min(recipe.falls, found.falls)):
             raise InputError(
-                f"{path}: steps were {before.steps}, now {recipe.steps}, but the run is at step {done} "
-                f"and the learning rate falls from step {min(recipe.decay, before.decay)}"
+                f"{path}: the run is at step {done} of {found.steps} and its learning rate falls from "
+                f"step {falls}, so it goes on only as it began, not to step {recipe.steps} with "
+                f"{recipe.stages[-1]}"
             )
-    path.write_text(json.dumps(recipe._asdict(), indent=1) + "\n")
+    write_recipe(recipe, path)
+    return recipe
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    stages = [stage._asdict() for stage in recipe.stages]
+    path.write_text(json.dumps(recipe._asdict() | {"stages": stages}, indent=1) + "\n")
+
+
+def read_recipe(path: Path) -> Recipe:
+    found = json.loads(path.read_text())
+    found["roots"] = tuple(found["roots"])
+    found["stages"] = tuple(Stage(**stage) for stage in found["stages"])
+    return Recipe(**found)
 
 
 def _steps_done(output: Path) -> int:
@@ -245,32 +300,42 @@ def export(
         for language, found in validation.items()
     )
     everything = f"{recipe.python_bytes:,} bytes" if recipe.python_bytes else "all"
+    steps = recipe.steps or 0
+    ends = [*(stage.first for stage in recipe.stages[1:]), steps]
+    stages = ", then ".join(
+        f"{end - stage.first:,} steps of {stage.rows} windows on a {stage.platform.upper()}, in "
+        f"{stage.dtype}, with a peak learning rate of {stage.learning_rate:g}"
+        for stage, end in zip(recipe.stages, ends, strict=True)
+    )
     card = CARD.format(
         parameters=f"{sum(leaf.size for leaf in jax.tree.leaves(model.params)):,}",
         text_bytes=f"{training.text_bytes:,}",
         tokens=f"{len(training.tokens):,}",
-        seen=f"{recipe.steps * recipe.rows * model.config.n_positions:,}",
+        seen=f"{recipe.windows(steps) * model.config.n_positions:,}",
+        stages=stages,
+        warmup=pretraining.WARMUP,
         length=model.config.n_positions,
-        platform=jax.default_backend().upper(),
         sources=sources.strip(),
         table=table,
-        **recipe._asdict() | {"python_bytes": everything, "other_bytes": f"{recipe.other_bytes:,}"},
+        decay=f"{recipe.decay:,}",
+        python_bytes=everything,
+        other_bytes=f"{recipe.other_bytes:,}",
+        **{name: getattr(recipe, name) for name in ("pieces", "optimizer", "seed")},
     )
     (target / "README.md").write_text(card)
 
 
 CARD = """# A small StarCoder, trained from scratch
 
-A GPTBigCode of {parameters} parameters with a byte-level BPE of {pieces} pieces, both trained on a
-{platform} by `experiments/pretrain_mini.py`. It has seen {seen} tokens: it writes something that looks
-like code, and is never presented as more.
+A GPTBigCode of {parameters} parameters with a byte-level BPE of {pieces} pieces, both trained by
+`experiments/pretrain_mini.py`. It has seen {seen} tokens: it writes what looks like code, and is never
+presented as more.
 
 {sources}
 - **Recipe**: {text_bytes} bytes of text (of Python {python_bytes}, of each other language at most
-  {other_bytes}), {tokens} tokens; {steps} steps of {rows} windows of {length} tokens (the whole context,
-  so that every position is trained), {optimizer} with a peak learning rate of {learning_rate} after 100
-  warm-up steps, decayed linearly over the last fifth, weight decay 0.1, gradients clipped at norm 1, seed
-  {seed}, computed in {dtype}; saved as float16.
+  {other_bytes}), {tokens} tokens, in windows of {length} (the whole context, so that every position is
+  trained): {stages}. {optimizer}, {warmup} warm-up steps, the rate falls linearly to a tenth over the
+  last {decay} steps, weight decay 0.1, gradients clipped at norm 1, seed {seed}; saved as float16.
 
 Bits per byte on the first windows of held-out files:
 
@@ -281,12 +346,18 @@ Bits per byte on the first windows of held-out files:
 
 
 class Pretraining:
-    """A run: the model, its text, and what a step is."""
+    """A run: the model, its text, and what a step is.
 
-    def __init__(self, recipe: Recipe, output: Path, evaluation_windows: int):
-        self.recipe, self.output = recipe, output
+    ``recipe`` may get its steps while the run goes on.
+    """
+
+    def __init__(
+        self, recipe: Recipe, output: Path, evaluation_windows: int, save_seconds: float = 300.0
+    ):
+        self.recipe, self.output, self.save_seconds = recipe, output, save_seconds
         self.config = recipe.config()
         self.length = self.config.n_positions
+        self.dtype = jnp.dtype(recipe.stages[-1].dtype)
         self.lengths = piece_bytes(prepare(recipe, output))
         self.training = Stream.load(output / "train.npz")
         self.validation = {
@@ -295,14 +366,16 @@ class Pretraining:
         }
         fresh = init_model(self.config, recipe.seed)
         self.graph, self.params = fresh.graph, fresh.params
-        dtype = jnp.dtype(recipe.dtype)
-        self.attention = choose(StepOptions(), self.config, dtype, self.length, print).attention
+        self.attention = choose(
+            StepOptions(), self.config, self.dtype, self.length, print
+        ).attention
         self.window_loss = jax.jit(self.loss)
+        self.optimizer = pretraining.OPTIMIZERS[recipe.optimizer]()
+        self.step = pretraining.make_step(self.loss, self.optimizer)
 
     def loss(self, params: Any, windows: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Nats of windows ``[B, T + 1]``, and their targets' number."""
-        dtype = jnp.dtype(self.recipe.dtype)
-        model = nnx.merge(self.graph, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
+        model = nnx.merge(self.graph, jax.tree.map(lambda leaf: leaf.astype(self.dtype), params))
         positions_BT = jnp.broadcast_to(jnp.arange(self.length), (windows.shape[0], self.length))
         hidden_BTD, _ = model.hidden(windows[:, :-1], positions_BT, attention=self.attention)
         return pretraining.next_token_loss(model.logits(hidden_BTD), windows[:, 1:])
@@ -317,38 +390,52 @@ class Pretraining:
                 result[language] = {"bits_per_byte": bits, "bytes": count}
         return result
 
-    def run(self, steps: int, options: LoopOptions, output: Path | None = None) -> TrainState:
-        """Trains up to ``options.steps`` of ``steps`` and evaluates; in ``output``, or the run's own."""
-        recipe = self.recipe
-        schedule = pretraining.warmup_stable_decay(recipe.learning_rate, steps)
-        optimizer = pretraining.OPTIMIZERS[recipe.optimizer](schedule)
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The learning rate of a step, and its windows, which follow those of the steps before."""
+        stage = self.recipe.stage(step)
+        before = -(-self.recipe.windows(stage.first) // stage.rows)
+        number = before + step - stage.first
+        windows = self.training.batch(number, stage.rows, self.length, self.recipe.seed)
+        return np.float32(self.recipe.rate(step)), windows
+
+    def train(self, steps: int) -> TrainState:
+        """Goes on up to step ``steps`` and evaluates."""
+        rows = self.recipe.stages[-1].rows
         work = Work(
-            pretraining.make_step(self.loss, optimizer),
-            functools.partial(
-                self.training.batch, rows=recipe.rows, length=self.length, seed=recipe.seed
-            ),
-            tokens_per_batch=recipe.rows * self.length,
-            evaluate=self.evaluate,
+            self.step, self.batch, tokens_per_batch=rows * self.length, evaluate=self.evaluate
         )
-        # A step donates what it is given, and there may be another run.
-        start = pretraining.init_state(jax.tree.map(jnp.copy, self.params), optimizer)
-        return run_loop(start, work, self.output if output is None else output, options)
+        # A step donates what it is given, and there may be another stretch.
+        start = pretraining.init_state(jax.tree.map(jnp.copy, self.params), self.optimizer)
+        options = LoopOptions(steps=steps, save_seconds=self.save_seconds)
+        return run_loop(start, work, self.output, options)
+
+    def plan(self, seconds: float) -> Recipe:
+        """Trains as long as the rate is constant; the recipe with steps that end after ``seconds``.
+
+        How long a step takes is measured over stretches of the run, each longer than the one
+        before: what the first steps take says little of a device that gets warm.
+        """
+        end = time.monotonic() + seconds
+        done, count = _steps_done(self.output) + FEW, FEW
+        self.train(done)  # Compiles.
+        for share in SHARES:
+            began = time.monotonic()
+            self.train(done + count)
+            done += count
+            now = time.monotonic()
+            count = max(FEW, int(share * (end - now) * count / (now - began)))
+        total = done + count
+        return self.recipe._replace(steps=total, decay=min(count, default_decay(total)))
+
+    def last_validation(self) -> dict[str, Any]:
+        """Of the last step, as it was logged."""
+        last = (self.output / METRICS).read_text().splitlines()[-1]
+        return dict(json.loads(last)["validation"])
 
 
-def steps_within(run: Pretraining, seconds: float) -> int:
-    """How many steps fit the time with what stands beside them, by a trial.
-
-    The time that it took itself is part of ``seconds``.
-    """
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        run.run(10 * TRIAL, LoopOptions(steps=TRIAL), folder)
-        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    each = run.recipe.rows * run.length / last["tokens_per_second"]
-    took = time.monotonic() - began
-    # The run compiles its step and evaluates as the trial did.
-    return max(TRIAL, int((seconds - took - (took - TRIAL * each)) / each))
+def default_decay(steps: int) -> int:
+    """How many of a run's last steps have a falling learning rate: a fifth."""
+    return max(1, steps // 5)
 
 
 def main(
@@ -356,7 +443,10 @@ def main(
     output: Annotated[Path, typer.Option()],
     steps: int = 7_000,
     seconds: Annotated[
-        float | None, typer.Option(help="Instead of --steps: of the run, without reading text.")
+        float | None, typer.Option(help="Instead of --steps: of this start, without reading text.")
+    ] = None,
+    decay: Annotated[
+        int | None, typer.Option(help="Last steps with a falling rate; default a fifth.")
     ] = None,
     shape: Annotated[str, typer.Option(metavar="LAYERSxWIDTH")] = "6x256",
     rows: Annotated[int, typer.Option(help="Windows of a step.")] = 8,
@@ -380,27 +470,32 @@ def main(
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype is {dtype!r}, expected float32 or bfloat16")
     about = f"- **Data**: {', '.join(map(str, roots))}." if sources is None else sources.read_text()
+    if decay is not None and not 1 <= decay <= steps:
+        raise InputError(f"--decay is {decay}, expected 1 to {steps}, of --steps")
+    stage = Stage(rows, learning_rate, dtype, jax.default_backend())
     recipe = Recipe(
-        tuple(map(str, roots)), python_bytes, other_bytes, pieces, shape, rows, optimizer,
-        learning_rate, dtype, seed, steps,
+        tuple(map(str, roots)), python_bytes, other_bytes, pieces, shape, optimizer, seed, (stage,),
+        steps, decay or default_decay(steps),
     )  # fmt: skip
     recipe.config()
     found = output / "recipe.json"
     if seconds is not None:
-        # None yet, until a trial has told.
-        planned = json.loads(found.read_text())["steps"] if found.exists() else 0
-        recipe = recipe._replace(steps=planned)
-    keep_recipe(recipe, output)
-    run = Pretraining(recipe, output, evaluation_windows)
+        # What an earlier start has found, if it came so far.
+        planned = read_recipe(found) if found.exists() else recipe._replace(steps=None, decay=None)
+        recipe = recipe._replace(steps=planned.steps, decay=planned.decay)
+    recipe = keep_recipe(recipe, output)
+    run = Pretraining(recipe, output, evaluation_windows, save_seconds)
     print(f"{len(run.training.tokens):,} tokens of {run.training.text_bytes:,} bytes")
-    if seconds is not None and not recipe.steps:
-        recipe = run.recipe = recipe._replace(steps=steps_within(run, seconds))
-        keep_recipe(recipe, output)
+    if recipe.steps is None:
+        assert seconds is not None
+        recipe = run.recipe = run.plan(seconds)
+        write_recipe(recipe, found)
+    assert recipe.steps is not None
     if seconds is not None:
         print(f"{recipe.steps:,} steps fit {seconds:g} seconds")
-    state = run.run(recipe.steps, LoopOptions(steps=recipe.steps, save_seconds=save_seconds))
+    state = run.train(recipe.steps)
     model = Model(run.config, run.graph, state.params)
-    export(model, output, run.training, run.evaluate(state.params), recipe, about)
+    export(model, output, run.training, run.last_validation(), recipe, about)
 
 
 if __name__ == "__main__":

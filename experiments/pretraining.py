@@ -35,35 +35,30 @@ def next_token_loss(
     return jnp.sum(nll_BT * mask_BT), jnp.sum(mask_BT)
 
 
-def decay_steps(steps: int) -> int:
-    """How many of a run's last steps have a falling learning rate: a fifth."""
-    return max(1, steps // 5)
+WARMUP = 100
 
 
-def warmup_stable_decay(peak: float, steps: int, warmup: int = 100) -> optax.Schedule:
-    """Linear warm-up, a constant stretch, then a linear decay to a tenth over the last fifth.
+def rate_at(step: int, peak: float, steps: int | None, decay: int) -> float:
+    """The learning rate of ``step``: up to ``peak`` over the first hundred, constant, down to a tenth.
 
-    Up to the decay the rate does not depend on ``steps``, so a run may be shortened or extended.
+    It falls over the last ``decay`` of ``steps``; before them it does not depend on ``steps``, so a run
+    may be shortened or extended. ``None``: the end is not known yet.
     """
-    last = decay_steps(steps)
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, peak, warmup),
-            optax.constant_schedule(peak),
-            optax.linear_schedule(peak, 0.1 * peak, last),
-        ],
-        [warmup, max(warmup, steps - last)],
-    )
+    rate = peak * min(1.0, step / WARMUP)
+    if steps is not None and (into := step - (steps - decay)) > 0:
+        rate *= 1.0 - 0.9 * min(1.0, into / decay)
+    return rate
 
 
-def adamw(
-    schedule: optax.Schedule, *, weight_decay: float = 0.1, clip: float = 1.0
-) -> optax.GradientTransformation:
-    """AdamW (0.9, 0.95) behind a clip by global norm; vectors (biases, norms) do not decay."""
+def adamw(*, weight_decay: float = 0.1, clip: float = 1.0) -> optax.GradientTransformation:
+    """AdamW (0.9, 0.95) behind a clip by global norm; vectors (biases, norms) do not decay.
+
+    Its rate is 1: :func:`make_step` multiplies.
+    """
     return optax.chain(
         optax.clip_by_global_norm(clip),
         optax.adamw(
-            schedule,
+            1.0,
             b1=0.9,
             b2=0.95,
             weight_decay=weight_decay,
@@ -72,12 +67,11 @@ def adamw(
     )
 
 
-def muon(
-    schedule: optax.Schedule, *, weight_decay: float = 0.1, clip: float = 1.0
-) -> optax.GradientTransformation:
+def muon(*, weight_decay: float = 0.1, clip: float = 1.0) -> optax.GradientTransformation:
     """Muon for the blocks' matrices, Adam (0.9, 0.95) for embeddings and vectors, behind a clip.
 
-    Updates of matrices are as large as Adam's (root mean square 0.2), so that both have one rate.
+    Updates of matrices are as large as Adam's (root mean square 0.2), so that both have one rate, which
+    is 1 here.
     """
 
     def labels(params: Any) -> Any:
@@ -86,10 +80,10 @@ def muon(
 
         return jax.tree_util.tree_map_with_path(label, params)
 
-    matrices = optax.contrib.muon(schedule, weight_decay=weight_decay, consistent_rms=0.2)
+    matrices = optax.contrib.muon(1.0, weight_decay=weight_decay, consistent_rms=0.2)
     return optax.chain(
         optax.clip_by_global_norm(clip),
-        optax.partition({"matrix": matrices, "other": optax.adam(schedule, 0.9, 0.95)}, labels),
+        optax.partition({"matrix": matrices, "other": optax.adam(1.0, 0.9, 0.95)}, labels),
     )
 
 
@@ -104,21 +98,26 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
 def make_step(
     loss_function: LossFunction, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """A jitted ``(state, batch) → (state, metrics)``; the given state is donated.
+    """A jitted ``(state, (rate, batch)) → (state, metrics)``; the given state is donated.
 
-    ``loss_function(params, batch)`` returns a sum and its count. Metrics are float32 scalars:
-    ``loss`` (nats per token), ``grad_norm`` (before clipping).
+    ``loss_function(params, batch)`` returns a sum and its count. The learning rate, a float32 scalar, is
+    an argument, so that it may be decided while the run goes on; the optimizer's own is 1. Metrics are
+    float32 scalars: ``loss`` (nats per token), ``grad_norm`` (before clipping).
     """
 
     def mean_loss(params: Any, batch: Any) -> jax.Array:
         total, count = loss_function(params, batch)
         return total / jnp.maximum(count, 1.0)
 
-    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, given: tuple[jax.Array, Any]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        rate, batch = given
         loss, grads = jax.value_and_grad(mean_loss)(state.params, batch)
         # optax mixes weakly typed scalars with arrays, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            updates = jax.tree.map(lambda update: rate * update, updates)
             params = optax.apply_updates(state.params, updates)
             norm = optax.tree.norm(grads)
         new = TrainState(params, opt_state, state.step + 1)

@@ -38,35 +38,40 @@ def stage(own: Stage, words: list[str]) -> None:
         max_num_batched_tokens=8192,
     )  # fmt: skip
 
-    def first(attention: str, text: str) -> Any:
-        """A rig whose programs are compiled, with what that took; or why there is none."""
+    def begin(attention: str, text: str) -> Any:
+        """A rig, and its programs, which other threads compile; or why there is none."""
         try:
-            started = time.time()
             rig = engines.Rig(model, text, options, engines.variant(attention, own.rehearse))
-            for span in positions:
-                step(rig, rig.sequences(start(span, steps)), steps)
-            rig.wait()
-            return rig, round(time.time() - started, 1)
+            names = [rig.decoding(span) for span in positions]
+            lowered = rig.lowered(*names, f"draw {rows} tokens, greedy")
+            return rig, [threads.submit(seconds_to_compile, one) for one in lowered]
         except Exception as error:
-            return error
+            return error, []
 
     cases = [(attention, text) for attention in attentions.split(",") for text in kinds.split(",")]
     # XLA compiles without the interpreter, so that programs compile beside each other.
     threads = ThreadPoolExecutor(1 if own.rehearse else 8)
-    rigs = [threads.submit(first, *case) for case in cases]
-    # Nothing is timed while others compile, unless time runs out.
-    wait(rigs, timeout=own.left - 2 * len(cases) * len(positions))
+    rigs = [begin(*case) for case in cases]
+    # Nothing runs while others compile, unless time runs out: two threads that launch at a time break
+    # each other's CUDA graphs, which may end the process.
+    wait(
+        [future for _, compiling in rigs for future in compiling],
+        timeout=own.left - 2 * len(cases) * len(positions),
+    )
     for attention, text in cases:
         kind, rank = engines.kind_and_rank(text)
-        future = rigs.pop(0)
-        made = future.result() if future.done() else Skip("it was still compiling")
+        made, compiling = rigs.pop(0)
+        if not all(future.done() for future in compiling):
+            made = Skip("it was still compiling")
         for span in positions:
 
-            def measure(made: Any = made, span: int = span) -> Mapping[str, Any]:
+            def measure(
+                made: Any = made, compiling: Any = compiling, span: int = span
+            ) -> Mapping[str, Any]:
                 if isinstance(made, Exception):
                     raise made
-                rig, compiled_s = made
-                return {"compiled_s": compiled_s, **timed(rig, span, steps)}
+                compiled_s = max(future.result() for future in compiling)
+                return {"compiled_s": compiled_s, **timed(made, span, steps)}
 
             own.attempt(
                 "decode",
@@ -77,7 +82,13 @@ def stage(own: Stage, words: list[str]) -> None:
                 positions=span,
                 **about,
             )
-        del made, future  # With the bank and the cache.
+        del made, compiling  # With the bank and the cache.
+
+
+def seconds_to_compile(lowered: Any) -> float:
+    began = time.time()
+    lowered.compile()
+    return round(time.time() - began, 1)
 
 
 def start(span: int, steps: int) -> int:

@@ -22,6 +22,7 @@ from flora_jax.models.family import ModelConfig
 from flora_jax.models.model import Model
 from flora_jax.models.starcoder.config import PRESETS
 from flora_jax.platforms import Platform, platform
+from flora_jax.serve.ahead import programs
 from flora_jax.serve.device import Device
 from flora_jax.serve.lattice import Lattice
 from flora_jax.serve.options import EngineOptions
@@ -157,6 +158,20 @@ class Rig(Device):
         if prompt is None:
             self.insert(found, [1 + row for row in range(self.rows)])
         return found
+
+    def decoding(self, span: int) -> str:
+        """What the program of all rows at so many positions is called."""
+        versions = [sequence.version for sequence in self.sequences(1)]
+        shape, _ = self.lattice.decode(versions, span)
+        mul, add = shape.level
+        return f"{shape.rows} rows, {shape.span} positions, adapters' levels {mul} and {add}"
+
+    def lowered(self, *names: str) -> list[Any]:
+        """The engine's programs whose names have one of these in them, traced; another thread may compile
+        them, and what runs afterwards finds that.
+        """
+        wanted = [p for p in programs(self) if any(name in p.name for name in names)]
+        return [program.call().lower() for program in wanted if program.call is not None]
 
     def wait(self) -> None:
         """Until the device has done all that was asked of it."""

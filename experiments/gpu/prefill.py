@@ -30,8 +30,8 @@ def stage(own: Stage, words: list[str]) -> None:
     about: dict[str, Any] = {"preset": preset, "layers": config.n_layer, "rows": 1}
     own.put("weights", **about)
 
-    def first(attention: str, text: str, length: int) -> Any:
-        """A rig and its chunk, once through; or why there is none."""
+    def begin(attention: str, text: str, length: int) -> Any:
+        """A rig and its chunk, and its programs, which other threads compile; or why there is none."""
         try:
             options = EngineOptions(
                 max_num_seqs=1, max_model_len=length, chunk=length, prefill_chunks=1,
@@ -39,28 +39,36 @@ def stage(own: Stage, words: list[str]) -> None:
             )  # fmt: skip
             rig = engines.Rig(model, text, options, engines.variant(attention, own.rehearse))
             # One token more in the prompt, or the chunk would be its last, and draw a token.
-            chunk = Chunk(rig.sequences(0, prompt=length + 1)[0], 0, length)
-            rig.prefill([chunk])
-            rig.wait()
-            return rig, chunk
+            sequence = rig.sequences(0, prompt=length + 1)[0]
+            form = rig.form_of(sequence)
+            named = f"{form.multiplicative} + {form.additive} components"
+            return (rig, Chunk(sequence, 0, length)), [
+                threads.submit(one.compile) for one in rig.lowered(named)
+            ]
         except Exception as error:
-            return error
+            return error, []
 
     (chosen, *others), texts = attentions.split(","), kinds.split(",")
     cases = [(chosen, text, length) for length in lengths for text in texts]
     cases += [(attention, texts[0], length) for length in lengths for attention in others]
     threads = ThreadPoolExecutor(1 if own.rehearse else 12)
-    rigs = [threads.submit(first, *case) for case in cases]
-    wait(rigs, timeout=own.left - len(cases))
+    rigs = [begin(*case) for case in cases]
+    # Nothing runs while others compile; see decode.py.
+    wait([future for _, compiling in rigs for future in compiling], timeout=own.left - len(cases))
     weights = config.n_layer * sum(a * b for a, b in config.projections().values())
     for attention, text, length in cases:
         kind, rank = engines.kind_and_rank(text)
-        future = rigs.pop(0)
-        made = future.result() if future.done() else Skip("it was still compiling")
+        made, compiling = rigs.pop(0)
+        if not all(future.done() for future in compiling):
+            made = Skip("it was still compiling")
 
-        def measure(made: Any = made, length: int = length) -> Mapping[str, Any]:
+        def measure(
+            made: Any = made, compiling: Any = compiling, length: int = length
+        ) -> Mapping[str, Any]:
             if isinstance(made, Exception):
                 raise made
+            for future in compiling:
+                future.result()
             seconds = timed(made[0], made[1], 1 if own.rehearse else 3)
             operations = 2 * weights * length + 2 * config.n_layer * config.hidden_size * length**2
             rates = {"tok_s": length / seconds, "TFLOP_s": operations / seconds / 1e12}
@@ -69,7 +77,7 @@ def stage(own: Stage, words: list[str]) -> None:
         own.attempt(
             "prefill", measure, attention=attention, kind=kind, rank=rank, tokens=length, **about
         )
-        del made, future
+        del made, compiling
 
 
 def timed(rig: Any, chunk: Any, repeats: int, queued: int = 3) -> float:

@@ -55,7 +55,7 @@ _FOUND = frozenset(
 
 
 class Results(NamedTuple):
-    """All lines of some runs on one card; ``broken`` counts those that are not whole."""
+    """All items of some runs on one card, each stage's last end; ``broken`` lines are not whole."""
 
     about: Line
     items: list[Line]
@@ -107,7 +107,9 @@ def read(directories: Sequence[Path]) -> Results:
             if key in latest and _without_figure(line):
                 continue
             latest[key] = line
-    return Results(about, [*latest.values()], [line for line in lines if "rc" in line], broken)
+    # A stage that was run again ended as it did the last time.
+    ends = {line["stage"]: line for line in lines if "rc" in line}
+    return Results(about, [*latest.values()], [*ends.values()], broken)
 
 
 def _without_figure(line: Line) -> bool:

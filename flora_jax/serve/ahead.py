@@ -91,24 +91,34 @@ def programs(device: Device) -> list[Program]:
 
 
 def compile_all(device: Device, progress: Callable[[str, int, int], None] | None = None) -> None:
-    """Compiles and runs all of them, as many at a time as there are cores.
+    """Compiles all of them, as many at a time as there are cores, then runs each.
 
-    XLA lets go of the interpreter while it compiles; tracing is what takes turns. ``progress`` gets the
+    XLA lets go of the interpreter while it compiles; tracing is what takes turns. Nothing runs meanwhile:
+    what one thread launches is not to end up in the CUDA graph that another makes. ``progress`` gets the
     name of a program that is done, how many are, and of how many.
     """
     wanted = programs(device)
+    done = 0
+
+    def tell(program: Program) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(program.name, done, len(wanted))
+
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
-        compiled = [
-            None if program.call is None else threads.submit(program.call().lower().compile)
-            for program in wanted
-        ]
-        for number, (program, future) in enumerate(zip(wanted, compiled), 1):
-            if future is not None:
-                future.result()
-            # Finds what was compiled: the traced program is the same object.
-            program.rehearse()
-            if progress is not None:
-                progress(program.name, number, len(wanted))
+        compiling = [
+            (program, threads.submit(program.call().lower().compile))
+            for program in wanted if program.call is not None
+        ]  # fmt: skip
+        for program, future in compiling:
+            future.result()
+            tell(program)
+    for program in wanted:
+        # Finds what was compiled: the traced program is the same object.
+        program.rehearse()
+        if program.call is None:
+            tell(program)
 
 
 def lower_for(device: Device, sharding: Any) -> dict[str, Callable[[], Any]]:

@@ -8,7 +8,6 @@ import json
 import lzma
 import re
 import sys
-import types
 from pathlib import Path
 
 import jax
@@ -91,7 +90,7 @@ def test_matrices_of_the_blocks_have_orthogonal_updates_and_embeddings_adams(pre
         "kernel": jax.random.normal(jax.random.key(0), (8, 4)),
         "bias": jnp.ones(4),
     }
-    optimizer = pretrain.pretraining.muon(lambda _: 0.1, weight_decay=0.0, clip=1e9)
+    optimizer = pretrain.pretraining.muon(weight_decay=0.0, clip=1e9)
     grads = jax.tree.map(
         lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=jnp.float32) ** 2).reshape(leaf.shape),
         params,
@@ -106,7 +105,35 @@ def test_matrices_of_the_blocks_have_orthogonal_updates_and_embeddings_adams(pre
     }
     assert spread["update"] < 2 < 5 < spread["gradient"]
     for name in (updates["wte"]["embedding"], updates["bias"]):
-        np.testing.assert_allclose(np.abs(name), 0.1, rtol=1e-3)  # Adam's first step: the sign.
+        np.testing.assert_allclose(np.abs(name), 1.0, rtol=1e-3)  # Adam's first step: the sign.
+
+
+def test_a_step_moves_in_proportion_to_its_rate(pretrain):
+    training = pretrain.pretraining
+    for make in training.OPTIMIZERS.values():
+        optimizer = make()
+        step = training.make_step(lambda w, x: (jnp.sum((w["kernel"] * x) ** 2), x.size), optimizer)
+        moved = []
+        for rate in (1e-3, 2e-3):
+            params = {"kernel": jnp.arange(1.0, 13.0).reshape(3, 4)}
+            before = np.asarray(params["kernel"])
+            state = training.init_state(params, optimizer)
+            state, _ = step(state, (np.float32(rate), np.ones((3, 4), np.float32)))
+            moved.append(state.params["kernel"] - before)
+        np.testing.assert_allclose(2 * moved[0], moved[1], rtol=1e-2)
+        assert np.abs(moved[0]).max() > 1e-5
+
+
+def test_the_rate_rises_stays_and_falls_to_a_tenth_over_the_last_steps(pretrain):
+    rates = [pretrain.pretraining.rate_at(step, 2.0, 300, 50) for step in range(301)]
+    assert rates[:101:50] == [0.0, 1.0, 2.0]
+    assert set(rates[100:251]) == {2.0}
+    np.testing.assert_allclose(np.diff(rates[250:]), -2.0 * 0.9 / 50)
+    np.testing.assert_allclose(rates[300], 0.2)
+    for steps, decay in ((None, 0), (400, 50)):
+        assert [pretrain.pretraining.rate_at(n, 2.0, steps, decay) for n in range(251)] == rates[
+            :251
+        ]
 
 
 @pytest.mark.parametrize("windows, rows, extra", [(12, 4, 0), (12, 5, 4), (7, 3, 2), (1, 2, 0)])
@@ -165,59 +192,101 @@ def test_a_directory_of_sources_becomes_a_model_that_loads(pretrain, tmp_path):
     assert [json.loads(line) for line in again] == metrics
     with pytest.raises(InputError, match=r"recipe\.json: pieces was 300, now 310"):
         run(steps=12, pieces=310)
-    with pytest.raises(InputError, match=r"steps were 12, now 40, but the run is at step 12 and"):
+    match = (
+        "at step 12 of 12 and its learning rate falls from step 10, .* not to step 40 with Stage"
+    )
+    with pytest.raises(InputError, match=match):
         run(steps=40)
+    with pytest.raises(InputError, match=r"not to step 12 with Stage.rows=9"):
+        run(steps=12, rows=9)
+    with pytest.raises(InputError, match="--decay is 13, expected 1 to 12, of --steps"):
+        run(steps=12, decay=13)
 
 
-def test_a_run_that_is_extended_before_its_rate_falls_is_the_longer_run(pretrain, tmp_path):
-    (tmp_path / "one.py").write_text("def f(x):\n    return x\n" * 200)
-    (tmp_path / "two.py").write_text("def g(y):\n    return y + 1\n" * 200)
-    shared = {
-        "shape": "1x16",
-        "pieces": 300,
-        "rows": 2,
-        "evaluation_windows": 2,
-        "optimizer": "adamw",
-    }
+def write_sources(directory):
+    (directory / "one.py").write_text("def f(x):\n    return x\n" * 200)
+    (directory / "two.py").write_text("def g(y):\n    return y + 1\n" * 200)
+
+
+def test_a_run_that_goes_on_before_its_rate_falls_is_the_longer_run(pretrain, tmp_path):
+    write_sources(tmp_path)
+    few = {"shape": "1x16", "pieces": 300, "rows": 2, "evaluation_windows": 2, "optimizer": "adamw",
+           "learning_rate": 1e-2}  # fmt: skip
     losses = {}
     for name, lengths in (("straight", [15]), ("extended", [10, 15])):
         output = tmp_path / "runs" / name
         for steps in lengths:
-            recipe = pretrain.Recipe(
-                (str(tmp_path),), None, 10**6, 300, "1x16", 2, "adamw", 1e-2, "float32", 0, steps
-            )
             if steps == 10:  # Stopped where the rate is about to fall.
+                stage = pretrain.Stage(2, 1e-2, "float32", "cpu")
+                recipe = pretrain.Recipe(
+                    (str(tmp_path),), None, 8_000_000, 300, "1x16", "adamw", 0, (stage,), 10, 2
+                )
                 pretrain.keep_recipe(recipe, output)
-                held = pretrain.Pretraining(recipe, output, 2)
-                held.run(10, pretrain.LoopOptions(steps=recipe.decay))
+                pretrain.Pretraining(recipe, output, 2).train(8)
             else:
-                pretrain.main([tmp_path], output, steps=steps, learning_rate=1e-2,
-                              other_bytes=10**6, **shared)  # fmt: skip
+                pretrain.main([tmp_path], output, steps=steps, **few)
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         losses[name] = lines[-1]["loss"], lines[-1]["validation"]
     assert losses["extended"] == losses["straight"]
 
 
-def test_the_steps_of_a_time_leave_room_for_what_stands_beside_them(pretrain, monkeypatch):
-    now = [0.0]
+def test_a_run_goes_on_with_other_rows_and_another_rate_as_a_new_stage(pretrain, tmp_path):
+    write_sources(tmp_path)
+    output = tmp_path / "run"
+    few = {"shape": "1x16", "pieces": 300, "evaluation_windows": 2, "optimizer": "adamw"}
+    first = pretrain.Stage(4, 1e-2, "bfloat16", "gpu")
+    recipe = pretrain.Recipe(
+        (str(tmp_path),), None, 8_000_000, 300, "1x16", "adamw", 0, (first,), None, None
+    )
+    pretrain.keep_recipe(recipe, output)
+    pretrain.Pretraining(recipe, output, 2).train(5)
+    pretrain.main([tmp_path], output, steps=11, decay=6, rows=3, learning_rate=1e-3, **few)
+    found = pretrain.read_recipe(output / "recipe.json")
+    second = pretrain.Stage(3, 1e-3, "float32", "cpu", first=5)
+    assert (found.stages, found.steps, found.decay) == ((first, second), 11, 6)
+    assert [found.windows(step) for step in (0, 4, 5, 6, 11)] == [0, 16, 20, 23, 38]
+    run = pretrain.Pretraining(found, output, 2)
+    # Six steps of its decay; the peak is the stage's. The windows are those behind the 20 seen.
+    rate, windows = run.batch(8)
+    np.testing.assert_allclose(rate, 1e-3 * 8 / 100 * (1 - 0.9 * 3 / 6), rtol=1e-6)
+    np.testing.assert_array_equal(windows, run.training.batch(7 + 3, 3, run.length, 0))
+    card = (output / "model" / "README.md").read_text()
+    assert f"It has seen {38 * 32:,} tokens" in card
+    assert "5 steps of 4 windows on a GPU, in bfloat16" in card
+    assert "6 steps of 3 windows on a CPU, in float32, with a peak learning rate of 0.001." in card
+    # A stage that was asked for and took no step gives way to the next one.
+    other = tmp_path / "other"
+    pretrain.keep_recipe(recipe, other)
+    assert pretrain.keep_recipe(
+        recipe._replace(stages=(second._replace(first=0),)), other
+    ).stages == (second._replace(first=0),)
+
+
+def test_the_steps_of_a_time_are_measured_while_the_run_goes_on(pretrain, tmp_path, monkeypatch):
+    now, speed = [0.0], {0: 0.1, 1000: 0.2}  # The device gets slower after a while.
     monkeypatch.setattr(pretrain.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(pretrain, "TRIAL", 4)
+    run = pretrain.Pretraining.__new__(pretrain.Pretraining)
+    run.output, run.recipe = tmp_path, pretrain.Recipe((), None, 0, 300, "1x16", "adamw", 0, ())
+    calls = []
 
-    def run(steps, options, folder):
-        # Half a minute of compiling and evaluating, then a tenth of a second for each step.
-        now[0] += 30 + options.steps * 0.1
-        lines = [{"tokens_per_second": speed} for speed in (2.0, 640.0)]
-        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    def train(steps):
+        now[0] += 30 * (not calls) + 1  # Compiling, and evaluating each time.
+        for step in range(calls[-1] if calls else 0, steps):
+            now[0] += speed[1000 if step >= 1000 else 0]
+        calls.append(steps)
 
-    held = types.SimpleNamespace(recipe=types.SimpleNamespace(rows=2), length=32, run=run)
-    found = pretrain.steps_within(held, 100.0)
-    np.testing.assert_allclose(now[0] + 30 + found * 0.1, 100.0, atol=0.1)
+    run.train = train
+    planned = run.plan(400.0)
+    before = calls[-1]
+    train(planned.steps)
+    assert before <= planned.steps - planned.decay
+    assert planned.steps / 8 < planned.decay <= planned.steps / 5
+    assert 380 < now[0] < 405
 
 
 def test_a_run_of_seconds_plans_its_steps_once(pretrain, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pretrain, "TRIAL", 4)
-    (tmp_path / "one.py").write_text("def f(x):\n    return x\n" * 200)
-    (tmp_path / "two.py").write_text("def g(y):\n    return y + 1\n" * 200)
+    monkeypatch.setattr(pretrain, "FEW", 2)
+    write_sources(tmp_path)
     output = tmp_path / "run"
     few = {
         "shape": "1x16",
@@ -226,20 +295,28 @@ def test_a_run_of_seconds_plans_its_steps_once(pretrain, tmp_path, capsys, monke
         "dtype": "bfloat16",
         "optimizer": "adamw",
     }
-    planned = pretrain.steps_within
-    # Killed in the trial.
-    monkeypatch.setattr(pretrain, "steps_within", lambda run, seconds: 1 / 0)
+    planned = pretrain.Pretraining.plan
+
+    def stopped(run, seconds):
+        run.train(3)
+        raise ZeroDivisionError
+
+    # Killed before the plan.
+    monkeypatch.setattr(pretrain.Pretraining, "plan", stopped)
     with pytest.raises(ZeroDivisionError):
         pretrain.main([tmp_path], output, seconds=1e-3, **few)
-    monkeypatch.setattr(pretrain, "steps_within", planned)
+    assert json.loads((output / "recipe.json").read_text())["steps"] is None
+    monkeypatch.setattr(pretrain.Pretraining, "plan", planned)
     pretrain.main([tmp_path], output, seconds=1e-3, **few)
-    assert "4 steps fit 0.001 seconds" in capsys.readouterr().out
-    assert json.loads((output / "recipe.json").read_text())["steps"] == 4
-    assert json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
+    # Three, two to compile again, and five stretches of two.
+    assert "15 steps fit 0.001 seconds" in capsys.readouterr().out
+    found = pretrain.read_recipe(output / "recipe.json")
+    assert (found.steps, found.decay, len(found.stages)) == (15, 2, 1)
+    assert json.loads((output / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 15
     # Done: the same command finds its plan.
-    monkeypatch.setattr(pretrain, "steps_within", lambda run, seconds: 1 / 0)
+    monkeypatch.setattr(pretrain.Pretraining, "plan", stopped)
     pretrain.main([tmp_path], output, seconds=1e-3, **few)
-    assert json.loads((output / "recipe.json").read_text())["steps"] == 4
+    assert pretrain.read_recipe(output / "recipe.json") == found
     with pytest.raises(InputError, match=r"recipe\.json: pieces was 300, now 310"):
         pretrain.main([tmp_path], output, seconds=1e-3, **few | {"pieces": 310})
     for wrong, match in (
