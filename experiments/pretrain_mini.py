@@ -390,7 +390,7 @@ class Pretraining:
                 result[language] = {"bits_per_byte": bits, "bytes": count}
         return result
 
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def batch(self, step: int) -> tuple[np.float32, np.ndarray]:
         """The learning rate of a step, and its windows, which follow those of the steps before."""
         stage = self.recipe.stage(step)
         before = -(-self.recipe.windows(stage.first) // stage.rows)

@@ -103,6 +103,8 @@ def read(directories: Sequence[Path]) -> Results:
     latest: dict[str, Line] = {}
     for line in lines:
         if "item" in line:
+            if line.get("first_s", 0.0) < 0:
+                line = {**line, "failed": "prompts in less than no time: it was not warm"}
             key = json.dumps({n: v for n, v in line.items() if n not in _FOUND}, sort_keys=True)
             if key in latest and _without_figure(line):
                 continue
