@@ -6,10 +6,10 @@ python examples/generate_with_adapters.py
 import flora_jax
 
 prompts = [
-    "sub sum {\n",
-    "def sum(numbers)\n",
-    "local function sum(numbers)\n",
-    "def total(numbers):\n",
+    "sub sum {",
+    "def sum(numbers)",
+    "local function sum(numbers)",
+    "def total(numbers):",
 ]
 names = ["perl", "ruby", "lua", None]
 shipped = {"perl": "flora/perl", "ruby": "lora/ruby", "lua": "ia3/lua"}

@@ -13,7 +13,7 @@ CORPORA is a directory with LANGUAGE.train.jsonl.gz and LANGUAGE.validation.json
     inits      FLoRA of rank 4 from zero-sum noise, all ones and a frozen first component, Perl and
                Lua; singular values of what was learned
 
-A run is 250 steps of 8 rows of 256 tokens for each adapter, at the rate that the sweep found best for
+A run is 150 steps of 8 rows of 256 tokens for each adapter, at the rate that the sweep found best for
 its kind. Every run resumes where it was stopped; one that is finished is not run again, unless the
 embedded model is another since. Results are collected in experiments/results/finetune_mini.jsonl, one
 object for each adapter, with paired 95 % intervals of its change to the base by a bootstrap over windows
@@ -158,7 +158,7 @@ def main(
     stage: Annotated[str, typer.Argument(help="sweep, languages, ranks or inits")],
     corpora: Path,
     output: Annotated[Path, typer.Option()],
-    steps: Annotated[int | None, typer.Option(help="[default: 250, sweep 100]")] = None,
+    steps: Annotated[int | None, typer.Option(help="[default: 150, sweep 100]")] = None,
     windows: Annotated[int, typer.Option(help="Held-out windows of a language.")] = 192,
     kinds: Annotated[
         str, typer.Option(help="Only these, comma-separated.")
@@ -166,7 +166,7 @@ def main(
     seeds: Annotated[str, typer.Option(help="Only these, comma-separated.")] = "0,1,2",
 ) -> None:
     """Runs what is not yet done of a stage and appends its results."""
-    steps = steps or (100 if stage == "sweep" else 250)
+    steps = steps or (100 if stage == "sweep" else 150)
     opened = open_checkpoint(MINI)
     model, config = opened.load("float32"), opened.config
     label = model_label(MINI, opened.directory)

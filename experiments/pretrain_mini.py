@@ -11,8 +11,8 @@ steps that it had found; as long as the learning rate does not fall yet, also wi
 --learning-rate and --dtype, and on another machine. OUTPUT/model is what ships as flora_jax/assets/mini.
 On a GPU:
 
-    python experiments/pretrain_mini.py packed.jsonl.xz --output runs/mini --seconds 360 --shape 8x384 \\
-        --rows 64 --dtype bfloat16 --sources experiments/mini_sources.md
+    python experiments/pretrain_mini.py packed.jsonl.xz --output runs/mini --seconds 360 --rows 64 \\
+        --dtype bfloat16 --sources experiments/mini_sources.md
 
 Receipt: see that folder's README.md for the data, the recipe and the result.
 """
@@ -23,6 +23,7 @@ import dataclasses
 import json
 import math
 import shutil
+import textwrap
 import time
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -299,30 +300,35 @@ def export(
         f"| {language} | {found['bits_per_byte']:.3f} | {found['bytes']:,} |"
         for language, found in validation.items()
     )
-    everything = f"{recipe.python_bytes:,} bytes" if recipe.python_bytes else "all"
-    steps = recipe.steps or 0
-    ends = [*(stage.first for stage in recipe.stages[1:]), steps]
+    card = CARD.format(
+        parameters=f"{sum(leaf.size for leaf in jax.tree.leaves(model.params)):,}",
+        pieces=f"{recipe.pieces:,}",
+        seen=f"{recipe.windows(recipe.steps or 0) * model.config.n_positions:,}",
+        sources=sources.strip(),
+        recipe=described(recipe, training, model.config.n_positions),
+        table=table,
+    )
+    (target / "README.md").write_text(card)
+
+
+def described(recipe: Recipe, training: Stream, length: int) -> str:
+    """The recipe as a card's paragraph."""
+    ends = [*(stage.first for stage in recipe.stages[1:]), recipe.steps or 0]
     stages = ", then ".join(
         f"{end - stage.first:,} steps of {stage.rows} windows on a {stage.platform.upper()}, in "
         f"{stage.dtype}, with a peak learning rate of {stage.learning_rate:g}"
         for stage, end in zip(recipe.stages, ends, strict=True)
     )
-    card = CARD.format(
-        parameters=f"{sum(leaf.size for leaf in jax.tree.leaves(model.params)):,}",
-        text_bytes=f"{training.text_bytes:,}",
-        tokens=f"{len(training.tokens):,}",
-        seen=f"{recipe.windows(steps) * model.config.n_positions:,}",
-        stages=stages,
-        warmup=pretraining.WARMUP,
-        length=model.config.n_positions,
-        sources=sources.strip(),
-        table=table,
-        decay=f"{recipe.decay:,}",
-        python_bytes=everything,
-        other_bytes=f"{recipe.other_bytes:,}",
-        **{name: getattr(recipe, name) for name in ("pieces", "optimizer", "seed")},
+    python = f"{recipe.python_bytes:,} bytes" if recipe.python_bytes else "all"
+    text = (
+        f"- **Recipe**: {training.text_bytes:,} bytes of text (of Python {python}, of each other "
+        f"language at most {recipe.other_bytes:,}), {len(training.tokens):,} tokens, in windows of "
+        f"{length} (the whole context, so that every position is trained): {stages}. Optimizer "
+        f"{recipe.optimizer}, {pretraining.WARMUP} warm-up steps, the rate falls linearly to a tenth over "
+        f"the last {recipe.decay:,} steps, weight decay 0.1, gradients clipped at norm 1, seed "
+        f"{recipe.seed}; saved as float16."
     )
-    (target / "README.md").write_text(card)
+    return textwrap.fill(text, 110, subsequent_indent="  ", break_on_hyphens=False)
 
 
 CARD = """# A small StarCoder, trained from scratch
@@ -332,10 +338,7 @@ A GPTBigCode of {parameters} parameters with a byte-level BPE of {pieces} pieces
 presented as more.
 
 {sources}
-- **Recipe**: {text_bytes} bytes of text (of Python {python_bytes}, of each other language at most
-  {other_bytes}), {tokens} tokens, in windows of {length} (the whole context, so that every position is
-  trained): {stages}. {optimizer}, {warmup} warm-up steps, the rate falls linearly to a tenth over the
-  last {decay} steps, weight decay 0.1, gradients clipped at norm 1, seed {seed}; saved as float16.
+{recipe}
 
 Bits per byte on the first windows of held-out files:
 

@@ -20,15 +20,16 @@ from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.request import Limits, Request, SamplingParams
 from flora_jax.shipped import ASSETS, shipped_adapters
 
-# The same function's head in each language, by the name of its adapter.
+# The same function's head in each language, by the name of its adapter. None ends with a line's end: that
+# is one token with the indentation behind it.
 PROMPTS = {
-    "d": "int sum(int[] numbers)\n{\n",
-    "perl": "sub sum {\n    my @numbers = @_;\n",
-    "ruby": "def sum(numbers)\n",
-    "rust": "fn sum(numbers: &[i32]) -> i32 {\n",
-    "racket": "(define (sum numbers)\n",
-    "swift": "func sum(_ numbers: [Int]) -> Int {\n",
-    "lua": "local function sum(numbers)\n",
+    "d": "int sum(int[] numbers)\n{",
+    "perl": "sub sum {\n    my @numbers = @_;",
+    "ruby": "def sum(numbers)",
+    "rust": "fn sum(numbers: &[i32]) -> i32 {",
+    "racket": "(define (sum numbers)",
+    "swift": "func sum(_ numbers: [Int]) -> Int {",
+    "lua": "local function sum(numbers)",
 }
 # What a model of one's own is asked: with a chat template, and without.
 QUESTIONS = (
@@ -36,7 +37,7 @@ QUESTIONS = (
     "Name three large rivers.",
     "Write a Python function that reverses a list.",
 )
-HEADS = ("def reverse(items):\n", "The three largest rivers are", "# Reads a file line by line.\n")
+HEADS = ("def reverse(items):", "The three largest rivers are", "# Reads a file line by line.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +83,8 @@ def run_embedded(*, language: str, max_tokens: int, seed: int) -> None:
             table.add_row(adapter or "no adapter", texts[PROMPTS[language], adapter])
         console.print(table)
         console.print(
-            "The embedded model has seen a few million tokens only: mind how the adapters change its "
-            "text, not whether the text is right."
+            "The embedded model has six million parameters: mind how the adapters change its text, not "
+            "whether the text is right."
         )
         batch.report(console)
 
@@ -149,7 +150,7 @@ def _batch(
     seed: int,
     dtype: str | None = "float32",
 ) -> Batch:
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.7, seed=seed)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.5, seed=seed)
     requests = [Request(row.token_ids, params, row.adapter) for row in rows]
     longest = max(request.reach for request in requests)
     # A row alone has the bits it has among others only in one shape of its batch.

@@ -145,7 +145,7 @@ def test_a_stream_that_is_left_takes_its_requests_back(llm):
         ((["a", ""],), {}, "prompt 1: the prompt is empty"),
         ((["a", 3.5],), {}, "prompt 1: prompt_token_ids is float, expected a list of integers"),
         ((3,), {}, "prompts is int, expected a string or a list"),
-        (([[1, 4096]],), {}, "prompt_token_ids holds 4096, the vocabulary has 0 to 4095"),
+        (([[1, 8192]],), {}, "prompt_token_ids holds 8192, the vocabulary has 0 to 8191"),
         (([[1] * 65],), {}, "the prompt has 65 tokens, the context 64"),
         (({"text": "a"},), {}, "prompt 0: found text, expected 'prompt' or 'prompt_token_ids'"),
         (("a",), {"adapters": "lua"}, "prompt 0: unknown adapter 'lua', given: perl, ruby"),

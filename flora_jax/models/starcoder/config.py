@@ -174,7 +174,7 @@ def _preset(width: int, layers: int, heads: int, positions: int = 8192) -> StarC
 
 # Shapes for experiments with random weights; a checkpoint's own config.json always wins.
 PRESETS = {
-    "mini": dataclasses.replace(_preset(256, 6, 4, 512), vocab_size=4096),
+    "mini": dataclasses.replace(_preset(256, 6, 4, 512), vocab_size=8192),
     "164m": _preset(768, 20, 12),
     "1b": _preset(2048, 24, 16),
     "3b": _preset(2816, 36, 22),
