@@ -324,8 +324,8 @@ def described(recipe: Recipe, training: Stream, length: int) -> str:
         f"- **Recipe**: {training.text_bytes:,} bytes of text (of Python {python}, of each other "
         f"language at most {recipe.other_bytes:,}), {len(training.tokens):,} tokens, in windows of "
         f"{length} (the whole context, so that every position is trained): {stages}. Optimizer "
-        f"{recipe.optimizer}, {pretraining.WARMUP} warm-up steps, the rate falls linearly to a tenth over "
-        f"the last {recipe.decay:,} steps, weight decay 0.1, gradients clipped at norm 1, seed "
+        f"{recipe.optimizer}, {pretraining.WARMUP} warm-up steps, the rate falls linearly to a tenth "
+        f"over the last {recipe.decay:,} steps, weight decay 0.1, gradients clipped at norm 1, seed "
         f"{recipe.seed}; saved as float16."
     )
     return textwrap.fill(text, 110, subsequent_indent="  ", break_on_hyphens=False)

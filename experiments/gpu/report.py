@@ -50,7 +50,7 @@ _FOUND = frozenset(
     "tok_s TB_s TFLOP_s least_us waited_us queued_us broken loss peak_GB first_s made_s ready_s "
     "output_throughput total_token_throughput duration iterations failed skipped compilations "
     "overhead_us requests_failed c1 c2 c1_over_c2 fit_error predicted_rank measured_rank verdict "
-    "changes steps".split()
+    "changes steps us_lists us_arguments us_forward us_draw".split()
 )
 
 
@@ -276,6 +276,13 @@ def engine(items: Sequence[Line]) -> str:
     return _part("The engine end to end", select(items, "engine"), names)
 
 
+def host(items: Sequence[Line]) -> str:
+    names = {"preset": "model", "layers": "layers", "rows": "rows", "kind": "kind", "rank": "rank",
+             "us_lists": "lists, µs a dispatch", "us_arguments": "arguments, µs a step",
+             "us_forward": "forward", "us_draw": "draw"}  # fmt: skip
+    return _part("What launching costs the host", select(items, "host"), names)
+
+
 def missing(results: Results) -> str:
     """What has no figure, with its reason, and stages that did not end by themselves."""
     text = []
@@ -380,7 +387,7 @@ def eq7_panels(items: Sequence[Line]) -> dict[str, Points]:
 
 
 PARTS: tuple[Callable[[Sequence[Line]], str], ...] = (
-    ceilings, decode, layers, equation, prefill, peers, training, engine,
+    ceilings, decode, layers, equation, prefill, peers, training, engine, host,
 )  # fmt: skip
 
 

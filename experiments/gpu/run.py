@@ -92,10 +92,16 @@ STAGES = (
         "engine", 100, "engine", ("1b", "0", "flora8,none,lora8", "32", "256", "128"),
         ("mini", "1", "flora2", "2", "16", "8"),
     ),
+    Plan("host", 60, "host", ("1b", "0", "32", "none,flora8,lora8", "512"),
+         ("mini", "1", "2", "none,flora2", "64")),
     _decode("decode-1b", 75, "1b 0 auto 32 none,flora1,lora1,flora8,lora8,flora32,lora32 2048",
             "mini 1 auto 2 none 64"),
     _decode("decode-3b", 90, "3b 0 auto 32 none,flora1,lora1,flora8,lora8,flora32,lora32 2048",
             "mini 1 auto 2 none,lora2 64"),
+    _decode(
+        "decode-1b-looped", 60, "1b 0 auto,gather+looped 32 none,flora8 512", "mini 1 auto 2 none 64",
+        "--xla_gpu_enable_command_buffer=+WHILE",
+    ),
     _decode(
         "decode-while", 45, "15b 10 gather+looped 32 none 2048", "mini 1 auto 2 none 64",
         "--xla_gpu_enable_command_buffer=+WHILE",
