@@ -5,6 +5,7 @@
 Reads experiments/results/finetune_mini.jsonl and writes finetune_mini.md beside it. A change is to the
 base on the same held-out windows, with its 95 % interval; fewer bits per byte are better. Runs that
 differ in their seed alone are one row: means, and the least and the largest change in place of intervals.
+Every model that the package has had has tables of its own, the newest first.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,19 +94,25 @@ def spectra(lines: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Writes and prints the tables."""
+    """Writes and prints the tables, the newest model's first."""
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     parts = ["# Fine-tuning the embedded model", "`experiments/finetune_mini.py` says how."]
-    for stage, title in TITLES.items():
-        for steps in sorted({line["steps"] for line in lines if line["stage"] == stage}):
-            own = [line for line in lines if (line["stage"], line["steps"]) == (stage, steps)]
-            listed = seeds_table(own) if stage == "ranks" else table(HEAD, map(row, own))
-            parts += [f"## {title}: {steps} steps", listed]
-            if stage == "inits":
-                parts.append(spectra(own))
+    for model in reversed(dict.fromkeys(line["model"] for line in lines)):
+        parts += [f"## {model}", *sections([line for line in lines if line["model"] == model])]
     text = "\n\n".join(parts) + "\n"
     RESULTS.with_suffix(".md").write_text(text)
     print(text)
+
+
+def sections(lines: list[dict[str, Any]]) -> Iterator[str]:
+    """The tables of one model."""
+    for stage, title in TITLES.items():
+        for steps in sorted({line["steps"] for line in lines if line["stage"] == stage}):
+            own = [line for line in lines if (line["stage"], line["steps"]) == (stage, steps)]
+            yield f"### {title}: {steps} steps"
+            yield seeds_table(own) if stage == "ranks" else table(HEAD, map(row, own))
+            if stage == "inits":
+                yield spectra(own)
 
 
 if __name__ == "__main__":
