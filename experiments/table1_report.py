@@ -80,7 +80,8 @@ def _losses() -> list[str]:
         "| language | method | bits per byte | next-token accuracy, points |", "|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
-        if row["stage"] == "languages":
+        # The file also has the models that the package had before.
+        if (row["stage"], row["model"]) == ("languages", rows[-1]["model"]):
             low, high = row["bits_per_byte_change_95"]
             least, most = (100 * share for share in row["accuracy_change_95"])
             lines.append(
