@@ -8,8 +8,9 @@ Shares and launch costs are assumptions until a run on the card says otherwise. 
 on an H100 SXM was measured at 3.0 of its 3.35 TB/s; the same share stands for every card. Products:
 600 to 700 TFLOP/s of an H100's 989, and 0.66 stands for every card. A small kernel inside a CUDA graph
 takes 2 µs, launching a graph 4 µs. An H200 was measured since, once: a copy has 0.89 to 0.94 of the
-datasheet's bandwidth, a large product 0.71 to 0.80 of the peak, one of 32 rows reads its weight at 0.71
-to 0.8 of the bandwidth, a decode step of 15B takes 1.1 times what these say. Knows nothing of models.
+datasheet's bandwidth, a large product 0.71 to 0.80 of the peak, one of 32 rows reads its weight at 0.56
+to 0.73 of the bandwidth; a decode step takes 1.1 (15B) to 1.37 times (1B) what these say. Knows nothing
+of models.
 """
 
 from __future__ import annotations
