@@ -31,6 +31,8 @@ PROMPTS = {
     "swift": "func sum(_ numbers: [Int]) -> Int {",
     "lua": "local function sum(numbers)",
 }
+# A beginning that says nothing of a language.
+NEUTRAL = "# Reads a file line by line."
 # What a model of one's own is asked: with a chat template, and without.
 QUESTIONS = (
     "What is a rainbow? Answer in one sentence.",
@@ -50,8 +52,8 @@ class Row:
 
 
 def run_embedded(*, language: str, max_tokens: int, seed: int) -> None:
-    """Shows the embedded model: every language under the base and under its own FLoRA, and the prompt of
-    ``language`` under all kinds that it has.
+    """Shows the embedded model: one prompt under every language's FLoRA, every language's own prompt
+    under the base and its FLoRA, and that of ``language`` under all kinds that it has.
 
     Raises:
         RunError: see :func:`run_demo`.
@@ -64,14 +66,21 @@ def run_embedded(*, language: str, max_tokens: int, seed: int) -> None:
         for name in shipped_adapters()
     }
     kinds = [name for name in adapters if name.endswith(f"/{language}")]
-    rows = [
-        Row(PROMPTS[name], limits.encode(PROMPTS[name]), adapter)
+    asked = [(NEUTRAL, adapter) for adapter in (None, *(f"flora/{name}" for name in PROMPTS))]
+    asked += [
+        (PROMPTS[name], adapter)
         for name in PROMPTS
         for adapter in (None, *(kinds if name == language else [f"flora/{name}"]))
     ]
+    rows = [Row(prompt, limits.encode(prompt), adapter) for prompt, adapter in asked]
     console = Console()
     with _batch(opened, adapters, rows, max_tokens, seed) as batch:
         texts = dict(zip(((r.shown, r.adapter) for r in rows), batch.texts(), strict=True))
+        table = Table(f"{NEUTRAL}  under", Column("completion", overflow="fold"), show_lines=True)
+        for name in (None, *PROMPTS):
+            adapter = None if name is None else f"flora/{name}"
+            table.add_row(adapter or "no adapter", texts[NEUTRAL, adapter])
+        console.print(table)
         wide = [Column(name, overflow="fold") for name in ("prompt", "base", "its FLoRA of rank 1")]
         table = Table("language", *wide, show_lines=True)
         for name, prompt in PROMPTS.items():
