@@ -125,9 +125,11 @@ def test_the_readme_is_one_page():
 
 def test_the_demo_checks_every_row_against_itself_alone(tmp_path):
     done = run(["flora-jax", "demo", "--max-tokens", "4"], tmp_path)
-    assert "16 of 16 rows have the same tokens as when they run alone" in " ".join(
-        done.stdout.split()
-    )
+    # A neutral prompt and every language's own under the base and FLoRA, one under all its kinds.
+    kinds = sum(name.endswith("/perl") for name in shipped_adapters())
+    rows = 1 + len(PROMPTS) + 2 * (len(PROMPTS) - 1) + 1 + kinds
+    said = f"{rows} of {rows} rows have the same tokens as when they run alone"
+    assert said in " ".join(done.stdout.split())
 
 
 def test_every_language_of_the_demo_has_its_adapters():
@@ -158,5 +160,5 @@ def test_the_embedded_model_is_small_and_has_its_card(name):
     folder = ROOT / "flora_jax" / "assets" / name
     sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= sizes.keys()
-    assert sizes["model.safetensors"] <= 12_000_000
+    assert sizes["model.safetensors"] <= 24_000_000
     assert re.search(r"\| python \| \d\.\d{3} \| [\d,]+ \|", (folder / "README.md").read_text())
