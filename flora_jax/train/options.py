@@ -304,8 +304,9 @@ def check_rates(rates: Sequence[float]) -> tuple[float, ...]:
 def rates_around(rate: float) -> tuple[float, ...]:
     """Seven rates, each 4 times the one before: two below ``rate`` and four above it.
 
-    The kinds' own rates are the paper's for models of billions of parameters; small models want up to
-    hundreds of times as much (``experiments/results/finetune_mini.md``).
+    The kinds' own rates are the paper's for models of billions of parameters; others want up to hundreds
+    of times as much, most of all those that were hardly trained
+    (``experiments/results/finetune_mini.md``).
     """
     return check_rates([rate * 4.0**power for power in range(-2, 5)])
 
