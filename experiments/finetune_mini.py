@@ -20,11 +20,10 @@ object for each adapter, with paired 95 % intervals of its change to the base by
 of held-out files (windows of one file are alike, so they are somewhat too narrow; the sweep chooses on
 the windows that are reported).
 
-Receipt: 2 cores of an AMD EPYC (Zen 5), float32, up to 8,100 tokens/s undisturbed, half of that beside
-the other work there was: the sweep 20 minutes, `languages` 34, `inits` 9, `ranks --seeds 0` 57. On 2
-cores of an Intel Xeon (Emerald Rapids), beside other work: seed 1 of `ranks` and the sweep's rates
-0.512 of FLoRA, 0.128 and 0.512 of HiRA two hours, seed 2 of `ranks` one hour on one core. The tables
-are in experiments/results/finetune_mini.md.
+Receipt: 2 cores of an AMD EPYC (Zen 4), float32, each core with a process of its own at 2,000
+tokens/s: sweep 25 minutes, `languages` 40. Before, on the package's first model: `inits` 9 minutes,
+`ranks --seeds 0` 57, 2 cores of a Zen 5; 250 steps. The tables are in
+experiments/results/finetune_mini.md.
 """
 
 from __future__ import annotations
