@@ -86,7 +86,7 @@ def test_a_prompt_beyond_the_context_has_empty_completions(local):
     assert own.beyond() == [long]
     found = {one.name: one.completions for one in own([long, PROBLEMS[0]], SAMPLING)}
     assert found["long"] == ("",) * 3
-    assert all(found["p0"])
+    assert any(found["p0"])
 
 
 def test_a_stop_token_that_is_empty_is_refused(local):

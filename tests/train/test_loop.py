@@ -20,7 +20,7 @@ from experiments.pretraining import (
     init_state,
     make_step,
     next_token_loss,
-    warmup_stable_decay,
+    rate_at,
 )
 from flora_jax.errors import RunError
 from flora_jax.train import loop
@@ -33,7 +33,7 @@ from flora_jax.train.step import TrainState
 pytestmark = pytest.mark.usefixtures("optimised")
 
 VOCABULARY, WIDTH, ROWS, LENGTH, STEPS = 11, 6, 3, 7, 9
-OPTIMIZER = adamw(warmup_stable_decay(0.05, STEPS, warmup=2))
+OPTIMIZER, RATE = adamw(), np.float32(0.05)
 
 
 def toy_loss(params, windows):
@@ -43,7 +43,11 @@ def toy_loss(params, windows):
     return next_token_loss(logits_BTV, windows[:, 1:])
 
 
-toy_step = make_step(toy_loss, OPTIMIZER)
+rated_step = make_step(toy_loss, OPTIMIZER)
+
+
+def toy_step(state, batch):
+    return rated_step(state, (RATE, batch))
 
 
 def toy_state():
@@ -159,40 +163,41 @@ def test_bits_per_byte():
     [(0, 0), (50, 0.5), (100, 1), (101, 1), (799, 1), (800, 1), (900, 0.55), (1000, 0.1)],
 )
 def test_the_rate_at_the_borders_of_warmup_and_decay(step, share):
-    schedule = warmup_stable_decay(3e-3, 1000, warmup=100)
-    assert float(schedule(step)) == pytest.approx(3e-3 * share, rel=1e-5)
+    assert rate_at(step, 3e-3, 1000, 200) == pytest.approx(3e-3 * share, rel=1e-5)
 
 
 def test_the_rate_does_not_depend_on_the_length_before_the_decay():
-    short, long = (warmup_stable_decay(0.1, steps, 20) for steps in (100, 5000))
-    assert all(float(short(n)) == float(long(n)) for n in range(0, 81, 4))
-    assert float(short(90)) < float(long(90))
+    plans = (1000, 200), (5000, 1000), (None, 0)
+    for step in range(0, 801, 40):
+        assert len({rate_at(step, 0.1, *plan) for plan in plans}) == 1
+    assert rate_at(900, 0.1, 1000, 200) < rate_at(900, 0.1, 5000, 1000)
 
 
 @pytest.mark.parametrize("steps", [1, 5, 20])
 def test_a_run_shorter_than_the_warmup_has_a_rate_at_every_step(steps):
-    schedule = warmup_stable_decay(1.0, steps, warmup=20)
-    assert all(0 <= float(schedule(n)) <= 1 for n in range(0, 60, 3))
-    assert float(schedule(steps)) == pytest.approx(steps / 20)
+    decay = max(1, steps // 5)
+    assert all(0 <= rate_at(n, 1.0, steps, decay) <= 1 for n in range(0, 60, 3))
+    assert rate_at(steps - decay, 1.0, steps, decay) == pytest.approx((steps - decay) / 100)
 
 
 def test_weights_decay_and_vectors_do_not():
-    optimizer = adamw(lambda _: 0.5, weight_decay=0.1)
+    optimizer = adamw(weight_decay=0.1)
     params = {"kernel": jnp.full((2, 3), 2.0), "bias": jnp.full(3, 2.0), "scalar": jnp.float32(2.0)}
     step = make_step(lambda params, batch: (batch, jnp.float32(1)), optimizer)
-    params = step(init_state(params, optimizer), jnp.float32(0))[0].params
+    given = np.float32(0.5), jnp.float32(0)
+    params = step(init_state(params, optimizer), given)[0].params
     np.testing.assert_allclose(params["kernel"], 2.0 * (1 - 0.5 * 0.1), rtol=1e-6)
     np.testing.assert_array_equal(params["bias"], 2.0)
     assert float(params["scalar"]) == 2.0
 
 
 def test_a_repeated_batch_is_learned_and_the_state_is_donated():
-    optimizer = adamw(lambda _: 0.05)
+    optimizer = adamw()
     step, state = make_step(toy_loss, optimizer), init_state(toy_state().params, optimizer)
     batch, losses = jnp.asarray(toy_batch(0)), []
     for _ in range(60):
         before = state
-        state, measured = step(state, batch)
+        state, measured = step(state, (RATE, batch))
         losses.append(float(measured["loss"]))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before.params))
     assert int(state.step) == 60
