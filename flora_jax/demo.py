@@ -32,7 +32,7 @@ PROMPTS = {
     "lua": "local function sum(numbers)",
 }
 # A beginning that says nothing of a language.
-NEUTRAL = "# Reads a file line by line."
+NEUTRAL = "read_file("
 # What a model of one's own is asked: with a chat template, and without.
 QUESTIONS = (
     "What is a rainbow? Answer in one sentence.",
@@ -44,11 +44,12 @@ HEADS = ("def reverse(items):", "The three largest rivers are", "# Reads a file 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of the batch: a prompt, its text as people read it, and the adapter's name."""
+    """One row of the batch: a prompt, its text as people read it, and how it is completed."""
 
     shown: str
     token_ids: tuple[int, ...]
     adapter: str | None
+    temperature: float = 0.5
 
 
 def run_embedded(*, language: str, max_tokens: int, seed: int) -> None:
@@ -72,11 +73,15 @@ def run_embedded(*, language: str, max_tokens: int, seed: int) -> None:
         for name in PROMPTS
         for adapter in (None, *(kinds if name == language else [f"flora/{name}"]))
     ]
-    rows = [Row(prompt, limits.encode(prompt), adapter) for prompt, adapter in asked]
+    rows = [
+        # What a language's adapter makes likely shows without chance.
+        Row(prompt, limits.encode(prompt), adapter, 0.0 if prompt == NEUTRAL else 0.5)
+        for prompt, adapter in asked
+    ]
     console = Console()
     with _batch(opened, adapters, rows, max_tokens, seed) as batch:
         texts = dict(zip(((r.shown, r.adapter) for r in rows), batch.texts(), strict=True))
-        table = Table(f"{NEUTRAL}  under", Column("completion", overflow="fold"), show_lines=True)
+        table = Table(f"{NEUTRAL} under", Column("completion", overflow="fold"), show_lines=True)
         for name in (None, *PROMPTS):
             adapter = None if name is None else f"flora/{name}"
             table.add_row(adapter or "no adapter", texts[NEUTRAL, adapter])
@@ -159,8 +164,14 @@ def _batch(
     seed: int,
     dtype: str | None = "float32",
 ) -> Batch:
-    params = SamplingParams(max_tokens=max_tokens, temperature=0.5, seed=seed)
-    requests = [Request(row.token_ids, params, row.adapter) for row in rows]
+    requests = [
+        Request(
+            row.token_ids,
+            SamplingParams(max_tokens=max_tokens, temperature=row.temperature, seed=seed),
+            row.adapter,
+        )
+        for row in rows
+    ]
     longest = max(request.reach for request in requests)
     # A row alone has the bits it has among others only in one shape of its batch.
     options = EngineOptions(
