@@ -173,12 +173,16 @@ class Recipe(NamedTuple):
 
     def windows(self, step: int) -> int:
         """How many windows the steps before ``step`` have."""
+        return sum(stage.rows * count for stage, count in self.taken(step))
+
+    def taken(self, step: int) -> list[tuple[Stage, int]]:
+        """The stages that began before ``step``, and how many of the steps before it each has."""
         ends = [*(stage.first for stage in self.stages[1:]), step]
-        return sum(
-            stage.rows * (min(end, step) - stage.first)
+        return [
+            (stage, min(end, step) - stage.first)
             for stage, end in zip(self.stages, ends, strict=True)
             if stage.first < step
-        )
+        ]
 
     def rate(self, step: int) -> float:
         peak = self.stage(step).learning_rate
@@ -313,11 +317,10 @@ def export(
 
 def described(recipe: Recipe, training: Stream, length: int) -> str:
     """The recipe as a card's paragraph."""
-    ends = [*(stage.first for stage in recipe.stages[1:]), recipe.steps or 0]
     stages = ", then ".join(
-        f"{end - stage.first:,} steps of {stage.rows} windows on a {stage.platform.upper()}, in "
+        f"{count:,} steps of {stage.rows} windows on a {stage.platform.upper()}, in "
         f"{stage.dtype}, with a peak learning rate of {stage.learning_rate:g}"
-        for stage, end in zip(recipe.stages, ends, strict=True)
+        for stage, count in recipe.taken(recipe.steps or 0)
     )
     python = f"{recipe.python_bytes:,} bytes" if recipe.python_bytes else "all"
     text = (

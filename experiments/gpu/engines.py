@@ -22,7 +22,7 @@ from flora_jax.models.family import ModelConfig
 from flora_jax.models.model import Model
 from flora_jax.models.starcoder.config import PRESETS
 from flora_jax.platforms import Platform, platform
-from flora_jax.serve.ahead import programs
+from flora_jax.serve.ahead import in_words, programs
 from flora_jax.serve.device import Device
 from flora_jax.serve.lattice import Lattice
 from flora_jax.serve.options import EngineOptions
@@ -162,9 +162,7 @@ class Rig(Device):
     def decoding(self, span: int) -> str:
         """What the program of all rows at so many positions is called."""
         versions = [sequence.version for sequence in self.sequences(1)]
-        shape, _ = self.lattice.decode(versions, span)
-        mul, add = shape.level
-        return f"{shape.rows} rows, {shape.span} positions, adapters' levels {mul} and {add}"
+        return in_words(self.lattice.decode(versions, span)[0])
 
     def lowered(self, *names: str) -> list[Any]:
         """The engine's programs whose names have one of these in them, traced; another thread may compile

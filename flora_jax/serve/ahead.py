@@ -188,9 +188,10 @@ def _prefilling(device: Device, shape: PrefillShape) -> Program:
     return Program(name + ("" if not own.targets else f" on {', '.join(own.targets)}"), call, run)
 
 
-def _named(verb: str, shape: DecodeShape) -> str:
+def in_words(shape: DecodeShape) -> str:
+    """What follows the verb in the name of a program of this shape."""
     mul, add = shape.level
-    return f"{verb} {shape.rows} rows, {shape.span} positions, adapters' levels {mul} and {add}"
+    return f"{shape.rows} rows, {shape.span} positions, adapters' levels {mul} and {add}"
 
 
 def _looping(device: Device, shape: DecodeShape) -> Program:
@@ -200,7 +201,7 @@ def _looping(device: Device, shape: DecodeShape) -> Program:
     def run() -> None:
         device.cache, device.state_rows, *_ = call().run()
 
-    return Program(_named("decode", shape), call, run)
+    return Program(f"decode {in_words(shape)}", call, run)
 
 
 def _forwarding(device: Device, shape: DecodeShape) -> Program:
@@ -210,7 +211,7 @@ def _forwarding(device: Device, shape: DecodeShape) -> Program:
     def run() -> None:
         device.cache, _ = call().run()
 
-    return Program(_named("forward", shape), call, run)
+    return Program(f"forward {in_words(shape)}", call, run)
 
 
 def _drawing(device: Device, rows: int, how: Draw) -> Program:

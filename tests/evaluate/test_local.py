@@ -86,7 +86,9 @@ def test_a_prompt_beyond_the_context_has_empty_completions(local):
     assert own.beyond() == [long]
     found = {one.name: one.completions for one in own([long, PROBLEMS[0]], SAMPLING)}
     assert found["long"] == ("",) * 3
-    assert any(found["p0"])
+    ((_, alone),) = local.stream([Job(PROBLEMS[0])], SAMPLING)
+    assert found["p0"] == alone.completions
+    assert any(alone.completions)
 
 
 def test_a_stop_token_that_is_empty_is_refused(local):
