@@ -39,18 +39,16 @@ from flora_jax.checkpoints.checkpoint import Opened, open_checkpoint
 from flora_jax.checkpoints.digest import model_label
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
-from flora_jax.models.model import Model
 from flora_jax.peft.read import read_adapter
-from flora_jax.train.data.tokens import piece_bytes, tokenize
 from flora_jax.train.options import TrainOptions, make_options
 from flora_jax.train.run import train
 
 try:
     from experiments.finetune_tables import HEAD, row, table
-    from experiments.held_out import Windows, compare, score_windows
+    from experiments.held_out import HeldOut
 except ModuleNotFoundError:  # Started as a script, whose directory is on the path.
     from finetune_tables import HEAD, row, table  # type: ignore[no-redef]
-    from held_out import Windows, compare, score_windows  # type: ignore[no-redef]
+    from held_out import HeldOut  # type: ignore[no-redef]
 
 Shape = dict[str, Any]
 SHAPES: dict[str, Shape] = {
@@ -214,14 +212,6 @@ class Study(NamedTuple):
         }  # fmt: skip
         return make_options(values | run.changes)
 
-    def held_out(self, language: str) -> Iterator[Any]:
-        """Batches of windows of the language's held-out files."""
-        packed, _ = tokenize(
-            self.corpora / f"{language}.validation.jsonl.gz",
-            *self.opened.text_tokens("text"), cache=self.output / "tokens",
-        )  # fmt: skip
-        return packed.evaluation(self.preset.length, 8, self.preset.windows)
-
 
 def main(
     stage: Annotated[str, typer.Argument(help="sweep or main")],
@@ -240,12 +230,9 @@ def main(
     own = PRESETS[preset]
     steps = steps or (own.sweep_steps if stage == "sweep" else own.steps)
     study = Study(model, open_checkpoint(model), corpora, output, own)
-    tokenizer, _ = study.opened.text_tokens("text")
-    lengths = piece_bytes(tokenizer)
     label = model_label(model, study.opened.directory)
     found = Results(results, {"model": label, "preset": preset, "steps": steps})
-    loaded: Model | None = None
-    base: dict[str, Windows] = {}
+    held_out: HeldOut | None = None
     for run in runs(stage, own):
         if found.has(stage, run):
             print(f"{stage}: {run.name} is in {results.name} already")
@@ -258,18 +245,18 @@ def main(
         started = time.monotonic()
         folders = train(options, directory, resume=True, cache=output / "tokens", say=print)
         seconds = time.monotonic() - started
-        loaded = loaded or study.opened.load(own.dtype)
+        if held_out is None:
+            loaded = study.opened.load(own.dtype)
+            held_out = HeldOut(study.opened, loaded, corpora, output / "tokens")
+        config = study.opened.config
         lines = {}
         for language in run.languages:
-            if language not in base:
-                base[language] = score_windows(loaded, None, study.held_out(language), lengths)
-            config = loaded.config
             adapter = read_adapter(folders[language], config.projections(), config.n_layer)
-            scored = score_windows(loaded, adapter, study.held_out(language), lengths)
             lines[language] = {
                 "kind": options.kind, "rank": options.rank, "init": options.init,
                 "learning_rate": options.rate, "tokens_trained": steps * own.rows * own.length,
-                "parameters": adapter.parameters(), **compare(scored, base[language]),
+                "parameters": adapter.parameters(),
+                **held_out.change(language, adapter, length=own.length, most=own.windows),
                 "seconds": round(seconds, 1),
             }  # fmt: skip
         found.add(stage, run, lines)

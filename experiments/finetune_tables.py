@@ -5,7 +5,7 @@
 Reads experiments/results/finetune_mini.jsonl and writes finetune_mini.md beside it. A change is to the
 base on the same held-out windows, with its 95 % interval; fewer bits per byte are better. Runs that
 differ in their seed alone are one row: means, and the least and the largest change in place of intervals.
-Every model that the package has had has tables of its own, the newest first.
+Every model that the package has had, and every length of windows, has tables of its own, newest first.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ RESULTS = Path(__file__).parent / "results" / "finetune_mini.jsonl"
 TITLES = {
     "sweep": "Learning rates, Perl, rank 1 on c_attn",
     "languages": "Seven languages, rank 1 on c_attn, one run a kind",
+    "long": "The same adapters on windows of 256 tokens",
     "ranks": "Ranks, placements and seeds",
     "inits": "How FLoRA of rank 4 starts",
 }
@@ -97,15 +98,21 @@ def main() -> None:
     """Writes and prints the tables, the newest model's first."""
     lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
     parts = ["# Fine-tuning the embedded model", "`experiments/finetune_mini.py` says how."]
-    for model in reversed(dict.fromkeys(line["model"] for line in lines)):
-        parts += [f"## {model}", *sections([line for line in lines if line["model"] == model])]
+
+    def made_of(line: dict[str, Any]) -> tuple[str, int]:
+        return line["model"], line["length"]
+
+    for model, length in reversed(dict.fromkeys(map(made_of, lines))):
+        own = [line for line in lines if made_of(line) == (model, length)]
+        parts += [f"## {model}, windows of {length} tokens", *sections(own)]
     text = "\n\n".join(parts) + "\n"
     RESULTS.with_suffix(".md").write_text(text)
     print(text)
 
 
 def sections(lines: list[dict[str, Any]]) -> Iterator[str]:
-    """The tables of one model."""
+    """The tables of one model and length."""
+    lines = [*lines, *(line | line["long"] | {"stage": "long"} for line in lines if "long" in line)]
     for stage, title in TITLES.items():
         for steps in sorted({line["steps"] for line in lines if line["stage"] == stage}):
             own = [line for line in lines if (line["stage"], line["steps"]) == (stage, steps)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +16,14 @@ import numpy as np
 from flax import nnx
 
 from flora_jax.adapters.model_adapter import ModelAdapter
+from flora_jax.checkpoints.checkpoint import Opened
 from flora_jax.mixing.grouped import grouped_hooks
 from flora_jax.models.model import Model
+from flora_jax.train.data.packing import PackedTokens
+from flora_jax.train.data.tokens import piece_bytes, tokenize
 from flora_jax.train.loss import token_scores
+
+TOKENS = 4096  # That are scored at a time.
 
 
 class Windows(NamedTuple):
@@ -85,3 +91,45 @@ def compare(found: Windows, base: Windows, draws: int = 2000) -> dict[str, Any]:
         result[name] = round(float(whole[number]), 5)
         result[f"{name}_95"] = [round(float(low[number]), 5), round(float(high[number]), 5)]
     return result
+
+
+class HeldOut:
+    """The held-out files ``CORPORA/LANGUAGE.validation.jsonl.gz``; the base is scored on each once.
+
+    Args:
+        opened: the checkpoint, whose tokenizer is used.
+        model: the base, loaded.
+        corpora: the directory of the files.
+        cache: a directory for their tokens.
+    """
+
+    def __init__(self, opened: Opened, model: Model, corpora: Path, cache: Path) -> None:
+        self.model, self.corpora, self.cache = model, corpora, cache
+        self._tokenizer, self._end_id = opened.text_tokens("text")
+        self._lengths = piece_bytes(self._tokenizer, opened.config.vocab_size)
+        self._packed: dict[str, PackedTokens] = {}
+        self._base: dict[tuple[str, int, int], Windows] = {}
+
+    def change(
+        self, language: str, adapter: ModelAdapter, *, length: int, most: int
+    ) -> dict[str, Any]:
+        """What the adapter changes on up to ``most`` windows of ``length`` tokens; see :func:`compare`.
+
+        Raises:
+            InputError: the file has not one such window.
+        """
+        if language not in self._packed:
+            path = self.corpora / f"{language}.validation.jsonl.gz"
+            packed, _ = tokenize(path, self._tokenizer, self._end_id, cache=self.cache)
+            self._packed[language] = packed
+        key = language, length, most
+        if key not in self._base:
+            self._base[key] = self._windows(None, *key)
+        return compare(self._windows(adapter, *key), self._base[key])
+
+    def _windows(
+        self, adapter: ModelAdapter | None, language: str, length: int, most: int
+    ) -> Windows:
+        rows = max(1, TOKENS // length)
+        batches = self._packed[language].evaluation(length, rows, most)
+        return score_windows(self.model, adapter, batches, self._lengths)

@@ -6,10 +6,10 @@
 ``convert``: adapters of a model, by default the LoRAs that ship, each NAME=FOLDER of ``--adapters`` with
 CORPORA/NAME.train.jsonl.gz and CORPORA/NAME.validation.jsonl.gz, become FLoRA (a sum of components) and
 HiRA of ranks 1 to 32 in three ways: without data; with the fit weighted by the second moments of the
-projections' inputs (64 training windows under the LoRA); and from there distilled, 200 steps of 8 rows
-of 256 training tokens by default. ``--to lora`` turns FLoRAs into LoRAs instead. A fourth way,
-``--ways anew``, trains an adapter of that kind and rank on the same number of tokens, at ``--rate`` or
-the kind's own.
+projections' inputs (64 training windows under the LoRA); and from there distilled, 200 steps of 32 rows
+of 64 training tokens by default, as the LoRAs that ship were trained. ``--to lora`` turns FLoRAs into
+LoRAs instead. A fourth way, ``--ways anew``, trains an adapter of that kind and rank on the same number
+of tokens, at ``--rate`` or the kind's own.
 
 A result has the share of the adapter's gain in held-out bits per byte over the base that is kept (with
 ``compare``'s paired intervals of the change itself), the error left in the weights relative to how far
@@ -58,18 +58,17 @@ from flora_jax.peft.convert import Base, Moments, convert, differences
 from flora_jax.peft.read import read_adapter
 from flora_jax.shipped import ASSETS, adapter_source
 from flora_jax.train.conversion import moments_of
-from flora_jax.train.data.packing import PackedTokens
-from flora_jax.train.data.tokens import piece_bytes, tokenize
+from flora_jax.train.data.tokens import tokenize
 from flora_jax.train.distil import DistilOptions, distil
 from flora_jax.train.options import make_options
 from flora_jax.train.run import train
 
 try:
     from experiments.finetune_tables import table
-    from experiments.held_out import Windows, compare, score_windows
+    from experiments.held_out import HeldOut
 except ModuleNotFoundError:  # Started as a script, whose directory is on the path.
     from finetune_tables import table  # type: ignore[no-redef]
-    from held_out import Windows, compare, score_windows  # type: ignore[no-redef]
+    from held_out import HeldOut  # type: ignore[no-redef]
 
 RESULTS = Path(__file__).parent / "results" / "lora_to_flora.jsonl"
 WAYS = ("data-free", "moments", "distilled")
@@ -124,27 +123,21 @@ class Adapted:
     ) -> None:
         self.setting, self.model, self.name, self.source = setting, model, name, source
         self._opened = opened
-        self.lengths = piece_bytes(opened.tokenizer, opened.config.vocab_size)
-        self.training, self._validation = map(self._read, ("train", "validation"))
+        cache = setting.output / "tokens"
+        self.training, _ = tokenize(self.path, *opened.text_tokens("text"), cache=cache)
         started = time.monotonic()
         self.moments: Moments = moments_of(model, source, self.training, setting.distil)
         self.moments_seconds = time.monotonic() - started
-        self.base_windows, self.source_windows = self.scores(None), self.scores(source)
+        self._held_out = HeldOut(opened, model, setting.corpora, cache)
+        self._source_change = self._change(source)
 
-    def path(self, split: str) -> Path:
-        return self.setting.corpora / f"{self.name}.{split}.jsonl.gz"
+    @property
+    def path(self) -> Path:
+        return self.setting.corpora / f"{self.name}.train.jsonl.gz"
 
-    def _read(self, split: str) -> PackedTokens:
-        tokenizer, end_id = self._opened.text_tokens("text")
-        packed, _ = tokenize(
-            self.path(split), tokenizer, end_id, cache=self.setting.output / "tokens"
-        )
-        return packed
-
-    def scores(self, adapter: ModelAdapter | None) -> Windows:
-        own = self.setting.distil
-        batches = self._validation.evaluation(own.length, own.rows, self.setting.windows)
-        return score_windows(self.model, adapter, batches, self.lengths)
+    def _change(self, adapter: ModelAdapter) -> dict[str, Any]:
+        length, most = self.setting.distil.length, self.setting.windows
+        return self._held_out.change(self.name, adapter, length=length, most=most)
 
     def made(self, case: Case) -> tuple[ModelAdapter, float]:
         """The adapter of a case, and the seconds that it took."""
@@ -169,7 +162,7 @@ class Adapted:
         values = {
             "model": self.setting.model, "kind": case.to, "rank": case.rank, "steps": own.steps,
             "batch_size": own.rows, "seq_len": own.length, "seed": own.seed,
-            "data": {self.name: str(self.path("train"))}, "eval_every": own.steps,
+            "data": {self.name: str(self.path)}, "eval_every": own.steps,
             "targets": list(self.source.targets()), "learning_rate": case.rate,
         }  # fmt: skip
         options = make_options(values)
@@ -181,8 +174,7 @@ class Adapted:
     def result(self, case: Case) -> dict[str, Any]:
         """What a line of the results has beside its key."""
         adapter, seconds = self.made(case)
-        measured = compare(self.scores(adapter), self.base_windows)
-        source = compare(self.source_windows, self.base_windows)
+        measured, source = self._change(adapter), self._source_change
         gain = -source["bits_per_byte_change"]
         base = Base(self.model.weight, self.model.bias)
         left = differences(self.source, adapter, base).values()
@@ -349,9 +341,9 @@ def main(
     ways: Annotated[str, typer.Option(help="Also: anew.")] = ",".join(WAYS),
     steps: Annotated[int, typer.Option()] = 200,
     rate: Annotated[float | None, typer.Option(help="[default: the kind's own]")] = None,
-    rows: Annotated[int, typer.Option()] = 8,
-    length: Annotated[int, typer.Option()] = 256,
-    windows: Annotated[int, typer.Option(help="Held-out windows of an adapter.")] = 192,
+    rows: Annotated[int, typer.Option()] = 32,
+    length: Annotated[int, typer.Option()] = 64,
+    windows: Annotated[int, typer.Option(help="Held-out windows of an adapter.")] = 768,
 ) -> None:
     """Runs what is not yet done of a stage, appends its results and writes the tables."""
     prepare_jax()

@@ -79,9 +79,10 @@ def _losses() -> list[str]:
         "From `experiments/finetune_mini.py languages`.", "",
         "| language | method | bits per byte | next-token accuracy, points |", "|---|---|---|---|",
     ]  # fmt: skip
+    # The file also has the models that the package had before, and other lengths of windows.
+    newest = rows[-1]["model"], rows[-1]["length"]
     for row in rows:
-        # The file also has the models that the package had before.
-        if (row["stage"], row["model"]) == ("languages", rows[-1]["model"]):
+        if row["stage"] == "languages" and (row["model"], row["length"]) == newest:
             low, high = row["bits_per_byte_change_95"]
             least, most = (100 * share for share in row["accuracy_change_95"])
             lines.append(
