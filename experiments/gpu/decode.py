@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from experiments.gpu.items import Skip, Stage, main
+from experiments.gpu.compiling import Ready, compiled_first
+from experiments.gpu.items import Stage, main
 
 # Dispatches of one item: not timed, waited for one by one, and queued.
 _FIRST, _WAITED, _ROUNDS, _QUEUED = 2, 4, 3, 4
@@ -38,40 +38,21 @@ def stage(own: Stage, words: list[str]) -> None:
         max_num_batched_tokens=8192,
     )  # fmt: skip
 
-    def begin(attention: str, text: str) -> Any:
-        """A rig, and its programs, which other threads compile; or why there is none."""
-        try:
-            rig = engines.Rig(model, text, options, engines.variant(attention, own.rehearse))
-            names = [rig.decoding(span) for span in positions]
-            lowered = rig.lowered(*names, f"draw {rows} tokens, greedy")
-            return rig, [threads.submit(seconds_to_compile, one) for one in lowered]
-        except Exception as error:
-            return error, []
+    def begin(attention: str, text: str) -> tuple[Any, list[Any]]:
+        """A rig, and its programs."""
+        rig = engines.Rig(model, text, options, engines.variant(attention, own.rehearse))
+        names = [rig.decoding(span) for span in positions]
+        return rig, rig.lowered(*names, f"draw {rows} tokens, greedy")
 
     cases = [(attention, text) for attention in attentions.split(",") for text in kinds.split(",")]
-    # XLA compiles without the interpreter, so that programs compile beside each other.
-    threads = ThreadPoolExecutor(1 if own.rehearse else 8)
-    rigs = [begin(*case) for case in cases]
-    # Nothing runs while others compile, unless time runs out: two threads that launch at a time break
-    # each other's CUDA graphs, which may end the process.
-    wait(
-        [future for _, compiling in rigs for future in compiling],
-        timeout=own.left - 2 * len(cases) * len(positions),
-    )
-    for attention, text in cases:
+    need_s = 2.0 * len(cases) * len(positions)
+    for (attention, text), ready in compiled_first(own, cases, begin, 8, need_s):
         kind, rank = engines.kind_and_rank(text)
-        made, compiling = rigs.pop(0)
-        if not all(future.done() for future in compiling):
-            made = Skip("it was still compiling")
         for span in positions:
 
-            def measure(
-                made: Any = made, compiling: Any = compiling, span: int = span
-            ) -> Mapping[str, Any]:
-                if isinstance(made, Exception):
-                    raise made
-                compiled_s = max(future.result() for future in compiling)
-                return {"compiled_s": compiled_s, **timed(made, span, steps)}
+            def measure(ready: Callable[[], Ready] = ready, span: int = span) -> Mapping[str, Any]:
+                rig, compiled_s = ready()
+                return {"compiled_s": compiled_s, **timed(rig, span, steps)}
 
             own.attempt(
                 "decode",
@@ -82,13 +63,7 @@ def stage(own: Stage, words: list[str]) -> None:
                 positions=span,
                 **about,
             )
-        del made, compiling  # With the bank and the cache.
-
-
-def seconds_to_compile(lowered: Any) -> float:
-    began = time.time()
-    lowered.compile()
-    return round(time.time() - began, 1)
+        del ready  # With the bank and the cache.
 
 
 def start(span: int, steps: int) -> int:

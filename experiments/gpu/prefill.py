@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from experiments.gpu.items import Skip, Stage, main
+from experiments.gpu.compiling import Ready, compiled_first
+from experiments.gpu.items import Stage, main
 
 
 def stage(own: Stage, words: list[str]) -> None:
@@ -30,54 +30,37 @@ def stage(own: Stage, words: list[str]) -> None:
     about: dict[str, Any] = {"preset": preset, "layers": config.n_layer, "rows": 1}
     own.put("weights", **about)
 
-    def begin(attention: str, text: str, length: int) -> Any:
-        """A rig and its chunk, and its programs, which other threads compile; or why there is none."""
-        try:
-            options = EngineOptions(
-                max_num_seqs=1, max_model_len=length, chunk=length, prefill_chunks=1,
-                max_num_batched_tokens=length + 1,
-            )  # fmt: skip
-            rig = engines.Rig(model, text, options, engines.variant(attention, own.rehearse))
-            # One token more in the prompt, or the chunk would be its last, and draw a token.
-            sequence = rig.sequences(0, prompt=length + 1)[0]
-            form = rig.form_of(sequence)
-            named = f"{form.multiplicative} + {form.additive} components"
-            return (rig, Chunk(sequence, 0, length)), [
-                threads.submit(one.compile) for one in rig.lowered(named)
-            ]
-        except Exception as error:
-            return error, []
+    def begin(attention: str, text: str, length: int) -> tuple[Any, list[Any]]:
+        """A rig and its chunk, and its programs."""
+        options = EngineOptions(
+            max_num_seqs=1, max_model_len=length, chunk=length, prefill_chunks=1,
+            max_num_batched_tokens=length + 1,
+        )  # fmt: skip
+        rig = engines.Rig(model, text, options, engines.variant(attention, own.rehearse))
+        # One token more in the prompt, or the chunk would be its last, and draw a token.
+        sequence = rig.sequences(0, prompt=length + 1)[0]
+        form = rig.form_of(sequence)
+        named = f"{form.multiplicative} + {form.additive} components"
+        return (rig, Chunk(sequence, 0, length)), rig.lowered(named)
 
     (chosen, *others), texts = attentions.split(","), kinds.split(",")
     cases = [(chosen, text, length) for length in lengths for text in texts]
     cases += [(attention, texts[0], length) for length in lengths for attention in others]
-    threads = ThreadPoolExecutor(1 if own.rehearse else 12)
-    rigs = [begin(*case) for case in cases]
-    # Nothing runs while others compile; see decode.py.
-    wait([future for _, compiling in rigs for future in compiling], timeout=own.left - len(cases))
     weights = config.n_layer * sum(a * b for a, b in config.projections().values())
-    for attention, text, length in cases:
+    for (attention, text, length), ready in compiled_first(own, cases, begin, 12, len(cases)):
         kind, rank = engines.kind_and_rank(text)
-        made, compiling = rigs.pop(0)
-        if not all(future.done() for future in compiling):
-            made = Skip("it was still compiling")
 
-        def measure(
-            made: Any = made, compiling: Any = compiling, length: int = length
-        ) -> Mapping[str, Any]:
-            if isinstance(made, Exception):
-                raise made
-            for future in compiling:
-                future.result()
-            seconds = timed(made[0], made[1], 1 if own.rehearse else 3)
+        def measure(ready: Callable[[], Ready] = ready, length: int = length) -> Mapping[str, Any]:
+            (rig, chunk), compiled_s = ready()
+            seconds = timed(rig, chunk, 1 if own.rehearse else 3)
             operations = 2 * weights * length + 2 * config.n_layer * config.hidden_size * length**2
             rates = {"tok_s": length / seconds, "TFLOP_s": operations / seconds / 1e12}
-            return {"ms": 1e3 * seconds, **rates}
+            return {"compiled_s": compiled_s, "ms": 1e3 * seconds, **rates}
 
         own.attempt(
             "prefill", measure, attention=attention, kind=kind, rank=rank, tokens=length, **about
         )
-        del made, compiling
+        del ready  # With the bank and the cache.
 
 
 def timed(rig: Any, chunk: Any, repeats: int, queued: int = 3) -> float:

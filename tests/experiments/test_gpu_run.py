@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from experiments.gpu import items, report, run
+from experiments.gpu.compiling import compiled_first
 from experiments.gpu.run import Plan, Runner
 from flora_jax.errors import InputError
 
@@ -154,6 +156,51 @@ def test_an_item_that_fails_or_cannot_be_done_is_a_line_with_its_reason(tmp_path
     assert "it needs 60" in c["skipped"]
     assert e["skipped"] == "no no_such_package_at_all"
     assert "RuntimeError" in capsys.readouterr().err
+
+
+class Program:
+    """A lowered program, which compiles when it may."""
+
+    def __init__(self, may=None, error=None):
+        self.may, self.error, self.compiled = may, error, False
+
+    def compile(self):
+        if self.may is not None:
+            assert self.may.wait(60)
+        if self.error is not None:
+            raise self.error
+        self.compiled = True
+
+
+def test_all_programs_are_compiled_before_the_first_case_and_each_case_has_its_own_reason(tmp_path):
+    own = items.Stage("s", tmp_path / "r.jsonl", time.time() + 60, rehearse=False)
+    never = threading.Event()
+    programs = {"a": Program(), "b": Program(error=RuntimeError("no memory")), "last": Program()}
+    late = Program(never)
+
+    def begin(name):
+        if name == "wrong":
+            raise ValueError("no such kind")
+        return name.upper(), [late if name == "late" else programs[name]]
+
+    cases = [("a",), ("b",), ("wrong",), ("late",), ("last",)]
+    found = compiled_first(own, cases, begin, threads=2, need_s=58)
+    first, ready = next(found)
+    assert (first, programs["last"].compiled) == (("a",), True)
+    assert ready().made == "A"
+    assert ready().compiled_s >= 0
+    reasons = {}
+    for (name,), ready in found:
+        try:
+            ready()
+        except Exception as error:
+            reasons[name] = (type(error), str(error))
+    never.set()
+    assert reasons == {
+        "b": (RuntimeError, "no memory"),
+        "wrong": (ValueError, "no such kind"),
+        "late": (items.Skip, "it was still compiling"),
+    }
 
 
 @pytest.mark.parametrize(
