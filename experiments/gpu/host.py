@@ -51,6 +51,7 @@ def timed(rig: Any, positions: int) -> dict[str, Any]:
     """Medians, in microseconds."""
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from flora_jax.serve.scheduler import Decode
     from flora_jax.serve.state import pack
@@ -71,8 +72,8 @@ def timed(rig: Any, positions: int) -> dict[str, Any]:
     nothing = jax.jit(lambda arguments: jnp.int32(0), keep_unused=True)
 
     def arguments() -> Any:
-        call = rig.forward_call(packed)
-        return nothing(jax.tree.leaves(call.arguments[2:]))
+        leaves = jax.tree.leaves(rig.forward_call(packed).arguments)
+        return nothing([leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)])
 
     def forward() -> None:
         rig.cache, _ = rig.forward_call(packed).run()
