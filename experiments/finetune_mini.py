@@ -50,11 +50,12 @@ from flora_jax.train.options import TrainOptions, make_options
 from flora_jax.train.run import train
 
 LANGUAGES = ("d", "perl", "ruby", "rust", "racket", "swift", "lua")
-_WIDE, _NARROW = (2e-3, 8e-3, 3.2e-2, 1.28e-1), (3e-3, 1e-2, 3e-2, 1e-1)
+_NARROW = (3e-3, 1e-2, 3e-2, 1e-1)
+_WIDE = (8e-3, 3.2e-2, 1.28e-1, 5.12e-1)
 FROZEN = {"kind": "flora", "rank": 4, "init": "frozen_ones"}
 # What is swept: its changes of the recipe, and the rates.
 SWEPT: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "flora": ({"kind": "flora"}, _WIDE),
+    "flora": ({"kind": "flora"}, (2e-3, 8e-3, 3.2e-2, 1.28e-1)),
     "flora-frozen": (FROZEN, _WIDE),
     "lora": ({"kind": "lora"}, _NARROW),
     "dora": ({"kind": "dora"}, _NARROW),

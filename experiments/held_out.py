@@ -17,6 +17,7 @@ from flax import nnx
 
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.checkpoints.checkpoint import Opened
+from flora_jax.errors import InputError
 from flora_jax.mixing.grouped import grouped_hooks
 from flora_jax.models.model import Model
 from flora_jax.train.data.packing import PackedTokens
@@ -121,6 +122,10 @@ class HeldOut:
         if language not in self._packed:
             path = self.corpora / f"{language}.validation.jsonl.gz"
             packed, _ = tokenize(path, self._tokenizer, self._end_id, cache=self.cache)
+            try:
+                packed.windows(length)
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
             self._packed[language] = packed
         key = language, length, most
         if key not in self._base:
