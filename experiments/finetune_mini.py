@@ -7,20 +7,22 @@ CORPORA is a directory with LANGUAGE.train.jsonl.gz and LANGUAGE.validation.json
     sweep      learning rates x 100 steps for each kind, and for FLoRA of rank 4 from a frozen first
                component, Perl
     languages  FLoRA, LoRA and IA3 of rank 1 for D, Perl, Ruby, Rust, Racket, Swift and Lua, seven
-               adapters in one run, DoRA and HiRA for Perl and Lua; OUTPUT/languages-STEPS/KIND/LANGUAGE
-               ships as flora_jax/assets/adapters/KIND/LANGUAGE
+               adapters in one run, DoRA and HiRA for Perl and Lua. What ships is
+               OUTPUT/languages-150-256/KIND/LANGUAGE, as flora_jax/assets/adapters/KIND/LANGUAGE
     ranks      FLoRA 1/2/4/8, LoRA 1/4/8, both IA3 placements, 3 seeds, Perl and Lua
     inits      FLoRA of rank 4 from zero-sum noise, all ones and a frozen first component, Perl and
                Lua; singular values of what was learned
 
-A run is 150 steps of 32 rows of 64 tokens for each adapter, at the rate that the sweep found best for
-its kind. The model has seen these languages, and a long window tells it which one it is in; a window of
-64 tokens mostly does not, so that the adapter has to. Adapters of `languages` are scored on windows of
-256 tokens too. Every run resumes where it was stopped; one that is finished is not run again, unless the
-embedded model or the windows are others since. Results are collected in
-experiments/results/finetune_mini.jsonl, one object for each adapter, with paired 95 % intervals of its
-change to the base by a bootstrap over windows of held-out files (windows of one file are alike, so they
-are somewhat too narrow; the sweep chooses on the windows that are reported).
+A run is 150 steps of 2,048 tokens for each adapter, in rows of --length, at the rate that the sweep of
+that length found best for its kind. The model has seen these languages, and a long window tells it which
+one it is in; a window of 64 tokens does so less, so that more is left to the adapter. What ships was
+trained on windows of 256. Adapters of `languages` are scored on windows of both lengths.
+
+Every run resumes where it was stopped; one that is finished is not run again, unless the embedded model
+is another since. Results are collected in experiments/results/finetune_mini.jsonl, one object for each
+adapter, with paired 95 % intervals of its change to the base by a bootstrap over windows of held-out
+files (windows of one file are alike, so they are somewhat too narrow; the sweep chooses on the windows
+that are reported).
 
 Receipt: 2 cores of an AMD EPYC (Zen 4), float32, each core with a process of its own at 2,000
 tokens/s: sweep 25 minutes, `languages` 40. Before, on the package's first model: `inits` 9 minutes,
@@ -50,20 +52,19 @@ from flora_jax.train.options import TrainOptions, make_options
 from flora_jax.train.run import train
 
 LANGUAGES = ("d", "perl", "ruby", "rust", "racket", "swift", "lua")
-_NARROW = (3e-3, 1e-2, 3e-2, 1e-1)
-_WIDE = (8e-3, 3.2e-2, 1.28e-1, 5.12e-1)
+_WIDE, _NARROW = (2e-3, 8e-3, 3.2e-2, 1.28e-1, 5.12e-1), (3e-3, 1e-2, 3e-2, 1e-1)
 FROZEN = {"kind": "flora", "rank": 4, "init": "frozen_ones"}
 # What is swept: its changes of the recipe, and the rates.
 SWEPT: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "flora": ({"kind": "flora"}, (2e-3, 8e-3, 3.2e-2, 1.28e-1)),
+    "flora": ({"kind": "flora"}, _WIDE),
     "flora-frozen": (FROZEN, _WIDE),
     "lora": ({"kind": "lora"}, _NARROW),
     "dora": ({"kind": "dora"}, _NARROW),
-    "ia3": ({"kind": "ia3"}, (1.25e-3, 5e-3, 2e-2, 8e-2)),
+    "ia3": ({"kind": "ia3"}, (1.25e-3, 5e-3, 2e-2, 8e-2, 3.2e-1)),
     "hira": ({"kind": "hira"}, _WIDE),
 }
-ROWS, LENGTH = 32, 64
-LONG = 256  # Windows on which the adapters that ship are scored too.
+# Tokens of an adapter in a step, of its held-out text, and lengths of windows that are scored.
+TOKENS, HELD_OUT, LENGTHS = 2048, 192 * 256, (64, 256)
 RESULTS = Path(__file__).parent / "results" / "finetune_mini.jsonl"
 MINI = "mini"
 
@@ -121,7 +122,7 @@ def best_rates(lines: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def options_of(
-    stage: str, run: Run, corpora: Path, steps: int, rates: dict[str, float]
+    stage: str, run: Run, corpora: Path, steps: int, length: int, rates: dict[str, float]
 ) -> TrainOptions:
     """The recipe with the run's changes and its best rate."""
     values = {
@@ -129,8 +130,8 @@ def options_of(
         "data": {name: str(corpora / f"{name}.train.jsonl.gz") for name in run.languages},
         "validation": {name: str(corpora / f"{name}.validation.jsonl.gz") for name in run.languages},
         "steps": steps,
-        "batch_size": ROWS * len(run.languages),
-        "seq_len": LENGTH,
+        "batch_size": TOKENS // length * len(run.languages),
+        "seq_len": length,
         "eval_every": steps,
         "eval_windows": 48,
         "save_every": 25,
@@ -138,7 +139,9 @@ def options_of(
     if stage != "sweep":
         name = swept_name(run.changes)
         if name not in rates:
-            raise InputError(f"{RESULTS}: no sweep of {name}; run that stage first")
+            raise InputError(
+                f"{RESULTS}: no sweep of {name} on windows of {length} tokens; run that stage first"
+            )
         values["learning_rate"] = rates[name]
     return make_options(values)
 
@@ -160,9 +163,7 @@ def main(
     corpora: Path,
     output: Annotated[Path, typer.Option()],
     steps: Annotated[int | None, typer.Option(help="[default: 150, sweep 100]")] = None,
-    windows: Annotated[
-        int, typer.Option(help="Held-out windows of a language, in 256 tokens.")
-    ] = 192,
+    length: Annotated[int, typer.Option(help="Tokens of a training window.")] = 256,
     kinds: Annotated[
         str, typer.Option(help="Only these, comma-separated.")
     ] = "flora,lora,dora,ia3,hira",
@@ -177,7 +178,7 @@ def main(
     lines = [
         line
         for line in collected.read_lines(RESULTS)
-        if (line["model"], line["length"]) == (label, LENGTH)
+        if (line["model"], line["length"]) == (label, length)
     ]
     finished = {(line["stage"], line["run"], line["language"], line["steps"]) for line in lines}
     rates = best_rates(lines)
@@ -190,8 +191,8 @@ def main(
         if not missing:
             print(f"{stage} {run.name}: its results are in {RESULTS.name} already")
             continue
-        options = options_of(stage, run, corpora, steps, rates)
-        directory = output / f"{stage}-{steps}" / run.name
+        options = options_of(stage, run, corpora, steps, length, rates)
+        directory = output / f"{stage}-{steps}-{length}" / run.name
         started = time.monotonic()
         folders = train(options, directory, resume=True, cache=output / "tokens", say=print)
         seconds = time.monotonic() - started
@@ -202,7 +203,7 @@ def main(
                 "run": run.name,
                 "language": language,
                 "steps": steps,
-                "length": LENGTH,
+                "length": length,
             }
             line = {
                 "model": label,
@@ -213,11 +214,15 @@ def main(
                 "init": options.init,
                 "seed": options.seed,
                 "parameters": adapter.parameters(),
-                **held_out.change(language, adapter, length=LENGTH, most=windows * LONG // LENGTH),
+                **held_out.change(language, adapter, length=length, most=HELD_OUT // length),
                 "seconds": round(seconds, 1),
             }
             if stage == "languages":
-                line["long"] = held_out.change(language, adapter, length=LONG, most=windows)
+                line["on_windows_of"] = {
+                    other: held_out.change(language, adapter, length=other, most=HELD_OUT // other)
+                    for other in LENGTHS
+                    if other != length
+                }
             if stage == "inits":
                 line["spectrum"] = learned_spectrum(adapter)
             print(collected.append_line(RESULTS, key, line))

@@ -21,7 +21,6 @@ RESULTS = Path(__file__).parent / "results" / "finetune_mini.jsonl"
 TITLES = {
     "sweep": "Learning rates, Perl, rank 1 on c_attn",
     "languages": "Seven languages, rank 1 on c_attn, one run a kind",
-    "long": "The same adapters on windows of 256 tokens",
     "ranks": "Ranks, placements and seeds",
     "inits": "How FLoRA of rank 4 starts",
 }
@@ -112,7 +111,6 @@ def main() -> None:
 
 def sections(lines: list[dict[str, Any]]) -> Iterator[str]:
     """The tables of one model and length."""
-    lines = [*lines, *(line | line["long"] | {"stage": "long"} for line in lines if "long" in line)]
     for stage, title in TITLES.items():
         for steps in sorted({line["steps"] for line in lines if line["stage"] == stage}):
             own = [line for line in lines if (line["stage"], line["steps"]) == (stage, steps)]
@@ -120,6 +118,10 @@ def sections(lines: list[dict[str, Any]]) -> Iterator[str]:
             yield seeds_table(own) if stage == "ranks" else table(HEAD, map(row, own))
             if stage == "inits":
                 yield spectra(own)
+            elsewhere = [line for line in own if "on_windows_of" in line]
+            for length in dict.fromkeys(n for line in elsewhere for n in line["on_windows_of"]):
+                yield f"### The same adapters on windows of {length} tokens"
+                yield table(HEAD, (row(line | line["on_windows_of"][length]) for line in elsewhere))
 
 
 if __name__ == "__main__":

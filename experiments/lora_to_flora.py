@@ -6,8 +6,8 @@
 ``convert``: adapters of a model, by default the LoRAs that ship, each NAME=FOLDER of ``--adapters`` with
 CORPORA/NAME.train.jsonl.gz and CORPORA/NAME.validation.jsonl.gz, become FLoRA (a sum of components) and
 HiRA of ranks 1 to 32 in three ways: without data; with the fit weighted by the second moments of the
-projections' inputs (64 training windows under the LoRA); and from there distilled, 200 steps of 32 rows
-of 64 training tokens by default, as the LoRAs that ship were trained. ``--to lora`` turns FLoRAs into
+projections' inputs (64 training windows under the LoRA); and from there distilled, 200 steps of 8 rows
+of 256 training tokens by default, as the LoRAs that ship were trained. ``--to lora`` turns FLoRAs into
 LoRAs instead. A fourth way, ``--ways anew``, trains an adapter of that kind and rank on the same number
 of tokens, at ``--rate`` or the kind's own.
 
@@ -341,9 +341,9 @@ def main(
     ways: Annotated[str, typer.Option(help="Also: anew.")] = ",".join(WAYS),
     steps: Annotated[int, typer.Option()] = 200,
     rate: Annotated[float | None, typer.Option(help="[default: the kind's own]")] = None,
-    rows: Annotated[int, typer.Option()] = 32,
-    length: Annotated[int, typer.Option()] = 64,
-    windows: Annotated[int, typer.Option(help="Held-out windows of an adapter.")] = 768,
+    rows: Annotated[int, typer.Option()] = 8,
+    length: Annotated[int, typer.Option()] = 256,
+    windows: Annotated[int, typer.Option(help="Held-out windows of an adapter.")] = 192,
 ) -> None:
     """Runs what is not yet done of a stage, appends its results and writes the tables."""
     prepare_jax()

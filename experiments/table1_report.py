@@ -74,15 +74,16 @@ def _shown(value: Any) -> str:
 def _losses() -> list[str]:
     """What the adapters do to held-out files, where programs that pass are too few to tell."""
     rows = [json.loads(line) for line in LOSSES.read_text(encoding="utf-8").splitlines()]
+    # What ships was trained on these windows.
+    rows = [row for row in rows if (row["stage"], row["length"]) == ("languages", 256)]
     lines = [
         "## Held-out files: change by the adapter, with 95 % intervals", "",
         "From `experiments/finetune_mini.py languages`.", "",
         "| language | method | bits per byte | next-token accuracy, points |", "|---|---|---|---|",
     ]  # fmt: skip
-    # The file also has the models that the package had before, and other lengths of windows.
-    newest = rows[-1]["model"], rows[-1]["length"]
     for row in rows:
-        if row["stage"] == "languages" and (row["model"], row["length"]) == newest:
+        # The file also has the models that the package had before.
+        if row["model"] == rows[-1]["model"]:
             low, high = row["bits_per_byte_change_95"]
             least, most = (100 * share for share in row["accuracy_change_95"])
             lines.append(
