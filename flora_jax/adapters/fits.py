@@ -57,7 +57,9 @@ def product_of(
     """A good ``W ∘ downᵀ up ≈ wanted`` of a rank; never divides by ``W``.
 
     It has no closed form: alternating least squares from several starts, of which the best is kept. The
-    first is the low-rank part of ``wanted / W`` where ``W`` is not small, the others are random.
+    first is the low-rank part of ``wanted / W`` where ``W`` is not small, the others are random. Where
+    half of the rank does better, as it may where that is exact and more components only make the
+    equations singular, the others stay without effect: they have an ``up``, and ``down`` of zeros.
     """
     best = _alternate(W_IO, wanted_IO, _first(W_IO, wanted_IO, rank), moments_I)
     for number in range(1, starts):
@@ -65,13 +67,21 @@ def product_of(
         found = _alternate(W_IO, wanted_IO, drawn_RO, moments_I)
         if found.left < best.left:
             best = found
+    if rank > 1:
+        half = product_of(W_IO, wanted_IO, rank // 2, moments_I, key=key, starts=starts)
+        if half.left < best.left:
+            own = len(half.up_RO)
+            best = Fit(_padded(half.down_RI, rank), best.up_RO.at[:own].set(half.up_RO), half.left)
     return best
 
 
 def _first(W_IO: jax.Array, wanted_IO: jax.Array, rank: int) -> jax.Array:
     """``up [R, O]`` of the first start."""
     square_IO = jnp.square(W_IO)
-    ratio_IO = W_IO * wanted_IO / (square_IO + jnp.median(square_IO))
+    median = jnp.median(square_IO)
+    # More than half of a pruned weight is zeros.
+    below_IO = square_IO + jnp.where(median > 0, median, jnp.mean(square_IO))
+    ratio_IO = W_IO * wanted_IO / jnp.where(below_IO > 0, below_IO, 1.0)
     return sum_of(ratio_IO, rank, jnp.ones(len(W_IO))).up_RO
 
 

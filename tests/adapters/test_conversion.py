@@ -174,6 +174,39 @@ def test_a_flora_is_found_again_although_some_weights_are_zero(zeros):
     )
 
 
+def test_of_a_weight_with_more_zeros_than_others_a_fit_is_found():
+    rng = np.random.default_rng(3)
+    W_IO = jnp.asarray(rng.normal(0, 1, (40, 60)) * (rng.random((40, 60)) < 0.4), jnp.float32)
+    down_RI, up_RO = (jnp.asarray(rng.normal(1, 0.3, (1, n)), jnp.float32) for n in (40, 60))
+    wanted_IO = W_IO * (down_RI.T @ up_RO)
+    for starts in (1, 3):
+        fit = fits.product_of(
+            W_IO, wanted_IO, 1, jnp.ones(40), key=jax.random.key(0), starts=starts
+        )
+        assert fit.left < 1e-6
+    nothing = fits.product_of(0.0 * W_IO, wanted_IO, 2, jnp.ones(40), key=jax.random.key(0))
+    assert all(np.isfinite(leaf).all() for leaf in nothing)
+
+
+def test_more_components_than_a_change_has_do_no_harm_and_can_still_be_trained():
+    """Inputs of very different sizes: the equations of many components are close to singular."""
+    rng = np.random.default_rng(3)
+    sizes_I = np.exp(2 * rng.normal(0, 1, (64, 1)))
+    W_IO = jnp.asarray(rng.normal(0, 1, (64, 96)) * sizes_I, jnp.float32)
+    down_RI, up_RO = (jnp.asarray(rng.normal(0, 0.1, (1, n)), jnp.float32) for n in (64, 96))
+    wanted_IO = W_IO * (1.0 + down_RI.T @ up_RO)
+    fit = {
+        rank: fits.product_of(W_IO, wanted_IO, rank, jnp.ones(64), key=jax.random.key(0))
+        for rank in (2, 4, 8)
+    }
+    assert fit[8].left <= fit[4].left <= fit[2].left < 1e-6
+    made_IO = W_IO * (fit[8].down_RI.T @ fit[8].up_RO)
+    share = jnp.sum(jnp.square(made_IO - wanted_IO)) / jnp.sum(jnp.square(wanted_IO))
+    np.testing.assert_allclose(float(share), float(fit[8].left), atol=1e-7)
+    # A component of zeros on both sides would have no gradient.
+    assert (jnp.abs(fit[8].up_RO).max(axis=1) > 0).all()
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_neither_side_of_a_fit_can_be_bettered(weighted):
     """Each side is the least squares of its own, solved by NumPy output by output."""
