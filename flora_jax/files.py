@@ -15,6 +15,7 @@ import secrets
 import shlex
 import shutil
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -59,14 +60,17 @@ def directory_lock(target: Target) -> Iterator[Path]:
 
 def _lock(path: Path, target: Target) -> int:
     """The descriptor of the lock file, locked."""
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{target}: is a file, expected a directory")
+    # Looked at once: another lock's end may remove it between two looks.
+    with contextlib.suppress(OSError):
+        if not stat.S_ISDIR(path.stat().st_mode):
+            raise InputError(f"{target}: is a file, expected a directory")
     last = "its lock file is removed again and again"
     for _ in range(100):
         try:
             path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError as error:  # Its last user may have removed it in between.
+        # Its last user may have removed it in between, also while `mkdir` saw that it was there.
+        except (FileNotFoundError, FileExistsError) as error:
             last = str(error.strerror)
             continue
         except OSError as error:
