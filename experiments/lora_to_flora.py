@@ -29,7 +29,9 @@ columns counts in effect, so that about three times as much is kept.)
 Results are appended to experiments/results/lora_to_flora.jsonl, and what is there of the same model and
 settings is not made again; the tables are lora_to_flora.md beside it.
 
-Receipt: ``random`` alone so far, a few minutes of one core of a busy machine.
+Receipt: one core of an AMD EPYC (Zen 4), often with another process beside; jax 0.10.2. ``random`` a few
+minutes; ``convert`` of three LoRAs without distilling 30 minutes, distilled at three ranks, 100 steps,
+3 to 5 minutes each.
 """
 
 from __future__ import annotations
