@@ -60,10 +60,8 @@ def directory_lock(target: Target) -> Iterator[Path]:
 
 def _lock(path: Path, target: Target) -> int:
     """The descriptor of the lock file, locked."""
-    # Looked at once: another lock's end may remove it between two looks.
-    with contextlib.suppress(OSError):
-        if not stat.S_ISDIR(path.stat().st_mode):
-            raise InputError(f"{target}: is a file, expected a directory")
+    if _is_no_directory(path):
+        raise InputError(f"{target}: is a file, expected a directory")
     last = "its lock file is removed again and again"
     for _ in range(100):
         try:
@@ -90,6 +88,14 @@ def _lock(path: Path, target: Target) -> int:
             raise InputError(f"{target}: cannot be locked: {error.strerror}") from None
         os.close(descriptor)
     raise InputError(f"{target}: cannot be written to: {last}")
+
+
+def _is_no_directory(path: Path) -> bool:
+    """Whether something else is there; looked at once, as another may remove it between two looks."""
+    try:
+        return not stat.S_ISDIR(path.stat().st_mode)
+    except OSError:
+        return False
 
 
 def _is_still(descriptor: int, path: Path) -> bool:
@@ -139,7 +145,7 @@ def require_new(target: Target, replaces: Sequence[str] = ()) -> Path:
             mounted.
     """
     path = Path(target).resolve()
-    if path.exists() and not path.is_dir():
+    if _is_no_directory(path):
         raise InputError(f"{target}: exists already, and is not an empty directory")
     if path.is_dir():
         names = [one.name for one in entries(path)]
