@@ -170,6 +170,8 @@ def main(
     seeds: Annotated[str, typer.Option(help="Only these, comma-separated.")] = "0,1,2",
 ) -> None:
     """Runs what is not yet done of a stage and appends its results."""
+    if length < 1 or TOKENS % length:
+        raise InputError(f"--length is {length}, expected a divisor of {TOKENS}")
     steps = steps or (100 if stage == "sweep" else 150)
     opened = open_checkpoint(MINI)
     model, config = opened.load("float32"), opened.config

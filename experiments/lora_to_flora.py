@@ -55,7 +55,6 @@ from flora_jax.checkpoints.digest import model_label
 from flora_jax.cli.common import named_values, prepare_jax
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
-from flora_jax.models.model import Model
 from flora_jax.peft.convert import Base, Moments, convert, differences
 from flora_jax.peft.read import read_adapter
 from flora_jax.shipped import ASSETS, adapter_source
@@ -121,16 +120,16 @@ class Adapted:
     """One adapter on its model: its text, and what it and the base predict of held-out windows."""
 
     def __init__(
-        self, setting: Setting, opened: Opened, model: Model, name: str, source: ModelAdapter
+        self, setting: Setting, opened: Opened, held_out: HeldOut, name: str, source: ModelAdapter
     ) -> None:
-        self.setting, self.model, self.name, self.source = setting, model, name, source
-        self._opened = opened
-        cache = setting.output / "tokens"
-        self.training, _ = tokenize(self.path, *opened.text_tokens("text"), cache=cache)
+        self.setting, self.model, self.name, self.source = setting, held_out.model, name, source
+        self._opened, self._held_out = opened, held_out
+        self.training, _ = tokenize(
+            self.path, *opened.text_tokens("text"), cache=setting.output / "tokens"
+        )
         started = time.monotonic()
-        self.moments: Moments = moments_of(model, source, self.training, setting.distil)
+        self.moments: Moments = moments_of(self.model, source, self.training, setting.distil)
         self.moments_seconds = time.monotonic() - started
-        self._held_out = HeldOut(opened, model, setting.corpora, cache)
         self._source_change = self._change(source)
 
     @property
@@ -198,7 +197,7 @@ def run_conversions(
     cases: Callable[[str, str], list[Case]],
 ) -> None:  # fmt: skip
     """Makes what is not there yet; ``cases`` gives those of an adapter's name and kind."""
-    config, model = opened.config, None
+    config, held_out = opened.config, None
     for name, folder in adapters.items():
         source = read_adapter(folder, config.projections(), config.n_layer)
         wanted = [
@@ -207,8 +206,10 @@ def run_conversions(
         if not wanted:
             print(f"{name}: all its results are in {RESULTS.name} already")
             continue
-        model = model or opened.load("float32")
-        adapted = Adapted(setting, opened, model, name, source)
+        if held_out is None:
+            model = opened.load("float32")
+            held_out = HeldOut(opened, model, setting.corpora, setting.output / "tokens")
+        adapted = Adapted(setting, opened, held_out, name, source)
         for case in wanted:
             print(collected.append_line(RESULTS, case.key, adapted.result(case)), flush=True)
 
