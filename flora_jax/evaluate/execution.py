@@ -5,15 +5,18 @@ Knows nothing of problems and models: a program is a text in a language, its out
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from flora_jax.evaluate.languages import (
     ARTEFACT,
@@ -31,8 +34,13 @@ from flora_jax.jsonl import Journal, text
 from flora_jax.sandbox import supervise
 from flora_jax.sandbox.sandbox import Sandbox
 
-_ENDINGS = {"timeout": TIMEOUT, "output": OUTPUT_LIMIT, "memory": MEMORY_LIMIT}
+_ENDINGS = {
+    "timeout": TIMEOUT, "starved": TIMEOUT, "output": OUTPUT_LIMIT, "memory": MEMORY_LIMIT
+}  # fmt: skip
+# Programs that share caches and halves of cores with others take less than so many times as long.
+_CROWD = 2.0
 _TAIL = 500  # Characters of an error message that are kept.
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -53,12 +61,16 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``status`` is a class of the table; ``seconds`` of wall time over all steps."""
+    """``status`` is a class of the table; ``seconds`` of wall time over all steps.
+
+    ``machine`` is there where a program ran out of time and would by itself too, on that machine.
+    """
 
     status: str
     exit_code: int
     seconds: float
     stderr: str
+    machine: str = ""
 
 
 def execute(task: Task) -> Outcome:
@@ -67,21 +79,43 @@ def execute(task: Task) -> Outcome:
     Raises:
         RunError: the sandbox itself failed.
     """
+    return _run_steps(task, 1.0)[0]
+
+
+def execute_beside(task: Task) -> Outcome | None:
+    """The outcome that :func:`execute` has on a machine at rest, found beside other programs.
+
+    Running out of twice the time is running out of time, and what ended within its time by the clock
+    has done so by its own; of anything between, None.
+
+    Raises:
+        RunError: the sandbox itself failed.
+    """
+    outcome, late = _run_steps(task, _CROWD)
+    if late:
+        return None
+    return replace(outcome, machine=machine()) if outcome.status == TIMEOUT else outcome
+
+
+def _run_steps(task: Task, times: float) -> tuple[Outcome, bool]:
+    """The outcome with so many times the time, and whether other programs may have a part in it."""
     language = LANGUAGES[task.language]
     files = {language.file: _bytes(task.program)}
-    seconds = 0.0
+    seconds, late = 0.0, False
     *builds, last = task.toolchain.steps
     for step in builds:
         ran, content = task.sandbox.run(
-            step.command, files, step.seconds, ARTEFACT if step.keeps else None
+            step.command, files, times * step.seconds, ARTEFACT if step.keeps else None
         )
         seconds += ran.seconds
+        late |= ran.seconds > step.seconds and ran.ending != "timeout"
         if ran.ending != "exited" or ran.exit_code != 0:
             status = _ENDINGS.get(ran.ending, SYNTAX_ERROR)
-            return Outcome(status, ran.exit_code, seconds, _tail(ran))
+            return Outcome(status, ran.exit_code, seconds, _tail(ran)), late
         files = {ARTEFACT: content} if step.keeps else files
-    ran, _ = task.sandbox.run(last.command, files, last.seconds)
+    ran, _ = task.sandbox.run(last.command, files, times * last.seconds)
     seconds += ran.seconds
+    late |= ran.seconds > last.seconds and ran.ending != "timeout"
     if ran.ending != "exited":
         status = _ENDINGS[ran.ending]
     elif language.passes(ran.exit_code, ran.stdout, ran.stderr):
@@ -89,7 +123,17 @@ def execute(task: Task) -> Outcome:
     else:
         found = language.syntax is not None and language.syntax.search(ran.stderr)
         status = SYNTAX_ERROR if found else EXCEPTION
-    return Outcome(status, ran.exit_code, seconds, "" if status == OK else _tail(ran))
+    return Outcome(status, ran.exit_code, seconds, "" if status == OK else _tail(ran)), late
+
+
+@functools.cache
+def machine() -> str:
+    """What says how fast programs run here: the processor's name, or its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
 
 
 @functools.lru_cache
@@ -124,9 +168,10 @@ class Runner:
     ) -> Iterator[tuple[str, Outcome]]:
         """Outcomes of named tasks as they come, the same however many run at once.
 
-        A program that runs out of time beside others may be right: at the end it runs again with at
-        least eight cores to itself (or all there are), and only that outcome counts. The programs of
-        ``slow`` have run out of time before, and run in that way only.
+        A program that takes longer beside others may be right: at the end it runs again with at least
+        eight cores to itself (or all there are), and that outcome counts. One that does not end within
+        twice its time is not run again. The programs of ``slow`` have run out of time before, and run
+        alone at once.
 
         Raises:
             RunError: the sandbox failed.
@@ -139,12 +184,13 @@ class Runner:
         bound = self.in_flight or max(4 * cores(), 2 * (self.workers or 0))
         again = [*slow]
         try:
-            for name, task, outcome in _run_all(tasks, executor, bound):
-                if outcome.status == TIMEOUT and not alone:
+            first = execute if alone else execute_beside
+            for name, task, outcome in _run_all(first, tasks, executor, bound):
+                if outcome is None:
                     again.append((name, task))
                 else:
                     yield name, outcome
-            for name, _, outcome in _run_all(again, executor, quiet):
+            for name, _, outcome in _run_all(execute, again, executor, quiet):
                 yield name, outcome
         except BaseException:
             if own is not None:  # Threads wait for their programs, up to minutes each.
@@ -156,15 +202,15 @@ class Runner:
 
 
 def _run_all(
-    tasks: Iterable[tuple[str, Task]], executor: Executor, bound: int
-) -> Iterator[tuple[str, Task, Outcome]]:
-    """Outcomes as they come; ``bound`` tasks at most are in the executor."""
+    call: Callable[[Task], _T], tasks: Iterable[tuple[str, Task]], executor: Executor, bound: int
+) -> Iterator[tuple[str, Task, _T]]:
+    """Results of ``call`` as they come; ``bound`` tasks at most are in the executor."""
     waiting = iter(tasks)
-    pending: dict[Future[Outcome], tuple[str, Task]] = {}
+    pending: dict[Future[_T], tuple[str, Task]] = {}
     try:
         while True:
             for name, task in islice(waiting, bound - len(pending)):
-                pending[executor.submit(execute, task)] = name, task
+                pending[executor.submit(call, task)] = name, task
             if not pending:
                 return
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
@@ -183,7 +229,8 @@ class Memory:
     """Outcomes by :meth:`Task.key`, in a journal that a killed run leaves readable.
 
     That a program ran out of time says as much of the machine as of the program. It is written down, but
-    not known again later: ``slow`` has the keys of such programs.
+    known again on the same kind of machine only, and only where the time was more than enough: ``slow``
+    has the keys of other such programs.
     """
 
     def __init__(self, journal: Journal) -> None:
@@ -199,7 +246,7 @@ class Memory:
             where = f"{journal.path}, line {number}"
             key, status = text(raw, "key", where), text(raw, "status", where)
             check_status(status, where)
-            if status == TIMEOUT:
+            if status == TIMEOUT and raw.get("machine") != machine():
                 self.slow.add(key)
             else:
                 self._statuses[key] = status

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Ending = Literal["exited", "timeout", "output", "memory"]
+# "starved": not its own time, but that of the clock ran out.
+Ending = Literal["exited", "timeout", "starved", "output", "memory"]
 _LOOK = 0.1  # Seconds between two looks at the memory and the times of a program.
 _TICK = 1 / os.sysconf("SC_CLK_TCK")  # Seconds; the kernel counts processor time in them.
 # A deadline missed by so many seconds says nothing of the program: this process did not run itself.
@@ -160,7 +161,7 @@ class _Watch:
             if now >= deadline + _LATE:
                 raise StartError(f"the machine stood still for {now - deadline:.0f} s")
             if now >= deadline:
-                return "timeout"
+                return "starved"
             if now >= look:
                 seen = self._look()
                 if seen.resident > self.bounds.resident:

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -13,30 +14,31 @@ from flora_jax.evaluate.execution import Memory, Outcome, Runner, Task
 from flora_jax.evaluate.languages import LANGUAGES, OK, TIMEOUT, limits
 from flora_jax.evaluate.results import read_results
 from flora_jax.jsonl import Journal
-from flora_jax.sandbox.sandbox import Sandbox
+from flora_jax.sandbox.sandbox import Limits, Sandbox
 
 PERL = LANGUAGES["pl"].toolchains[0]
 
 
 @pytest.fixture
 def crowded(monkeypatch):
-    """Programs that run out of time beside any other, "loop" always; how many ran at once each time."""
+    """Programs that take too long beside any other, "loop" for ever; how many ran at once each time."""
     running, lock, seen = 0, threading.Lock(), []
 
-    def execute(task):
+    def run_steps(task, times):
         nonlocal running
         with lock:
             running += 1
         time.sleep(0.01)
         with lock:
             seen.append((task.program, running))
-            status = TIMEOUT if running > 1 or "loop" in task.program else OK
+            late = running > 1 and "loop" not in task.program
         time.sleep(0.01)
         with lock:
             running -= 1
-        return Outcome(status, 0, 0.01, "")
+        assert times in (1.0, 2.0)
+        return Outcome(TIMEOUT if "loop" in task.program else OK, 0, 0.01, ""), late
 
-    monkeypatch.setattr(execution, "execute", execute)
+    monkeypatch.setattr(execution, "_run_steps", run_steps)
     monkeypatch.setattr(execution, "cores", lambda: 2)
     return seen
 
@@ -50,11 +52,38 @@ def test_a_right_program_passes_beside_however_many(crowded, workers):
     names = [f"right{i}" for i in range(12)] + ["loop"]
     found = {name: one.status for name, one in Runner(Sandbox(), workers).run(tasks(*names))}
     assert found == {name: TIMEOUT if name == "loop" else OK for name in names}
-    # A time-out counts only where it was seen alone, and a program that was alone runs once.
-    assert ("loop", 1) in crowded
+    # What took long beside others runs alone again, what ran out of twice its time does not.
     again = {name for name, _ in crowded if [one for one, _ in crowded].count(name) > 1}
+    assert "loop" not in again
     assert all(dict(crowded)[name] == 1 for name in again)
     assert bool(again) == (workers > 1)
+
+
+def outcomes_of(sandbox, seconds, code):
+    """Alone and beside others, of a Perl program in so much time."""
+    step = replace(PERL.steps[0], seconds=seconds)
+    task = Task("pl", code, replace(PERL, steps=(step,)), sandbox)
+    return execution.execute(task), execution.execute_beside(task)
+
+
+def test_between_its_time_and_twice_it_only_a_run_alone_can_tell():
+    sandbox = Sandbox(unsafe=True)
+    alone, beside = outcomes_of(sandbox, 0.4, "select undef, undef, undef, 0.6; print 'x';")
+    assert alone.status == TIMEOUT
+    assert beside is None
+    alone, beside = outcomes_of(sandbox, 0.4, "while (1) {}")
+    assert (alone.status, alone.machine) == (TIMEOUT, "")
+    assert (beside.status, beside.machine) == (TIMEOUT, execution.machine())
+    assert beside.seconds >= 0.8
+    alone, beside = outcomes_of(sandbox, 20.0, "exit 1;")
+    assert alone.status == beside.status != TIMEOUT
+
+
+def test_what_waits_for_a_core_too_long_runs_alone():
+    starved = Sandbox(unsafe=True, limits=Limits(wall=0.75))  # Ends it before its own time is over.
+    alone, beside = outcomes_of(starved, 0.4, "sleep 60;")
+    assert alone.status == TIMEOUT
+    assert beside is None
 
 
 def test_what_ran_out_of_time_before_runs_alone_at_once(crowded):
@@ -63,16 +92,19 @@ def test_what_ran_out_of_time_before_runs_alone_at_once(crowded):
     assert [count for _, count in crowded] == [1, 1, 1]
 
 
-def test_a_journal_s_time_outs_are_not_known(tmp_path):
+def test_a_journal_s_time_outs_are_not_known_unless_certain_on_this_machine(tmp_path):
     with Journal(tmp_path / "executions.jsonl") as journal:
         memory = Memory(journal)
         memory.add("fast", "pl", Outcome(OK, 0, 0.1, ""))
         memory.add("slow", "pl", Outcome(TIMEOUT, -1, 15.0, ""))
+        memory.add("elsewhere", "pl", Outcome(TIMEOUT, -1, 30.0, "", "an abacus"))
+        memory.add("loop", "pl", Outcome(TIMEOUT, -1, 30.0, "", execution.machine()))
         assert memory.status("slow") == TIMEOUT
         again = Memory(journal)
         assert "fast" in again
         assert "slow" not in again
-        assert again.slow == {"slow"}
+        assert "loop" in again
+        assert again.slow == {"slow", "elsewhere"}
 
 
 def test_a_line_that_is_no_outcome_is_named(tmp_path):
