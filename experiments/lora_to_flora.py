@@ -40,6 +40,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -127,14 +128,18 @@ class Adapted:
         self.training, _ = tokenize(
             self.path, *opened.text_tokens("text"), cache=setting.output / "tokens"
         )
-        started = time.monotonic()
-        self.moments: Moments = moments_of(self.model, source, self.training, setting.distil)
-        self.moments_seconds = time.monotonic() - started
         self._source_change = self._change(source)
 
     @property
     def path(self) -> Path:
         return self.setting.corpora / f"{self.name}.train.jsonl.gz"
+
+    @cached_property
+    def moments(self) -> tuple[Moments, float]:
+        """Second moments of the projections' inputs, and the seconds that they took."""
+        started = time.monotonic()
+        found = moments_of(self.model, self.source, self.training, self.setting.distil)
+        return found, time.monotonic() - started
 
     def _change(self, adapter: ModelAdapter) -> dict[str, Any]:
         length, most = self.setting.distil.length, self.setting.windows
@@ -147,16 +152,16 @@ class Adapted:
             adapter = self._trained(case)
             return adapter, time.monotonic() - started
         base = Base(self.model.weight, self.model.bias)
-        with_text = case.way != "data-free"
+        moments, before = (None, 0.0) if case.way == "data-free" else self.moments
+        started = time.monotonic()
         found = convert(
             self.source, case.to, base, rank=case.rank, approximate=True, seed=own.seed,
-            moments=(lambda: self.moments) if with_text else None,
+            moments=None if moments is None else lambda: moments,
         )  # fmt: skip
         adapter = found.adapter
         if case.way == "distilled" and len(found.exact) < len(found.differences):
             adapter = distil(self.model, self.source, adapter, self.training, own, held=found.exact)
-        seconds = time.monotonic() - started
-        return adapter, seconds + (self.moments_seconds if with_text else 0.0)
+        return adapter, time.monotonic() - started + before
 
     def _trained(self, case: Case) -> ModelAdapter:
         own = self.setting.distil

@@ -242,6 +242,8 @@ def run_stages(
     )
     generations = generate(preset, problems, folders, output)
     run(generations, output)
+    with (output / "executions.jsonl").open(encoding="utf-8") as lines:
+        programs = {json.loads(line)["key"] for line in lines}  # One that ran again has two lines.
     limit = f" --limit {arguments.limit}" if arguments.limit else ""
     limit += f" --stop-tokens {arguments.stop_tokens}"
     receipt = {
@@ -253,7 +255,7 @@ def run_stages(
         "left out": ", ".join(left_out) or "nothing",
         "seconds": json.loads((output / "seconds.json").read_text(encoding="utf-8")),
         "empty completions under the base, %": empty(generations["base"]),
-        "programs run": sum(1 for _ in (output / "executions.jsonl").open()),
+        "programs run": len(programs),
         "empty for want of context": sum(
             not any(one.completions)
             for one in generations["base"]
