@@ -98,8 +98,10 @@ LANGUAGES: dict[str, Language] = {
         "ldc",
         "import std.math;\nunittest { assert(sqrt(4.0) == 2.0); }\nvoid main(){}\n",
         _exit_0,
-        # ldc2 says of a failed test that the program "failed with status".
-        re.compile(r"\.d\(\d+.*\): Error:|^Error: (?!.* failed with status)", re.MULTILINE),
+        # ldc2 says of a program that failed, or died, that it "failed with status" or "received signal".
+        re.compile(
+            r"\.d\(\d+.*\): Error:|^Error: (?!.* failed with status|program received signal)", re.M
+        ),
     ),
     "lua": Language(
         "Lua",

@@ -57,6 +57,21 @@ def test_a_program_is_judged_by_its_language_s_rule(language, tmp_path):
     assert found[language, "one"] == ["OK", "Exception", "SyntaxError", "Timeout"]
 
 
+@pytest.mark.parametrize(
+    ("language", "body"),
+    [("d", "{ return 1 + one(); }"), ("lua", "return 1 + one() end"), ("rb", "1 + one\nend"),
+     ("rs", "1 + one()")],
+)  # fmt: skip
+def test_a_program_that_dies_without_end_of_calls_was_a_program(language, body, tmp_path):
+    toolchains.need(language)
+    prompt, *_, tests = OWN[language]
+    line = {"name": "one", "language": language, "prompt": prompt, "tests": tests,
+            "stop_tokens": [], "completions": [body]}  # fmt: skip
+    file = write_lines(tmp_path / "own.jsonl", [line])
+    found = toolchains.evaluate(file, tmp_path / "out", "--workers", "1")
+    assert found[language, "one"] == ["Exception"]
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_ten_known_problems_pass_and_wrong_bodies_fail(language, tmp_path, shared_data):
     toolchains.need(language)
