@@ -31,7 +31,7 @@ settings is not made again; the tables are lora_to_flora.md beside it.
 
 Receipt: one core of an AMD EPYC (Zen 4), often with another process beside; jax 0.10.2. ``random`` a few
 minutes; ``convert`` of three LoRAs without distilling 30 minutes, distilled at three ranks, 100 steps,
-3 to 5 minutes each.
+2.5 to 5 minutes each.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ from flora_jax.checkpoints.digest import model_label
 from flora_jax.cli.common import named_values, prepare_jax
 from flora_jax.cli.program import run_function
 from flora_jax.errors import InputError
-from flora_jax.peft.convert import Base, Moments, convert, differences
+from flora_jax.peft.convert import Base, Moments, convert, differences, total_of
 from flora_jax.peft.read import read_adapter
 from flora_jax.shipped import ASSETS, adapter_source
 from flora_jax.train.conversion import moments_of
@@ -172,7 +172,9 @@ class Adapted:
             "targets": list(self.source.targets()), "learning_rate": case.rate,
         }  # fmt: skip
         options = make_options(values)
-        place = self.setting.output / f"{self.name}-{case.to}-{case.rank}-{own.steps}"
+        # One for each combination of what a result is told apart by.
+        made = f"{case.to}-r{case.rank}-at-{case.rate:g}-{own.steps}x{own.rows}x{own.length}"
+        place = self.setting.output / f"{case.model}-{self.name}-{made}".replace(" ", "-")
         folders = train(options, place, resume=True, cache=self.setting.output / "tokens")
         config = self._opened.config
         return read_adapter(folders[self.name], config.projections(), config.n_layer)
@@ -183,9 +185,7 @@ class Adapted:
         measured, source = self._change(adapter), self._source_change
         gain = -source["bits_per_byte_change"]
         base = Base(self.model.weight, self.model.bias)
-        left = differences(self.source, adapter, base).values()
-        moved = sum(one.change**2 for one in left)
-        error = (sum((one.change * one.weight) ** 2 for one in left) / moved) ** 0.5
+        error = total_of(differences(self.source, adapter, base))
         return {
             "parameters": adapter.parameters(),
             "weights_error": round(error, 5),

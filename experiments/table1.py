@@ -205,7 +205,8 @@ def _add_seconds(output: Path, stage: str, seconds: float) -> None:
     path.write_text(json.dumps(known), encoding="utf-8")
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    """The command line's."""
     parser = argparse.ArgumentParser(description="Table 1: train, complete, run, tabulate.")
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--problems", required=True, help="directory, or hub")
@@ -215,10 +216,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="problems of each language")
     parser.add_argument("--stop-tokens", choices=STOP_TOKENS, default="current")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     preset, output = PRESETS[arguments.preset], arguments.output
     if preset.model != "mini" and arguments.data is None:
-        parser.error("--data is missing, expected a directory of LANGUAGE.train.jsonl.gz")
+        parser().error("--data is missing, expected a directory of LANGUAGE.train.jsonl.gz")
     languages, left_out = runnable(arguments.language)
     if left_out:
         print(f"left out, no toolchain: {', '.join(left_out)}", flush=True)
@@ -244,11 +249,8 @@ def run_stages(
     run(generations, output)
     with (output / "executions.jsonl").open(encoding="utf-8") as lines:
         programs = {json.loads(line)["key"] for line in lines}  # One that ran again has two lines.
-    limit = f" --limit {arguments.limit}" if arguments.limit else ""
-    limit += f" --stop-tokens {arguments.stop_tokens}"
     receipt = {
-        "command": f"python experiments/table1.py {arguments.preset} --problems "
-        f"{'hub' if arguments.problems == 'hub' else 'DIR'} --output {output}{limit}",
+        "command": command(arguments),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}",
         "stop tokens": f"{arguments.stop_tokens}: {_stops(problems)}",
         "parameters": f"{open_checkpoint(resolve(preset.model)).describe().parameters:,}",
@@ -263,6 +265,16 @@ def run_stages(
         ),
     }
     table1_report.write(arguments.preset, output, ("base", *KINDS), receipt, arguments.results)
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """What makes the same again; directories of data are called DIR."""
+    words = ["python experiments/table1.py", arguments.preset, "--problems"]
+    words += ["hub" if arguments.problems == "hub" else "DIR", "--output", str(arguments.output)]
+    words += ["--data", "DIR"] if arguments.data else []
+    words += ["--language", arguments.language] if arguments.language != ",".join(LANGUAGES) else []
+    words += ["--limit", str(arguments.limit)] if arguments.limit else []
+    return " ".join([*words, "--stop-tokens", arguments.stop_tokens])
 
 
 def _stops(problems: list[Problem]) -> str:

@@ -133,7 +133,7 @@ def entries(path: Path) -> list[Path]:
 
 
 def require_new(target: Target, replaces: Sequence[str] = ()) -> Path:
-    """``target`` as an absolute path, links followed: a directory that may be written.
+    """``target`` as an absolute path, links followed: a directory that may be written, which is tried.
 
     Args:
         target: where the directory is to be.
@@ -141,8 +141,8 @@ def require_new(target: Target, replaces: Sequence[str] = ()) -> Path:
             with none, nothing may be there.
 
     Raises:
-        InputError: it is a file, a directory with something (else) in it, or where a file system is
-            mounted.
+        InputError: it is a file, a directory with something (else) in it, where a file system is
+            mounted, or where nothing can be written.
     """
     path = Path(target).resolve()
     if _is_no_directory(path):
@@ -156,6 +156,13 @@ def require_new(target: Target, replaces: Sequence[str] = ()) -> Path:
             raise InputError(f"{target}: exists already, and is not an empty directory")
     if path.is_mount():  # Nothing can be renamed to it.
         raise InputError(f"{target}: a file system is mounted there; give a directory inside it")
+    try:
+        place = next(above for above in path.parents if above.exists())
+        part = _part(place / path.name)
+        part.mkdir()
+        part.rmdir()
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written to: {error.strerror}") from None
     return path
 
 

@@ -143,6 +143,15 @@ def test_what_replaces_an_output_replaces_its_own_names_only(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_directory_is_tried_before_the_work_and_nothing_is_left(tmp_path):
+    assert require_new(tmp_path / "a/b/c") == tmp_path / "a/b/c"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file/out", tmp_path / "file/a/out", "/proc/none/out"):
+        with pytest.raises(InputError, match=rf"^{place}: cannot be written to: \w"):
+            require_new(place)
+
+
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     target = tmp_path / "out.json"
     assert require_file(target, overwrite=False) == target

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -38,6 +39,8 @@ from flora_jax.weights.slices import join_columns, slices
 
 # A squared norm below this share of its parts is what rounding leaves of zero.
 _ROUNDING = 1e-6
+# Of finding the nearest: the scales have settled by then.
+_TURNS = 4
 
 
 @jax.tree_util.register_dataclass
@@ -233,16 +236,16 @@ def of_components(components: Components, weight: WeightOf) -> DoRA:
     """Lengths ``g · ‖W + down · up / g‖`` where the weight's outputs are scaled by ``g``, one for a LoRA.
 
     Raises:
-        ValueError: inputs are scaled, or an output is scaled by zero.
+        ValueError: inputs are scaled, or something is added to an output that is scaled by zero.
     """
     pre_RI, post_RO = components.pre_RI, components.post_RO
     if np.ptp(pre_RI, axis=1).any():
         raise ValueError("it scales inputs, and a DoRA scales outputs alone")
     gain_O = pre_RI[:, 0] @ post_RO
-    if not gain_O.all():
-        raise ValueError("it scales an output by zero, and a DoRA keeps every direction")
     down_RI, up_RO = additive_part(components)
-    up_RO = up_RO / gain_O
+    if up_RO[down_RI.any(axis=1)][:, gain_O == 0].any():
+        raise ValueError("it adds to an output that it scales by zero, and a DoRA scales both")
+    up_RO = up_RO / np.where(gain_O == 0, np.float32(1), gain_O)[None]
     magnitude_O = gain_O * _norm_on_host(down_RI, up_RO, weight())
     return DoRA(jnp.asarray(down_RI), jnp.asarray(up_RO), jnp.asarray(magnitude_O))
 
@@ -250,15 +253,45 @@ def of_components(components: Components, weight: WeightOf) -> DoRA:
 def nearest(
     W_IO: jax.Array, wanted_IO: jax.Array, rank: int, moments_I: jax.Array, key: jax.Array
 ) -> DoRA:
-    """The best LoRA, and then the best lengths."""
-    fit = fits.sum_of(wanted_IO - W_IO, rank, moments_I)
-    near_IO = W_IO + fit.down_RI.T @ fit.up_RO
+    """The best LoRA for given scales of the outputs, and the best scales for it, a few times in turn.
+
+    Both together have no closed form: the better of two starts, no scales and the best ones alone.
+    """
+    starts = jnp.ones(W_IO.shape[1]), _best_gain(W_IO, wanted_IO, moments_I)
+    found = (_in_turn(W_IO, wanted_IO, gain_O, moments_I, rank) for gain_O in starts)
+    _, down_RI, up_RO, gain_O = min(found, key=lambda one: float(one[0]))
+    return DoRA(down_RI, up_RO, gain_O * _norm(down_RI, up_RO, W_IO))
+
+
+def _best_gain(near_IO: jax.Array, wanted_IO: jax.Array, moments_I: jax.Array) -> jax.Array:
+    """``g [O]`` for which ``near ∘ g`` is nearest."""
     own_I1 = moments_I[:, None]
     square_O = jnp.sum(own_I1 * jnp.square(near_IO), axis=0)
     shared_O = jnp.sum(own_I1 * near_IO * wanted_IO, axis=0)
-    gain_O = jnp.where(square_O > 0, shared_O / jnp.where(square_O > 0, square_O, 1.0), 1.0)
-    magnitude_O = gain_O * _norm(fit.down_RI, fit.up_RO, W_IO)
-    return DoRA(fit.down_RI, fit.up_RO, magnitude_O)
+    return jnp.where(square_O > 0, shared_O / jnp.where(square_O > 0, square_O, 1.0), 1.0)
+
+
+@partial(jax.jit, static_argnames="rank")
+def _in_turn(
+    W_IO: jax.Array, wanted_IO: jax.Array, gain_O: jax.Array, moments_I: jax.Array, rank: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """``Σ m (W_i - wanted)²``, ``down``, ``up`` and ``g`` after some turns from ``g``."""
+
+    def turn(_: int, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        gain_O = state[-1]
+        # ``(W + downᵀ up) ∘ g - wanted``: the sum of singular values for ``up ∘ g`` is the least.
+        fit = fits.sum_of(wanted_IO - W_IO * gain_O[None], rank, moments_I)
+        none_1O = (gain_O == 0)[None]
+        up_RO = jnp.where(none_1O, 0.0, fit.up_RO / jnp.where(none_1O, 1.0, gain_O[None]))
+        near_IO = W_IO + jnp.matmul(fit.down_RI.T, up_RO, precision="highest")
+        gain_O = _best_gain(near_IO, wanted_IO, moments_I)
+        left = jnp.sum(moments_I[:, None] * jnp.square(near_IO * gain_O[None] - wanted_IO))
+        return left, fit.down_RI, up_RO, gain_O
+
+    inputs, outputs = W_IO.shape
+    start = jnp.inf, jnp.zeros((rank, inputs)), jnp.zeros((rank, outputs)), gain_O
+    left, down_RI, up_RO, gain_O = jax.lax.fori_loop(0, _TURNS, turn, start)
+    return left, down_RI, up_RO, gain_O
 
 
 KIND = Kind(

@@ -16,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters import fits, multiplicative
-from flora_jax.adapters.kind import Components, Kind, WeightOf, uniform_fan_in, zeros
+from flora_jax.adapters.kind import Components, Kind, WeightOf, adds, uniform_fan_in, zeros
 from flora_jax.shapes import check_shapes
 from flora_jax.weights import product
 
 Reduction = Literal["mean", "sum"]
 Init = Literal["zero_sum", "ones", "frozen_ones"]
+# A change is small that is less than this share of the weight.
+_SMALL = 1e-2
 
 
 @jax.tree_util.register_dataclass
@@ -156,7 +158,7 @@ def of_components(components: Components, weight: WeightOf) -> FLoRA:
     Raises:
         ValueError: something is added to the weight.
     """
-    if len(components.down_RI):
+    if adds(components):
         raise ValueError("it adds to the weight, and a FLoRA only multiplies it")
     return FLoRA(jnp.asarray(components.pre_RI), jnp.asarray(components.post_RO), "sum")
 
@@ -164,8 +166,21 @@ def of_components(components: Components, weight: WeightOf) -> FLoRA:
 def nearest(
     W_IO: jax.Array, wanted_IO: jax.Array, rank: int, moments_I: jax.Array, key: jax.Array
 ) -> FLoRA:
-    """By alternating least squares, see :func:`flora_jax.adapters.fits.product_of`."""
+    """By alternating least squares, see :func:`flora_jax.adapters.fits.product_of`.
+
+    Of a small change the equations for the whole weight leave little in float32: where those for the
+    change alone, beside a component of ones, do better, they count.
+    """
     fit = fits.product_of(W_IO, wanted_IO, rank, moments_I, key=key)
+    whole, change = (
+        jnp.sum(moments_I[:, None] * jnp.square(x)) for x in (wanted_IO, wanted_IO - W_IO)
+    )
+    if rank > 1 and change < _SMALL**2 * whole:
+        part = fits.product_of(W_IO, wanted_IO - W_IO, rank - 1, moments_I, key=key)
+        if part.left * change < fit.left * whole:
+            one = ((1, 0), (0, 0))
+            down_RI, up_RO = (jnp.pad(x, one, constant_values=1.0) for x in part[:2])
+            return FLoRA(down_RI, up_RO, "sum")
     return FLoRA(fit.down_RI, fit.up_RO, "sum")
 
 

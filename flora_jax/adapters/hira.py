@@ -20,6 +20,7 @@ from flora_jax.adapters.kind import (
     Components,
     Kind,
     WeightOf,
+    adds,
     constant_part,
     ones,
     uniform_fan_in,
@@ -105,7 +106,7 @@ def of_components(components: Components, weight: WeightOf) -> HiRA:
     Raises:
         ValueError: something is added to the weight.
     """
-    if len(components.down_RI):
+    if adds(components):
         raise ValueError("it adds to the weight, and a HiRA only multiplies it")
     constant, pre_RI, post_RO = constant_part(components)
     rest = np.float32(constant - 1.0)

@@ -52,6 +52,11 @@ def constant_part(components: Components) -> tuple[float, np.ndarray, np.ndarray
     return constant, pre_RI[~same_R], post_RO[~same_R]
 
 
+def adds(components: Components) -> bool:
+    """Whether some additive pair is not zero."""
+    return bool(components.up_RO[components.down_RI.any(axis=1)].any())
+
+
 def additive_part(components: Components) -> tuple[np.ndarray, np.ndarray]:
     """``down`` and ``up`` of the additive pairs: one of zeros where there is none, as no rank is 0."""
     down_RI, up_RO = components.down_RI, components.up_RO

@@ -55,6 +55,14 @@ class ModelAdapter:
         """The projections adapted in at least one layer, in the order of the block."""
         return tuple(t for t in self.projections if any(t in layer for layer in self.layers))
 
+    def modules(self) -> dict[tuple[int, str], Any]:
+        """The factors of every projection that is adapted, by layer and target."""
+        return {
+            (layer, target): params
+            for layer, targets in enumerate(self.layers)
+            for target, params in targets.items()
+        }
+
     def rank(self, target: str) -> int:
         """The largest rank on a target over the layers (1 for IA3, 0 where there is none)."""
         return max((rank_of(layer[target]) for layer in self.layers if target in layer), default=0)

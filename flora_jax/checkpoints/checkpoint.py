@@ -91,11 +91,17 @@ class Opened:
         """The tokenizer, and the token that ends a document; ``what`` needs both.
 
         Raises:
-            InputError: one is missing; see :attr:`tokenizer`.
+            InputError: one is missing, see :attr:`tokenizer`, or the token is not in the vocabulary.
         """
         if self.tokenizer is None or not self.config.eos_token_ids:
             raise InputError(f"{self.directory}: {what} needs tokenizer.json and an end token")
-        return self.tokenizer, self.config.eos_token_ids[0]
+        end_id, size = self.config.eos_token_ids[0], self.config.vocab_size
+        if end_id >= size:
+            raise InputError(
+                f"{self.directory}: the end token is {end_id}, expected below the vocabulary's {size} "
+                "(eos_token_id of config.json and generation_config.json)"
+            )
+        return self.tokenizer, end_id
 
     @functools.cached_property
     def chat(self) -> Chat:

@@ -99,7 +99,11 @@ def convert_adapter(command: ConvertCommand) -> None:
     made, way, result = (_without_data if command.data is None else _with_data)(
         command, opened, adapter
     )
-    card = _card(adapter, made, command.base, way, result)
+    base = command.base
+    if command.quantize != "none":  # What is fitted, and a DoRA's lengths, are so for these alone.
+        base = f"{base} with {command.quantize} weights"
+        result = f"over {base} {result}"
+    card = _card(adapter, made, base, way, result)
     write_adapter(made.adapter, command.output, command.base, card=card)
     say(f"{command.output}: {result}")
 
@@ -144,7 +148,7 @@ def _with_data(
     assert command.data is not None
     text = read_text(
         command.data, opened, own.length, column=command.text_column,
-        cache=cache_directory() / "tokens",
+        cache=cache_directory() / "tokens", say=say,
     )  # fmt: skip
     wanted = ConvertOptions(command.to, command.rank, command.approximate, own)
     taught = convert_with_text(adapter, _load(command, opened), text, wanted, say)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flora_jax.adapters.kind import KINDS, kind_of
+from flora_jax.adapters.kind import KINDS, ROUNDING, kind_of
 from flora_jax.adapters.model_adapter import ModelAdapter, WeightsOf
 from flora_jax.adapters.registry import convertible
 from flora_jax.errors import InputError
@@ -69,10 +69,15 @@ class Converted(NamedTuple):
 
     @property
     def total(self) -> float:
-        """:attr:`Difference.weight` over all projections: of the squares of changes what is left."""
-        squares = [(one.change, one.change * one.weight) for one in self.differences.values()]
-        changed = sum(change**2 for change, _ in squares)
-        return math.sqrt(sum(left**2 for _, left in squares) / changed) if changed else 0.0
+        """See :func:`total_of`."""
+        return total_of(self.differences)
+
+
+def total_of(differences: Mapping[Module, Difference]) -> float:
+    """:attr:`Difference.weight` over all projections: of the squares of changes what is left."""
+    squares = [(one.change, one.change * one.weight) for one in differences.values()]
+    changed = sum(change**2 for change, _ in squares)
+    return math.sqrt(sum(left**2 for _, left in squares) / changed) if changed else 0.0
 
 
 def convert(
@@ -95,7 +100,8 @@ def convert(
         adapter: of another kind, or of the same where its rank is to be smaller.
         to: one of :func:`.registry.convertible`.
         base: what it stands on.
-        rank: at most; ``None`` is what the exact conversion has, and the adapter's own elsewhere.
+        rank: at most, and no more than a weight's smaller side; ``None`` is what the exact conversion
+            has, and the adapter's own elsewhere.
         approximate: whether it may differ.
         moments: gives the moments of the inputs, so that the outputs' error counts; called once, and
             only where something differs.
@@ -108,7 +114,7 @@ def convert(
     if to not in convertible():
         raise InputError(f"kind {to!r}: expected one of {', '.join(convertible())}")
     wanted = _Wanted(to, base, rank, approximate, seed)
-    modules = modules_of(adapter)
+    modules = adapter.modules()
     exactly = {module: wanted.exactly(params, module) for module, params in modules.items()}
     exact = frozenset(module for module, own in exactly.items() if own.lacks is None)
     taken = moments() if moments is not None and len(exact) < len(modules) else None
@@ -126,22 +132,13 @@ def convert(
     return Converted(made, differences, exact, taken)
 
 
-def modules_of(adapter: ModelAdapter) -> dict[Module, Any]:
-    """The factors of every projection that is adapted, by layer and target."""
-    return {
-        (layer, target): params
-        for layer, targets in enumerate(adapter.layers)
-        for target, params in targets.items()
-    }
-
-
 def differences(
     source: ModelAdapter, made: ModelAdapter, base: Base, moments: Moments | None = None
 ) -> dict[Module, Difference]:
     """What ``made``, an adapter on the same projections, has other than ``source``."""
-    own = modules_of(made)
+    own = made.modules()
     found = {}
-    for module, params in modules_of(source).items():
+    for module, params in source.modules().items():
         W_IO, bias_O = _wide(base, module)
         wanted = kind_of(params).merge(params, W_IO, bias_O)
         moments_I = None if moments is None else moments[module]
@@ -216,7 +213,7 @@ class _Wanted:
         if made is None:
             kind = KINDS[self.to]
             assert kind.nearest is not None
-            rank = kind_of(params).rank(params) if self.rank is None else self.rank
+            rank = min(self.rank or kind_of(params).rank(params), *W_IO.shape)
             key = jax.random.fold_in(jax.random.key(self.seed), module[0])
             weights_I = jnp.ones(len(W_IO)) if moments_I is None else moments_I
             made = kind.nearest(W_IO, wanted[0], rank, weights_I, key)
@@ -243,15 +240,16 @@ def _difference(
     (from_IO, from_O), (to_IO, to_O) = wanted, kind_of(made).merge(made, W_IO, bias_O)
     root_I1 = jnp.ones((len(W_IO), 1)) if moments_I is None else jnp.sqrt(moments_I)[:, None]
 
-    def share(part: jax.Array, whole: jax.Array) -> float:
+    def share(part: jax.Array, whole: jax.Array, rounding: float = 0.0) -> float:
         size = float(jnp.linalg.norm(whole))
         left = float(jnp.linalg.norm(part))
-        return left / size if size else float(left > 0)
+        return left / size if size > rounding else float(left > rounding)
 
-    moved_IO = root_I1 * (from_IO - W_IO)
+    moved_IO, base_IO = root_I1 * (from_IO - W_IO), root_I1 * W_IO
     bias = 0.0
     if bias_O is not None and from_O is not None and to_O is not None:
         bias = share(to_O - from_O, bias_O)
-    return Difference(
-        share(moved_IO, root_I1 * W_IO), share(root_I1 * (to_IO - from_IO), moved_IO), bias
-    )
+    # An adapter that moves nothing is met by whatever rounds as the weight does.
+    rounding = ROUNDING * float(jnp.linalg.norm(base_IO))
+    left = share(root_I1 * (to_IO - from_IO), moved_IO, rounding)
+    return Difference(share(moved_IO, base_IO), left, bias)

@@ -46,11 +46,7 @@ def write_adapter(
             a batch axis or is not finite, FLoRAs of different reductions, or an unknown setting.
     """
     directory = require_new(directory)
-    modules = {
-        (layer, target): params
-        for layer, targets in enumerate(adapter.layers)
-        for target, params in targets.items()
-    }
+    modules = adapter.modules()
     if not modules:
         raise AdapterError(f"{directory}: the adapter adapts no projection, nothing to write")
     config = _config(adapter, modules, directory)

@@ -24,6 +24,7 @@ from flora_jax.terminal import progress
 from flora_jax.train.choice import choose
 from flora_jax.train.data.packing import Batch, PackedTokens, hold_out
 from flora_jax.train.data.tokens import piece_bytes, tokenize, tokenizing
+from flora_jax.train.directory import report_documents
 from flora_jax.train.distil import DistilOptions, Judge, Quality, distil
 from flora_jax.train.moments import input_moments
 from flora_jax.train.step import StepOptions
@@ -42,7 +43,13 @@ class Text(NamedTuple):
 
 
 def read_text(
-    source: str, base: Opened, length: int, *, column: str | None = None, cache: Path | None = None
+    source: str,
+    base: Opened,
+    length: int,
+    *,
+    column: str | None = None,
+    cache: Path | None = None,
+    say: Callable[[str], None] = print,
 ) -> Text:
     """The documents of ``source`` (see :func:`.data.documents.read_documents`), a tenth held out.
 
@@ -52,10 +59,11 @@ def read_text(
         length: tokens of a window.
         column: of the text.
         cache: where tokenised data is kept between runs.
+        say: takes lines for the user: what was read, and what of it was skipped.
 
     Raises:
-        InputError: the base has no tokenizer or no end token; ``length`` is more than its context;
-            unreadable data; or too little of it for a window and something held out.
+        InputError: the base has no tokenizer or no end token of its vocabulary; ``length`` is more than
+            its context; unreadable data; or too little of it for a window and something held out.
     """
     config = base.config
     if length > config.n_positions:
@@ -64,7 +72,9 @@ def read_text(
         )
     tokenizer, end_id = base.text_tokens("text")
     with tokenizing() as watch:
-        packed, _ = tokenize(source, tokenizer, end_id, column=column, cache=cache, watch=watch)
+        packed, skipped = tokenize(
+            source, tokenizer, end_id, column=column, cache=cache, watch=watch
+        )
     lengths = piece_bytes(tokenizer, config.vocab_size)
     training, held_out = hold_out(packed, lengths)
     if len(training.tokens) <= length:
@@ -77,6 +87,7 @@ def read_text(
             part.windows(length)
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
+    report_documents(f"data {source}", packed, skipped, say)
     return Text(training, held_out, lengths)
 
 

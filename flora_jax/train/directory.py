@@ -91,14 +91,25 @@ def report_data(
     training: Tokenized, validation: Tokenized, say: Callable[[str], None], where: str | None = DATA
 ) -> None:
     """A line for each data set and for each of its first skipped documents; ``where`` has all of them."""
-    see = "" if where is None else f", see {where}"
     for split, data in (("data", training), ("validation", validation)):
         for name, (packed, skipped) in data.items():
-            say(f"{split} {name}: {len(packed.starts):,} documents, {len(packed.tokens):,} tokens")
-            for line in skipped[:_SHOWN]:
-                say(f"{split} {name}: skipped {line}")
-            if len(skipped) > _SHOWN:
-                say(f"{split} {name}: skipped {len(skipped) - _SHOWN} more{see}")
+            report_documents(f"{split} {name}", packed, skipped, say, where)
+
+
+def report_documents(
+    name: str,
+    packed: PackedTokens,
+    skipped: list[str],
+    say: Callable[[str], None],
+    where: str | None = None,
+) -> None:
+    """A line for a data set and for each of its first skipped documents; ``where`` has all of them."""
+    say(f"{name}: {len(packed.starts):,} documents, {len(packed.tokens):,} tokens")
+    for line in skipped[:_SHOWN]:
+        say(f"{name}: skipped {line}")
+    if len(skipped) > _SHOWN:
+        see = "" if where is None else f", see {where}"
+        say(f"{name}: skipped {len(skipped) - _SHOWN} more{see}")
 
 
 def _described(packed: PackedTokens, skipped: list[str]) -> dict[str, Any]:

@@ -352,12 +352,7 @@ def _open(options: TrainOptions) -> Opened:
                 f"rank is {options.rank}, expected at most {min(inputs, outputs)}: {target} of the "
                 f"model has {inputs} inputs and {outputs} outputs"
             )
-    _, end_id = base.text_tokens("training")
-    if end_id >= config.vocab_size:
-        raise InputError(
-            f"{base.directory}: the end token is {end_id}, expected below the vocabulary's "
-            f"{config.vocab_size} (eos_token_id of config.json and generation_config.json)"
-        )
+    base.text_tokens("training")
     return base
 
 

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from flora_jax.adapters import fits
+from flora_jax.adapters.dora import DoRA
+from flora_jax.adapters.ia3 import IA3
 from flora_jax.adapters.kind import kind_of
+from flora_jax.adapters.lora import LoRA
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.adapters.registry import convertible
 from flora_jax.errors import InputError
@@ -264,3 +267,78 @@ def test_a_dora_has_the_best_lengths_for_its_directions():
         for to in ("lora", "dora")
     }
     assert found["dora"] < found["lora"]
+
+
+def low_rank(rng, sizes):
+    """Factors of so many components, each of its own size."""
+    down_RI, up_RO = (rng.normal(0, 1, (len(sizes), n)) for n in (I, O))
+    return jnp.asarray(down_RI * np.array(sizes)[:, None], jnp.float32), jnp.asarray(
+        up_RO, jnp.float32
+    )
+
+
+def test_a_dora_of_less_rank_keeps_its_scales_and_loses_its_smallest_component():
+    base, W_IO, _ = base_of()
+    rng = np.random.default_rng(4)
+    down_RI, up_RO = low_rank(rng, (0.1, 0.01))
+    norm_O = np.linalg.norm(W_IO + np.asarray(down_RI).T @ np.asarray(up_RO), axis=0)
+    magnitude_O = jnp.asarray(norm_O * rng.normal(1, 0.1, O), jnp.float32)
+    source = DoRA(down_RI, up_RO, magnitude_O)
+    truncated = DoRA(down_RI[:1], up_RO[:1], magnitude_O)
+    (own_IO, _), (part_IO, _) = (
+        kind_of(one).merge(one, jnp.asarray(W_IO)) for one in (source, truncated)
+    )
+    truncated_left = np.linalg.norm(part_IO - own_IO) / np.linalg.norm(own_IO - W_IO)
+    found = convert(adapter_of(source), "dora", base, rank=1, approximate=True)
+    assert found.total < truncated_left < 0.2
+    # Before that the best LoRA of the whole change was taken, scales and all.
+    best = convert(adapter_of(source), "lora", base, rank=1, approximate=True).total
+    assert best > 2 * truncated_left
+
+
+def test_an_output_that_is_scaled_by_zero_is_one_of_length_zero():
+    base, W_IO, _ = base_of(bias=False)
+    scales_O = np.random.default_rng(5).normal(1, 0.2, O).astype(np.float32)
+    scales_O[3] = 0
+    found = convert(adapter_of(IA3(jnp.asarray(scales_O), "output")), "dora", base)
+    assert found.exact == {(0, TARGET)}
+    made = found.adapter.layers[0][TARGET]
+    np.testing.assert_allclose(
+        np.asarray(kind_of(made).merge(made, jnp.asarray(W_IO))[0]),
+        W_IO * scales_O[None],
+        atol=1e-5,
+    )
+    # A DoRA with such an output is itself again, and one that adds to it is none.
+    assert convert(found.adapter, "dora", base).exact == {(0, TARGET)}
+
+
+def test_an_adapter_that_moves_nothing_is_met_by_any_kind():
+    base, _, _ = base_of()
+    none = LoRA(jnp.asarray(low_rank(np.random.default_rng(6), (1.0,))[0]), jnp.zeros((1, O)))
+    for to in convertible():
+        found = convert(adapter_of(none), to, base)
+        assert found.exact == {(0, TARGET)}
+        (difference,) = found.differences.values()
+        assert difference.weight == 0
+    found = convert(adapter_of(none), "flora", base, rank=1, approximate=True)
+    assert found.total == 0
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-2])
+def test_a_flora_of_a_small_change_is_no_further_than_the_hira_of_a_rank_less(size):
+    base, _, _ = base_of()
+    down_RI, up_RO = low_rank(np.random.default_rng(7), (size,))
+    source = adapter_of(LoRA(down_RI, up_RO))
+    left = {
+        (to, rank): convert(source, to, base, rank=rank, approximate=True).total
+        for to, rank in (("flora", 4), ("hira", 3))
+    }
+    assert left["flora", 4] <= 1.01 * left["hira", 3]
+
+
+def test_no_fit_has_more_components_than_the_weight_has_directions():
+    base, _, _ = base_of()
+    source = random_projection("lora", 3, I, O, rank=2)
+    for to in ("flora", "hira"):
+        made = convert(adapter_of(source), to, base, rank=500, approximate=True).adapter
+        assert kind_of(made.layers[0][TARGET]).rank(made.layers[0][TARGET]) == min(I, O)

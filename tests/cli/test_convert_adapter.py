@@ -1,7 +1,9 @@
 """``flora-jax convert-adapter``: folders in, folders and cards out."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -189,9 +191,43 @@ def test_what_is_exact_is_measured_only(with_text, tmp_path):
 )
 def test_text_that_cannot_be_used_is_one_line(with_text, tmp_path, words, message):
     code, said = with_text(*words, "--output", tmp_path / "made")
-    assert (code, len(said.splitlines())) == (2, 1), said
-    assert message in said
+    lines = [line for line in said.splitlines() if not line.startswith("data perl.data.jsonl: ")]
+    assert (code, len(lines)) == (2, 1), said
+    assert message in lines[0]
     assert not (tmp_path / "made").exists()
+
+
+def test_what_is_read_and_what_is_skipped_is_said(with_text, small, tmp_path):
+    good = 15 * (small / "perl.data.jsonl").read_text()  # One line in a hundred may be unusable.
+    (small / "some.jsonl").write_text('{"content": 3}\n' + good + '{"content": \n')
+    words = ["hiro", *TEXT[1:5], "--data", "some.jsonl", *FAST, "--output", tmp_path / "made"]
+    code, said = with_text(*words)
+    assert code == 0, said
+    assert "data some.jsonl: 300 documents, " in said
+    assert "data some.jsonl: skipped some.jsonl, line 1: 'content' is of type int" in said
+    assert "data some.jsonl: skipped some.jsonl, line 302: malformed JSON" in said
+
+
+def test_an_end_token_of_another_vocabulary_is_one_line(with_text, small, tmp_path):
+    endless = shutil.copytree(small / "flat", small / "endless", dirs_exist_ok=True)
+    for file in ("config.json", "generation_config.json"):
+        raw = json.loads((endless / file).read_text())
+        (endless / file).write_text(json.dumps(raw | {"eos_token_id": 5000}))
+    words = ["hiro", "--base", "endless", *TEXT[3:5], *TEXT[7:], *FAST]
+    code, said = with_text(*words, "--output", tmp_path / "made")
+    assert (code, len(said.splitlines())) == (2, 1), said
+    assert "endless: the end token is 5000, expected below the vocabulary's " in said
+
+
+def test_weights_that_are_held_otherwise_are_named(program, tmp_path):
+    """The lengths of a DoRA are those of the weights that it is made on."""
+    words = ["lora", "--base", "mini", "--to", "dora", "--quantize", "int4"]
+    code, said = program(*words, "--output", tmp_path / "made")
+    assert code == 0, said
+    assert "over mini with int4 weights the same weights in all 6 projections" in said
+    card = " ".join((tmp_path / "made/README.md").read_text().split())
+    assert "An adapter of kind dora for mini with int4 weights, converted" in card
+    assert "Over mini with int4 weights the same" in card
 
 
 def test_the_thin_program_does_the_same(small, tmp_path):

@@ -34,6 +34,25 @@ def test_a_run_of_nothing_is_refused_with_what_is_missing(perl_alone):
         table1.runnable("d,lua")
 
 
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("mini --problems /a --output runs/t", "mini --problems DIR --output runs/t"),
+        (
+            "starcoder --problems hub --data /d --output o --language d,pl --limit 5",
+            "starcoder --problems hub --output o --data DIR --language d,pl --limit 5",
+        ),
+    ],
+)
+def test_the_receipt_s_command_makes_the_same_again(words, expected):
+    arguments = table1.parser().parse_args(words.split())
+    command = table1.command(arguments)
+    assert command == f"python experiments/table1.py {expected} --stop-tokens current"
+    again = vars(table1.parser().parse_args(command.split()[2:]))
+    given = {name: value for name, value in vars(arguments).items() if str(value)[0] != "/"}
+    assert given.items() <= again.items()
+
+
 def test_empty_completions_are_counted_by_language():
     def one(language, *completions):
         return Generation("a", language, "", "", (), completions)
