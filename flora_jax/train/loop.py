@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from flora_jax.errors import RunError
 from flora_jax.files import whole_file
 from flora_jax.terminal import Bar, progress
-from flora_jax.train.interrupt import Interrupt
+from flora_jax.train.interrupt import Interrupt, InterruptedRun
 from flora_jax.train.options import CHECKPOINTS, METRICS
 from flora_jax.train.processes import any_of, is_first, told
 from flora_jax.train.step import TrainState
@@ -46,6 +46,10 @@ class LoopOptions:
     evaluate_first: bool = False
     keep: int = 2
 
+    def evaluates(self, done: int) -> bool:
+        """Whether the parameters after so many steps are evaluated; of step 0 see ``evaluate_first``."""
+        return done > 0 and (done % self.evaluate_every == 0 or done == self.steps)
+
 
 def _scalars(measured: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return {name: float(value) for name, value in measured.items()}
@@ -59,7 +63,7 @@ class Work:
         train_step: its measures must have "loss", a scalar or an entry for each thing trained.
         batch_at: gives batch ``n``.
         tokens_per_batch: for the speed.
-        evaluate: of the parameters, what is logged as ``"validation"``.
+        evaluate: of the parameters, what is logged as ``"validation"``; may raise ``InterruptedRun``.
         describe: makes a log line's entries of what ``train_step`` measured.
         blame: says of a batch and an entry of the measures whose data they were.
     """
@@ -96,8 +100,10 @@ def run_loop(
         interrupt: looked at between two steps; once it is set, the last step is saved.
 
     Raises:
-        InterruptedRun: ``interrupt`` was set; a later call goes on as if nothing had happened.
-        RunError: the newest checkpoint is damaged.
+        InterruptedRun: ``interrupt`` was set, or an evaluation raised it: its step is saved, and a later
+            call evaluates it first. It goes on as if nothing had happened.
+        RunError: the newest checkpoint is damaged, or an evaluation raised it: as with a loss that is not
+            finite, nothing of its step is logged or saved.
         NonFiniteLossError: a loss or gradient is not finite; looked at when a step is logged or
             saved, it names the first such step, and nothing of it is logged or saved.
     """
@@ -132,9 +138,30 @@ def _logged(
     interrupt: Interrupt,
 ) -> TrainState:
     """The loop with its bar and its lines, which are added to the file ``path``."""
-    with progress("step", options.steps, keep=True) as bar, path.open("a") as log:
+    with progress("step", options.steps, keep=True) as bar:
         bar.show(int(state.step), note="compiling")
-        return _Loop(work, options, manager, log, bar, interrupt).run(state)
+        if manager is not None:
+            _evaluate_late(state, work, options, path)
+        with path.open("a") as log:
+            return _Loop(work, options, manager, log, bar, interrupt).run(state)
+
+
+def _evaluate_late(state: TrainState, work: Work, options: LoopOptions, path: Path) -> None:
+    """Evaluates the step resumed from where its evaluation was interrupted, and completes its line."""
+    step = int(state.step)
+    if work.evaluate is None or not options.evaluates(step):
+        return
+
+    def line_of_step() -> dict[str, Any]:
+        lines = map(json.loads, path.read_text().splitlines() if path.exists() else ())
+        return next((line for line in lines if line["step"] == step), {"step": step})
+
+    line = told(line_of_step)
+    if "validation" in line:
+        return
+    line["validation"] = work.evaluate(state.params)
+    if is_first():
+        _cut_metrics(path, step - 1, line)
 
 
 def _restored(manager: ocp.CheckpointManager, state: TrainState, directory: Path) -> TrainState:
@@ -195,14 +222,14 @@ class _Loop:
             since += 1
             done = number + 1
             last = done == options.steps
-            validate = work.evaluate is not None and (done % options.evaluate_every == 0 or last)
+            validate = work.evaluate is not None and options.evaluates(done)
             save = last or time.monotonic() - self.saved > options.save_seconds
             save |= options.save_every is not None and done % options.save_every == 0
             logs = done == 1 or done % options.log_every == 0 or validate or last
             if save or validate:
                 measured = self.look(done)
                 if logs:
-                    self.report(done, since, measured, state.params if validate else None)
+                    self.report(done, since, measured, state if validate else None)
             elif logs:
                 # Read once the device has the next step to do.
                 late = done, since
@@ -245,9 +272,13 @@ class _Loop:
         return measured
 
     def report(
-        self, done: int, steps: int, measured: dict[str, np.ndarray], validate: Any = None
+        self,
+        done: int,
+        steps: int,
+        measured: dict[str, np.ndarray],
+        validate: TrainState | None = None,
     ) -> None:
-        """Logs step ``done``, the last of ``steps``; with the validation of parameters, if given."""
+        """Logs step ``done``, the last of ``steps``; with the validation of its state, if given."""
         now = time.monotonic()
         rate = steps * self.work.tokens_per_batch / (now - self.logged)
         self.logged = now
@@ -255,7 +286,13 @@ class _Loop:
             "step": done, "tokens_per_second": round(rate, 1), **self.work.describe(measured)
         }  # fmt: skip
         if self.work.evaluate is not None and validate is not None:
-            line["validation"] = self.work.evaluate(validate)
+            try:
+                line["validation"] = self.work.evaluate(validate.params)
+            except InterruptedRun:
+                # The line without it tells a later call what is missing.
+                self.write(line)
+                self.save(done, validate)
+                raise
             self.logged = time.monotonic()
         self.write(line)
         self.bar.show(done, note=f"loss {self.loss:.3f}  {rate:,.0f} tokens/s")
@@ -293,16 +330,18 @@ def _look(
     return measured, previous
 
 
-def _cut_metrics(path: Path, step: int) -> None:
-    """Keeps the lines up to ``step``; a line that a killed process left unfinished goes too."""
-    if not path.exists():
-        return
+def _cut_metrics(path: Path, step: int, then: dict[str, Any] | None = None) -> None:
+    """Keeps the lines up to ``step``, and adds the line ``then``, if given; a line that a killed process
+    left unfinished goes too.
+    """
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text().splitlines() if path.exists() else ():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             break
+    if then is not None:
+        kept.append(json.dumps(then) + "\n")
     with whole_file(path) as file:
         file.write("".join(kept))

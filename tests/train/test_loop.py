@@ -266,6 +266,77 @@ def test_a_run_asked_to_end_saves_its_last_step_and_goes_on_from_there(
     assert lines_of(tmp_path) == lines
 
 
+def bias_of(params):
+    return {"bias": float(jnp.sum(params["bias"]))}
+
+
+@dataclasses.dataclass
+class Evaluations:
+    """Evaluates as ``bias_of`` does; a signal comes during some of them, counted from 0."""
+
+    interrupted: tuple[int, ...]
+    interrupt: Interrupt = dataclasses.field(default_factory=Interrupt)
+    count: int = 0
+
+    def __call__(self, params):
+        self.count += 1
+        if self.count - 1 in self.interrupted:
+            self.interrupt.request(signal.SIGTERM)
+        self.interrupt.check("in a validation")
+        return bias_of(params)
+
+
+EVALUATED = {"evaluate_every": 4, "save_seconds": 1e9}
+
+
+@pytest.mark.parametrize("number, reached", [(0, 4), (1, 8), (2, STEPS)])
+def test_a_run_asked_to_end_in_an_evaluation_saves_its_step_and_evaluates_it_later(
+    number, reached, tmp_path
+):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    expected = run(whole, evaluate=bias_of, **EVALUATED)
+    first, again = Evaluations((number,)), Evaluations((0,))
+    with pytest.raises(InterruptedRun, match="in a validation"):
+        run(stopped, evaluate=first, interrupt=first.interrupt, **EVALUATED)
+    assert saved_steps(stopped) == [reached]
+    # The evaluation that a resumed run begins with may be interrupted too.
+    with pytest.raises(InterruptedRun, match="in a validation"):
+        run(stopped, evaluate=again, interrupt=again.interrupt, **EVALUATED)
+    batches = Batches()
+    assert_same_state(run(stopped, batches, evaluate=bias_of, **EVALUATED), expected)
+    assert batches.asked == list(range(reached, STEPS))
+    assert lines_of(stopped) == lines_of(whole)
+
+
+def test_a_step_that_was_evaluated_is_not_evaluated_again(tmp_path):
+    run(tmp_path, steps=4, evaluate=bias_of, **EVALUATED)
+    evaluations = Evaluations(())
+    run(tmp_path, steps=4, evaluate=evaluations, **EVALUATED)
+    assert evaluations.count == 0
+    run(tmp_path, steps=8, evaluate=evaluations, **EVALUATED)
+    assert evaluations.count == 1
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 4, 6, 8]
+
+
+def test_a_resumed_step_whose_line_is_gone_is_evaluated(tmp_path):
+    run(tmp_path, steps=4, evaluate=bias_of, **EVALUATED)
+    validation = lines_of(tmp_path)[-1]["validation"]
+    (tmp_path / "metrics.jsonl").unlink()
+    run(tmp_path, steps=4, evaluate=bias_of, **EVALUATED)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"step": 4, "validation": validation}
+
+
+def test_a_step_whose_evaluation_fails_is_neither_logged_nor_saved(tmp_path):
+    def evaluate(params):
+        raise RunError("the validation loss is nan")
+
+    with pytest.raises(RunError, match="validation loss is nan"):
+        run(tmp_path, evaluate=evaluate, save_every=2, **EVALUATED)
+    assert saved_steps(tmp_path) == [2]
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2]
+
+
 def test_a_spoiled_step_is_not_saved_when_the_run_is_asked_to_end(tmp_path):
     interrupt = Interrupt()
 
