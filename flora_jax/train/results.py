@@ -25,10 +25,12 @@ _CARD = """# {name}: {kind} of rank {rank} for {model}
 {options}
 ```
 
-Training loss {first:.4f} at step {first_step}, {last:.4f} at step {last_step} (nats a token).
+{training}
 {validation}
 Written by flora_jax with jax {jax} on {device}.
 """
+# Of a run that was resumed at its last step, without the file of its losses.
+_NO_LOSSES = f"The training losses are not known: {METRICS} was lost."
 
 
 def write_results(
@@ -47,7 +49,8 @@ def write_results(
 
 
 def write_curve(output: Path, names: Sequence[str], say: Callable[[str], None]) -> None:
-    """Writes ``curve.png`` unless it is there; one that cannot be drawn is a line for the user.
+    """Writes ``curve.png`` unless it is there; one that cannot be drawn is a line for the user, as is one
+    of a run whose losses are lost.
 
     The picture repeats what ``metrics.jsonl`` holds: it is never worth a finished run.
     """
@@ -55,14 +58,19 @@ def write_curve(output: Path, names: Sequence[str], say: Callable[[str], None]) 
     if path.exists():
         return
     try:
-        draw_curve(_lines_of(output), names, path)
+        lines = _lines_of(output)
+        if not any("loss" in line for line in lines):
+            say(f"warning: {path} is not drawn: {output / METRICS} has no training losses")
+            return
+        draw_curve(lines, names, path)
     except Exception as error:  # Fonts, caches and configuration files, all of the user's.
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         say(f"warning: {path} is not drawn ({cause}); metrics.jsonl has its numbers")
 
 
 def _lines_of(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / METRICS).read_text().splitlines()]
+    path = output / METRICS
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def plain(text: str) -> str:
@@ -73,6 +81,13 @@ def plain(text: str) -> str:
 def _loss_of(line: Mapping[str, Any], name: str) -> float | None:
     losses = line.get("losses")
     return line.get("loss") if losses is None else losses[name]
+
+
+def _training(first: Mapping[str, Any], last: Mapping[str, Any], name: str) -> str:
+    return (
+        f"Training loss {_loss_of(first, name):.4f} at step {first['step']}, "
+        f"{_loss_of(last, name):.4f} at step {last['step']} (nats a token)."
+    )
 
 
 def _card(
@@ -97,10 +112,7 @@ def _card(
         parameters=adapter.parameters(),
         targets=", ".join(adapter.targets()),
         options=options.model_dump_json(indent=1),
-        first=_loss_of(trained[0], name),
-        first_step=trained[0]["step"],
-        last=_loss_of(trained[-1], name),
-        last_step=trained[-1]["step"],
+        training=_training(trained[0], trained[-1], name) if trained else _NO_LOSSES,
         validation="\n".join(["Validation:", *head, *rows, ""]) if rows else "",
         jax=jax.__version__,
         device=jax.devices()[0].device_kind,

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -408,6 +409,24 @@ def test_a_run_killed_before_its_folders_writes_them_on_resume(both, home, unfin
         weights = "adapter_model.safetensors"
         assert found[weights] == expected[weights]
     assert lines_of(output) == lines_of(both)
+
+
+def test_a_finished_run_without_its_metrics_writes_its_folders_on_resume(both, home, capsys):
+    output = shutil.copytree(both, home / "no-metrics")
+    shutil.rmtree(output / "perl")
+    for name in ("metrics.jsonl", "curve.png"):
+        (output / name).unlink()
+    arguments = ["--config", output / "config.json", "--output", output, "--resume"]
+    assert program(home, "train", *arguments) == 0
+    warning = "curve.png is not drawn: .*metrics.jsonl has no training losses"
+    assert re.search(warning, capsys.readouterr().err.replace("\n", " "))
+    weights = "adapter_model.safetensors"
+    assert (output / "perl" / weights).read_bytes() == (both / "perl" / weights).read_bytes()
+    found, expected = ((run / "perl" / "README.md").read_text() for run in (output, both))
+    assert "losses are not known" in found
+    # The last validation is made anew.
+    assert expected.splitlines()[-3] in found.splitlines()
+    assert f"| {STEPS} |" in expected.splitlines()[-3]
 
 
 def test_training_that_diverges_ends_in_one_line_with_the_adapter_and_its_documents(home, capsys):
