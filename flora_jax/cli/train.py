@@ -85,7 +85,8 @@ class TrainCommand:
         int | None, typer.Option(help="Default a tenth of the steps, at most 100.")
     ] = None
     weight_decay: Annotated[
-        float | None, typer.Option(help="AdamW's, towards zero factors. Default 0.")
+        float | None,
+        typer.Option(help="AdamW's, towards zero factors; a DoRA's lengths too. Default 0."),
     ] = None
     clip: Annotated[
         float | None, typer.Option(help="Largest gradient norm of an adapter. Default 1.")
