@@ -35,24 +35,30 @@ LARGEST: Mapping[str, int] = {
     "positions": 1 << 26,
     "vocabulary": 1 << 24,
 }
-# Written by transformers into the config.json of any model, without effect on the logits of a forward
-# pass: special tokens, defaults of generation, fields of training and of other tasks.
+# Written by transformers, or by Unsloth, into the config.json of any model, without effect on the logits
+# of a forward pass: special tokens, defaults of generation, fields of training and of other tasks.
 _WITHOUT_EFFECT = frozenset(
     "architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward "
     "cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping "
     "encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task "
     "forced_bos_token_id forced_eos_token_id id2label initializer_range is_encoder_decoder label2id "
-    "length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams "
-    "num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix "
-    "problem_type pruned_heads remove_invalid_values repetition_penalty return_dict "
-    "return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature "
-    "tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript transformers_version "
-    "typical_p unk_token_id use_bfloat16 use_cache".split()
+    "length_penalty loss_type max_length min_length model_name model_type no_repeat_ngram_size "
+    "num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states "
+    "output_scores pad_token_id prefix problem_type pruned_heads remove_invalid_values "
+    "repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens "
+    "task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p "
+    "torchscript transformers_version typical_p unk_token_id unsloth_fixed unsloth_version "
+    "use_bfloat16 use_cache".split()
 )
 # Of these what others read.
 _KEPT = ("bos_token_id", "pad_token_id")
-# Accepted at the one value that a decoder here computes.
-_ONLY = {"add_cross_attention": False, "is_decoder": False, "quantization_config": None}
+# Accepted at the one value that a decoder here computes, and where they are null.
+_ONLY = {
+    "add_cross_attention": False,
+    "hidden_dropout": 0.0,
+    "is_decoder": False,
+    "quantization_config": None,
+}
 # Read by rules of their own, not by their names.
 _OWN_RULES = ("eos_token_id", "dtype", "torch_dtype")
 _TYPES: Mapping[str, tuple[type, ...]] = {
@@ -76,7 +82,7 @@ class Fields:
             annotation has it: "int | None", "dict | None", "list". The family takes them out of what
             :func:`read_fields` returns, or sets them right.
         aliases: other names of fields.
-        only: fields that are accepted at the one value that the family computes.
+        only: fields that are accepted at the one value that the family computes, or null.
         without_effect: names of further fields without effect on the logits of a forward pass.
         kept: those of them that are written again, because others read them: dropout while they train.
         derived: names of the configuration's fields that no file has: the family sets them from others.
@@ -124,7 +130,7 @@ def read_fields(
         if name in types:
             _check_type(where, name, value, types[name])
             values[name] = value
-        elif key in only:
+        elif key in only and value is not None:
             if value != only[key]:
                 raise InputError(f"{where}: {key} is {value!r}, only {only[key]!r} is supported")
         elif key not in _OWN_RULES and not _is_without_effect(key, fields) and value is not None:

@@ -46,6 +46,21 @@ def model(registered):
     return init_model(CONFIG, 3)
 
 
+# What Unsloth and trainers add to any model's config.json.
+OF_TOOLS = {
+    "hidden_dropout": 0.0, "loss_type": "ForCausalLM", "model_name": "unsloth/a-model",
+    "unsloth_fixed": True, "unsloth_version": "2025.3.19",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "model_type", ["llama", "mistral", "qwen2", "qwen3", "starcoder2", "gpt_bigcode"]
+)
+def test_what_tools_add_to_a_configuration_changes_nothing(model_type):
+    raw = {"model_type": model_type, "num_hidden_layers": 2}
+    assert family.read_family_config(raw | OF_TOOLS, "") == family.read_family_config(raw, "")
+
+
 def adapter_of(kind, seed, targets=None, rank=2):
     fresh = init_adapter(
         jax.random.key(seed), kind, CONFIG.projections(), CONFIG.n_layer,

@@ -236,8 +236,12 @@ def tiny_raw(model_type, **changes):
     "model_type, change, message",
     [
         ("llama", {"sliding_window": 4}, "fields of unknown effect: sliding_window=4"),
-        ("mistral", {"attention_bias": True}, "fields of unknown effect: attention_bias=True"),
-        ("mistral", {"mlp_bias": True}, "fields of unknown effect: mlp_bias=True"),
+        ("mistral", {"attention_bias": True}, "attention_bias is True, only False is supported"),
+        ("mistral", {"mlp_bias": True}, "mlp_bias is True, only False is supported"),
+        ("qwen2", {"mlp_bias": True}, "mlp_bias is True, only False is supported"),
+        ("qwen2", {"attention_bias": False}, "fields of unknown effect: attention_bias=False"),
+        ("qwen3", {"mlp_bias": True}, "mlp_bias is True, only False is supported"),
+        ("llama", {"hidden_dropout": 0.1}, "hidden_dropout is 0.1, only 0.0 is supported"),
         ("mistral", {"layer_types": ["full_attention"]}, "fields of unknown effect: layer_types"),
         ("qwen2", {"qk_norm": True}, "fields of unknown effect: qk_norm=True"),
         ("qwen2", {"use_mrope": True}, "use_mrope is True, only False is supported"),
@@ -268,6 +272,22 @@ def test_an_unsupported_configuration_is_refused_by_name(model_type, change, mes
         read_family_config(tiny_raw(model_type, **change), "x.json")
     assert str(found.value).startswith("x.json: ")
     assert message in str(found.value)
+
+
+@pytest.mark.parametrize(
+    "model_type, fields",
+    [
+        ("llama", ("attention_bias", "mlp_bias")),
+        ("mistral", ("attention_bias", "mlp_bias")),
+        ("qwen2", ("mlp_bias",)),
+        ("qwen3", ("attention_bias", "mlp_bias")),
+    ],
+)
+def test_a_bias_that_a_file_says_is_not_there_changes_nothing(model_type, fields):
+    plain = read_family_config(tiny_raw(model_type), "x.json")
+    for value in (False, None) if model_type == "mistral" else (False,):
+        said = tiny_raw(model_type, **dict.fromkeys(fields, value))
+        assert read_family_config(said, "x.json") == plain
 
 
 def test_a_configuration_made_by_hand_is_checked_too():

@@ -44,6 +44,7 @@ _SIZES = {
     "head_dim": "width",
     "max_position_embeddings": "positions",
 }
+_BIAS_FIELDS = ("attention_bias", "mlp_bias")
 # Fields of the class that are made from others of the file, or that only some files have.
 _DERIVED = frozenset(("rotary", "qkv_bias", "output_bias", "mlp_bias", "qk_norm", "windows"))
 
@@ -57,7 +58,8 @@ class Variant:
         windows: how its files say what each layer sees.
         ia3: PEFT's own targets for IA3, by the ends of their paths.
         defaults: of fields that a file may leave out, where they are not those of :class:`LlamaConfig`.
-        bias_fields: which of ``attention_bias`` and ``mlp_bias`` its files have.
+        bias_fields: which of ``attention_bias`` and ``mlp_bias`` say whether there are such biases; a
+            file may have the other one too, if it is false.
         qkv_bias: whether queries, keys and values have a bias where no field says it.
         qk_norm: whether each head's query and key are normalised.
     """
@@ -73,10 +75,14 @@ class Variant:
     def fields(self) -> Fields:
         """What config.json may have beside the fields of :class:`LlamaConfig`."""
         optional = {"num_key_value_heads": "int | None", "head_dim": "int | None"}
+        without = set(_BIAS_FIELDS).difference(self.bias_fields)
+        if self.qkv_bias:
+            # False would contradict the biases that there are.
+            without.discard("attention_bias")
         return Fields(
             model_types=tuple(VARIANTS),
             types={**optional, **dict.fromkeys(self.bias_fields, "bool"), **self.windows.types},
-            only={"rope_interleaved": False, "use_mrope": False},
+            only={"rope_interleaved": False, "use_mrope": False, **dict.fromkeys(without, False)},
             # pretraining_tp cuts products into parts that are added up again. The rotary fields have a
             # reader of their own.
             without_effect=ROTARY_FIELDS.union(
