@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from flora_jax.checkpoints.match import match_tensors
+from flora_jax.checkpoints.sources import is_hub_id
 from flora_jax.checkpoints.tensor_files import CheckpointError, open_directory, stored_tensors
 from flora_jax.errors import InputError
 from flora_jax.models.family import (
@@ -71,7 +72,7 @@ def format_of(source: Source, directory: Path) -> tuple[str, list[Path]]:
     Raises:
         CheckpointError: no weights, a broken index, or an unknown version of our layout.
     """
-    if not Path(source).exists():
+    if is_hub_id(source):
         return "hub", []
     if is_ours(directory):
         return "orbax", [file for file in (directory / "params").rglob("*") if file.is_file()]

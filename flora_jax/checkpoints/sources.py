@@ -53,6 +53,11 @@ def resolve(source: str | os.PathLike[str], *, weights: bool = True) -> Path:
         raise unreadable(directory, error) from None
 
 
+def is_hub_id(source: str | os.PathLike[str]) -> bool:
+    """Whether a source that was resolved is a hub id: no directory and no shipped model."""
+    return not Path(model_source(os.fspath(source))).exists()
+
+
 def _resolve(text: str, directory: Path, weights: bool) -> Path:
     if not directory.exists():
         if not _HUB_ID.fullmatch(text):

@@ -46,7 +46,8 @@ def convert(
         return
     opened = open_checkpoint(source)
     changes = parameter_dtype(dtype, opened.config).name != opened.config.dtype
-    if opened.format == _FORMATS[to] and not changes:
+    # A shipped model's directory is nothing that a user knows.
+    if Path(source).exists() and opened.format == _FORMATS[to] and not changes:
         other: Layout = "flax" if to == "hf" else "hf"
         raise InputError(
             f"{source}: is {_TITLES[to]} in {opened.config.dtype} already; for {_TITLES[other]}: "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+
+from flora_jax.shipped import adapter_source
 
 Row = tuple[str, str]
 # As safetensors and as the rest of the program name them.
@@ -11,13 +12,15 @@ _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float
 
 
 def describe_rows(path: str) -> Iterator[Row]:
-    """Name and value of each fact about a model or, where adapter_config.json is, an adapter.
+    """Name and value of each fact about a model or, where adapter_config.json is, an adapter. Both may be
+    shipped ones; an existing path wins.
 
     Raises:
         ValueError: it is neither, or damaged.
     """
-    if (Path(path) / "adapter_config.json").exists():
-        yield from _adapter_rows(path)
+    folder = adapter_source(path)
+    if (folder / "adapter_config.json").exists():
+        yield from _adapter_rows(str(folder))
     else:
         yield from _model_rows(path)
 

@@ -29,6 +29,7 @@ from flora_jax.errors import InputError
 from flora_jax.models.model import Model, abstract_model
 from flora_jax.models.sharding import named_leaves
 from flora_jax.models.starcoder.names import hf_tensors
+from flora_jax.shipped import ASSETS
 from flora_jax.weights.held import stored_array
 from tests.helpers.torch_models import flax_logits, random_tokens, tiny_torch_model, torch_logits
 
@@ -410,6 +411,13 @@ def test_a_configuration_that_the_tensors_do_not_fit_builds_nothing(tiny, monkey
     monkeypatch.setattr(checkpoint, "abstract_model", None)
     with pytest.raises(CheckpointError, match=r"tensors do not fit config\.json"):
         load_model(tiny)
+
+
+def test_a_shipped_model_is_described_by_its_files():
+    found = describe("mini")
+    files = (ASSETS / "mini").glob("*.safetensors")
+    assert (found.source, found.format) == ("mini", "safetensors")
+    assert found.disk_bytes == sum(file.stat().st_size for file in files) > found.bytes
 
 
 def test_opening_looks_at_no_tensor(tiny):

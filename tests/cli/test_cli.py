@@ -14,6 +14,7 @@ from flora_jax.checkpoints import open_checkpoint
 from flora_jax.cli import completions
 from flora_jax.peft.read import write_adapter
 from flora_jax.serve.options import EngineOptions
+from flora_jax.shipped import ASSETS, shipped_adapters
 from tests.helpers.byte_tokenizer import PIECES, byte_tokenizer
 from tests.helpers.program import program_in
 from tests.helpers.random_adapters import random_adapter
@@ -414,6 +415,33 @@ def test_info_describes_an_adapter(name, program):
         "320 as float32",
     ):
         assert words in out
+
+
+def test_info_knows_what_is_shipped_and_a_path_wins(program, home):
+    code, out, err = program("info", "mini")
+    assert (code, err) == (0, "")
+    assert "GPTBigCode (StarCoder), safetensors" in out
+    for name in ("flora/lua", "dora/lua", "ia3/perl"):
+        assert name in shipped_adapters()
+        code, out, err = program("info", name)
+        assert (code, err) == (0, ""), name
+        assert out.replace(",", " ").split()[:2] == ["adapter", name.split("/")[0]]
+    shutil.copytree(home / "loris", home / "flora" / "lua")
+    assert ["adapter", "lora"] in [
+        line.split() for line in program("info", "flora/lua")[1].splitlines()
+    ]
+    shutil.rmtree(home / "flora")
+
+
+def test_a_shipped_model_is_written_in_its_own_layout_too(program, tmp_path):
+    code, _, err = program("convert", "mini", tmp_path / "mine", "--to", "hf")
+    assert (code, err) == (0, "")
+    found, expected = (
+        load_file(directory / "model.safetensors")
+        for directory in (tmp_path / "mine", ASSETS / "mini")
+    )
+    assert found.keys() == expected.keys()
+    assert all((found[name] == expected[name]).all() for name in found)
 
 
 def test_info_looks_into_the_weights(program, home, tmp_path):
