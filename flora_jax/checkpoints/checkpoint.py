@@ -33,7 +33,7 @@ from flora_jax.checkpoints.describe import (
     read_config,
 )
 from flora_jax.checkpoints.match import match_tensors
-from flora_jax.checkpoints.sources import copy_companions, resolve
+from flora_jax.checkpoints.sources import copy_companions, is_hub_id, resolve
 from flora_jax.checkpoints.tensor_files import (
     FLOATS,
     CheckpointError,
@@ -47,7 +47,7 @@ from flora_jax.checkpoints.tensor_files import (
 from flora_jax.checkpoints.tokenizer import load_tokenizer
 from flora_jax.errors import InputError
 from flora_jax.files import whole_directory
-from flora_jax.models.family import DTYPES, ModelConfig, Tensor, family_of
+from flora_jax.models.family import DTYPES, ModelConfig, Tensor, changed, family_of
 from flora_jax.models.model import Model, abstract_model
 from flora_jax.models.quantize import quantize_abstract
 from flora_jax.models.sharding import named_leaves
@@ -163,7 +163,8 @@ class Opened:
 def open_checkpoint(source: Source) -> Opened:
     """Opens a Hugging Face directory, a directory of :func:`save_orbax`, or a hub id.
 
-    Reads its configuration; of a hub id only that and the tokenizer are fetched.
+    Reads its configuration; of a hub id only that and the tokenizer are fetched. Where its config.json
+    names no dtype, :meth:`Opened.load` finds it in the weights.
 
     Raises:
         CheckpointError: not a checkpoint; another architecture; a configuration that is damaged, has
@@ -201,6 +202,9 @@ def _load(
     # A hub id's weights come with the files that are there.
     directory = resolve(opened.source)
     config = opened.config
+    if is_hub_id(opened.source):
+        # Only now the weights are sure to be there, whose dtype counts where config.json names none.
+        config = changed(config, dtype=read_config(directory).dtype)
     wanted = parameter_dtype(dtype, config)
     # Before anything of the configuration's size is built.
     ours = is_ours(directory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ Source = str | os.PathLike[str]
 class Description:
     """What a checkpoint is. ``format`` is "safetensors", "pytorch", "orbax" or "hub".
 
-    ``parameters`` and ``bytes`` count the parameters once each, in the checkpoint's own dtype;
+    ``parameters`` and ``bytes`` count the parameters once each, in the checkpoint's own dtype; ``bytes``
+    is ``None`` for a hub id whose config.json names no dtype, before its weights are there to say it;
     ``disk_bytes`` is the size of the files of weights (0 for a hub id, whose weights stay there).
     """
 
@@ -41,7 +43,7 @@ class Description:
     format: str
     config: ModelConfig
     parameters: int
-    bytes: int
+    bytes: int | None
     disk_bytes: int
 
 
@@ -56,12 +58,13 @@ def describe_directory(source: Source, directory: Path, config: ModelConfig) -> 
     if kind == "safetensors":
         match_tensors(directory, stored_tensors(directory), config)
     count = parameters(config)
+    known = kind != "hub" or _says_dtype(directory)
     return Description(
         source=os.fspath(source),
         format=kind,
         config=config,
         parameters=count,
-        bytes=count * parameter_dtype(None, config).itemsize,
+        bytes=count * parameter_dtype(None, config).itemsize if known else None,
         disk_bytes=sum(file.stat().st_size for file in files),
     )
 
@@ -104,7 +107,8 @@ def read_config(directory: Path) -> ModelConfig:
     """What config.json and generation_config.json say; of the tensors nothing is looked at.
 
     The tokens that end a generation are generation_config.json's where it names any, as in
-    transformers. Where config.json names no dtype, the embedding's in a safetensors file counts.
+    transformers. Where config.json names no dtype, the embedding's in a safetensors file counts, so that
+    of a hub id it is known once the weights are fetched.
 
     Raises:
         CheckpointError: a file is missing or damaged; another architecture, an unknown field, or a value
@@ -119,7 +123,7 @@ def read_config(directory: Path) -> ModelConfig:
         raise
     except InputError as error:
         raise CheckpointError(str(error)) from None
-    if raw.get("dtype") or raw.get("torch_dtype") or not any(directory.glob("*.safetensors")):
+    if _named_dtype(raw) or not any(directory.glob("*.safetensors")):
         return config
     family = family_of(config)
     wanted = family.tensors(config)[family.embedding].name.removeprefix(family.optional_prefix)
@@ -128,6 +132,17 @@ def read_config(directory: Path) -> ModelConfig:
         if same and tensor.dtype is not None and tensor.dtype.name in DTYPES:
             return changed(config, dtype=tensor.dtype.name)
     return config
+
+
+def _named_dtype(raw: Mapping[str, Any]) -> Any:
+    return raw.get("dtype") or raw.get("torch_dtype")
+
+
+def _says_dtype(directory: Path) -> bool:
+    """Whether config.json or weights that are there say what :func:`read_config` has as the dtype."""
+    if _named_dtype(_read_object(directory / "config.json")):
+        return True
+    return any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "*.bin"))
 
 
 def _with_end_tokens(config: ModelConfig, path: Path) -> ModelConfig:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from flora_jax.shipped import adapter_source
 
 Row = tuple[str, str]
+_UNKNOWN = "not known before the weights are fetched: config.json names no dtype"
 # As safetensors and as the rest of the program name them.
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
@@ -34,11 +35,13 @@ def _model_rows(path: str) -> Iterator[Row]:
     found, config = opened.describe(), opened.config
     yield "model", f"{family_of(config).title}, {found.format}"
     yield "parameters", f"{found.parameters:,}"
-    yield "bytes", f"{found.bytes:,} as {config.dtype}"
+    known = found.bytes is not None
+    yield "bytes", f"{found.bytes:,} as {config.dtype}" if known else _UNKNOWN
     yield "layers", config.summary()
     yield "context", f"{config.n_positions:,} positions"
     yield "vocabulary", f"{config.vocab_size:,}"
-    yield "cache", f"{cache_bytes_per_token(config, config.dtype):,} bytes a token"
+    cache = cache_bytes_per_token(config, config.dtype)
+    yield "cache", f"{cache:,} bytes a token" + ("" if known else f" as {config.dtype}")
     tokenizer = opened.tokenizer
     yield "tokenizer", "none" if tokenizer is None else f"{tokenizer.get_vocab_size():,} pieces"
     yield "chat template", opened.chat.where if opened.chat.template is not None else "none"

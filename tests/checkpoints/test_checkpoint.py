@@ -1,6 +1,7 @@
 """Checkpoints: parity with transformers both ways, every tensor accounted for, errors at their cause."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from flora_jax.checkpoints.checkpoint import (
     save_orbax,
 )
 from flora_jax.cli.convert import convert as convert_verb
+from flora_jax.cli.info_rows import describe_rows
 from flora_jax.errors import InputError
 from flora_jax.models.model import Model, abstract_model
 from flora_jax.models.sharding import named_leaves
@@ -411,6 +413,36 @@ def test_a_configuration_that_the_tensors_do_not_fit_builds_nothing(tiny, monkey
     monkeypatch.setattr(checkpoint, "abstract_model", None)
     with pytest.raises(CheckpointError, match=r"tensors do not fit config\.json"):
         load_model(tiny)
+
+
+def test_a_hub_id_whose_config_names_no_dtype_is_loaded_in_that_of_its_weights(
+    tmp_path, tiny, monkeypatch
+):
+    raw = json.loads((tiny / "config.json").read_text())
+    for name in ("dtype", "torch_dtype"):
+        raw.pop(name, None)
+    rewrite(tiny, lambda state: state.update({n: t.half() for n, t in state.items()}))
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    (snapshot / "config.json").write_text(json.dumps(raw))
+
+    def fetch(hub_id, weights):
+        if weights:
+            shutil.copy(tiny / "model.safetensors", snapshot)
+        return snapshot
+
+    monkeypatch.setattr(sources, "_fetch", fetch)
+    opened = open_checkpoint("owner/tiny")
+    assert opened.describe().bytes is None
+    rows = dict(describe_rows("owner/tiny"))
+    assert rows["bytes"] == "not known before the weights are fetched: config.json names no dtype"
+    first, found = opened.load(), describe("owner/tiny")
+    assert first.config.dtype == first.embedding.dtype == "float16"
+    assert found.bytes == 2 * found.parameters
+    assert dict(describe_rows("owner/tiny"))["bytes"] == f"{found.bytes:,} as float16"
+    again = load_model("owner/tiny")
+    assert again.config == first.config
+    assert bits(again) == bits(first)
 
 
 def test_a_shipped_model_is_described_by_its_files():
