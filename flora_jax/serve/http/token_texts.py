@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-_BYTE_TOKEN = "<0x"
+from flora_jax.checkpoints.token_bytes import TokenBytes
+
 # JSON has no infinity: as in vLLM.
 _LEAST_LOGPROB = -9999.0
 
@@ -24,15 +25,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Any | None):
         self.tokenizer = tokenizer
-        self._added: dict[int, str] = {}
-        self._bytes_as_symbols = False
-        self._anchor: list[int] = []
-        if tokenizer is not None:
-            added = tokenizer.get_added_tokens_decoder()
-            self._added = {number: token.content for number, token in added.items()}
-            self._bytes_as_symbols = type(tokenizer.decoder).__name__ == "ByteLevel"
-            # A first token may lose its leading space, so texts are taken from behind another one.
-            self._anchor = tokenizer.encode("a", add_special_tokens=False).ids
+        self._bytes = None if tokenizer is None else TokenBytes(tokenizer)
         self.text = functools.lru_cache(maxsize=1 << 16)(self._text)
 
     def byte_list(self, token: int) -> list[int] | None:
@@ -53,31 +46,4 @@ class TokenTexts:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
     def _bytes_of(self, token: int) -> bytes | None:
-        if self.tokenizer is None:
-            return None
-        if token in self._added:
-            return self._added[token].encode()
-        symbols = self.tokenizer.id_to_token(token)
-        if symbols is None:
-            return None
-        if self._bytes_as_symbols and all(symbol in _byte_of_symbol() for symbol in symbols):
-            return bytes(_byte_of_symbol()[symbol] for symbol in symbols)
-        if symbols.startswith(_BYTE_TOKEN) and len(symbols) == 6:
-            return bytes([int(symbols[3:5], 16)])
-        before = self._decode(self._anchor)
-        text = self._decode([*self._anchor, token])
-        return text.removeprefix(before).encode()
-
-    def _decode(self, tokens: list[int]) -> str:
-        assert self.tokenizer is not None
-        return self.tokenizer.decode(tokens, skip_special_tokens=False)
-
-
-@functools.cache
-def _byte_of_symbol() -> dict[str, int]:
-    """Byte-level tokenizers write printable bytes as themselves, and the others in order from U+0100."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    hidden = (byte for byte in range(256) if byte not in printable)
-    return {chr(byte): byte for byte in printable} | {
-        chr(256 + place): byte for place, byte in enumerate(hidden)
-    }
+        return None if self._bytes is None else self._bytes.of(token)

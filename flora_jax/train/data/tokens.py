@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from flora_jax.checkpoints.token_bytes import TokenBytes
 from flora_jax.errors import InputError
 from flora_jax.files import whole_path
 from flora_jax.terminal import progress
@@ -120,21 +121,16 @@ def tokenizing() -> Iterator[Progress]:
 def piece_bytes(tokenizer: Any, size: int = 0) -> np.ndarray:
     """How many UTF-8 bytes of text each id stands for, int64, at least ``size``; special ids: 0.
 
-    Exact for byte-level tokenizers, whose pieces have a character for each byte; else the length of
-    what the id alone decodes to.
+    See :class:`.token_bytes.TokenBytes`: exact but for the space that some tokenizers put in front of a
+    text, which counts.
     """
     vocabulary = tokenizer.get_vocab()
     added = tokenizer.get_added_tokens_decoder()
     lengths = np.zeros(max(size, max(vocabulary.values(), default=-1) + 1), np.int64)
-    byte_level = '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str())["decoder"])
-    for piece, number in vocabulary.items():
-        if number in added:
-            # Stands for itself, letter by letter.
-            lengths[number] = 0 if added[number].special else len(added[number].content.encode())
-        elif byte_level:
-            lengths[number] = len(piece)
-        else:
-            lengths[number] = len(tokenizer.decode([number]).encode())
+    pieces = TokenBytes(tokenizer)
+    for number in vocabulary.values():
+        if not (number in added and added[number].special):
+            lengths[number] = len(pieces.of(number) or b"")
     return lengths
 
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from flora_jax.errors import InputError
 from flora_jax.train.data import tokens as module
@@ -214,9 +214,59 @@ def test_pieces_of_starcoder_stand_for_their_bytes(shared_data):
     assert lengths[tokenizer.encode(text).ids].sum() == len(text.encode())
 
 
+def sentencepiece_like(texts):
+    """As tokenizer.json of Llama 2 and of Mistral has it."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=pieces, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    # The trainer marks what it was given as special, the bytes as well.
+    raw = json.loads(tokenizer.to_str())
+    raw["added_tokens"] = raw["added_tokens"][:3]
+    raw["pre_tokenizer"] = None
+    tokenizer = Tokenizer.from_str(json.dumps(raw))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer
+
+
+def test_the_pieces_of_a_text_stand_for_all_its_bytes():
+    known = "the fox and the dog run home\n    return the dog\n"
+    text = known + "  naïve 日本 🦀 \t the  end\n"
+    for tokenizer, space in ((byte_tokenizer(), 0), (sentencepiece_like([known] * 9), 1)):
+        lengths = piece_bytes(tokenizer)
+        assert lengths[tokenizer.encode(text).ids].sum() == len(text.encode()) + space
+    numbers = [tokenizer.token_to_id(piece) for piece in ("▁the", "▁", "<0xE2>", "<s>")]
+    assert lengths[numbers].tolist() == [4, 1, 1, 0]
+
+
+def test_pieces_of_a_byte_level_tokenizer_have_a_character_for_each_byte(shared_data):
+    tokenizer = Tokenizer.from_file(str(shared_data / "tokenizers/starcoder/tokenizer.json"))
+    special = tokenizer.get_added_tokens_decoder()
+    pieces = [tokenizer.id_to_token(number) for number in range(tokenizer.get_vocab_size())]
+    expected = [0 if number in special else len(piece) for number, piece in enumerate(pieces)]
+    assert piece_bytes(tokenizer).tolist() == expected
+
+
 def test_pieces_of_other_tokenizers_are_measured_by_decoding():
     tokenizer = Tokenizer(models.WordLevel({"hé": 0, "b": 1, "?": 4}, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    assert piece_bytes(tokenizer).tolist() == [3, 1, 0, 0, 1]
+    # Words are decoded with a space between them, which belongs to the later one.
+    assert piece_bytes(tokenizer).tolist() == [4, 2, 0, 0, 2]
     tokenizer.decoder = decoders.Sequence([decoders.Fuse(), decoders.ByteLevel()])
     assert piece_bytes(tokenizer)[1] == 1
+
+
+def test_a_vocabulary_without_the_letter_a_is_measured_too():
+    tokenizer = Tokenizer(models.WordLevel({"hé": 0, "b": 1}, unk_token="?"))
+    assert piece_bytes(tokenizer).tolist() == [3, 1]
