@@ -30,3 +30,11 @@ def load_tokenizer(directory: Path, vocab_size: int) -> Any | None:
     if highest >= vocab_size:
         raise InputError(f"{path}: has token id {highest}, the model's vocabulary is {vocab_size}")
     return tokenizer
+
+
+def tokens_in_front(tokenizer: Any) -> list[int]:
+    """The ids that a ``tokenizers.Tokenizer`` puts in front of a text, such as a first token."""
+    encoding = tokenizer.encode("a", add_special_tokens=True)
+    # What is added belongs to no text.
+    own = [place for place, text in enumerate(encoding.sequence_ids) if text is not None]
+    return encoding.ids[: own[0]] if own else []

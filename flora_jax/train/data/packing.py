@@ -58,7 +58,7 @@ def windows_at(step: int, rows: int, count: int, seed: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class PackedTokens:
-    """Documents end to end, each closed by the end token.
+    """Documents end to end, each with what the tokenizer puts in front and closed by the end token.
 
     ``tokens [n]`` is unsigned; ``starts [documents]``, int64 and rising, is where each document's
     tokens begin (the end token may occur inside a document as well); ``names`` says where each came

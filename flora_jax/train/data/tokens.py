@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from flora_jax.checkpoints.token_bytes import TokenBytes
+from flora_jax.checkpoints.tokenizer import tokens_in_front
 from flora_jax.errors import InputError
 from flora_jax.files import whole_path
 from flora_jax.terminal import progress
@@ -44,12 +45,13 @@ def tokenize(
     """The documents of ``source`` (see :func:`.documents.read_documents`) as packed tokens, and the
     places and reasons of what was skipped.
 
-    ``tokenizer`` is a ``tokenizers.Tokenizer``; each document is closed by ``end_id``. ``cache`` is
-    a directory (``None``: nothing is kept) for a file whose name is a hash of the data's content, the
-    tokenizer, ``end_id``, ``column`` and ``max_corrupt``; a damaged one is made anew. A hub data set is
-    kept by its revision, where the hub tells it. Neither ``cache`` nor ``leave_out`` is read where they
-    lie in a directory of source files. ``watch(documents, bytes)`` is called with what
-    is tokenised so far; not at all where the cache has it.
+    ``tokenizer`` is a ``tokenizers.Tokenizer``; each document begins with what it puts in front of a
+    text, as a prompt does, and is closed by ``end_id``. ``cache`` is a directory (``None``: nothing is
+    kept) for a file whose name is a hash of the data's content, the tokenizer, ``end_id``, ``column``
+    and ``max_corrupt``; a damaged one is made anew. A hub data set is kept by its revision, where the
+    hub tells it. Neither ``cache`` nor ``leave_out`` is read where they lie in a directory of source
+    files. ``watch(documents, bytes)`` is called with what is tokenised so far; not at all where the
+    cache has it.
 
     Raises:
         InputError: see :func:`.documents.read_documents`; or the tokenizer is set to cut or pad.
@@ -61,6 +63,8 @@ def tokenize(
         leave_out = [*leave_out, cache]
     if cache is not None and (digest := content_digest(source, leave_out=leave_out)) is not None:
         parts = [FORMAT, digest, tokenizer.to_str(), end_id, column, max_corrupt]
+        # Without one the name is what it was when documents began with their text.
+        parts += ["first", *first] if (first := tokens_in_front(tokenizer)) else []
         kept = Path(cache) / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.npz"
         if (found := _load_whole(kept)) is not None:
             return found
@@ -78,7 +82,10 @@ def tokenize(
 def pack(
     documents: Iterable[Document], tokenizer: Any, end_id: int, watch: Progress | None = None
 ) -> PackedTokens:
-    """The documents' tokens end to end, each closed by ``end_id``; uint16 where all ids fit."""
+    """The documents' tokens end to end, each with what the tokenizer puts in front of a text and closed
+    by ``end_id``; uint16 where all ids fit.
+    """
+    first = tokens_in_front(tokenizer)
     highest = max([end_id, *tokenizer.get_vocab().values()])
     dtype = np.uint16 if highest <= np.iinfo(np.uint16).max else np.uint32
     pieces: list[np.ndarray] = [np.zeros(0, dtype)]
@@ -86,7 +93,7 @@ def pack(
     text_bytes = 0
     for texts in _batches(documents):
         encodings = tokenizer.encode_batch([d.text for d in texts], add_special_tokens=False)
-        pieces += [np.array([*encoding.ids, end_id], dtype) for encoding in encodings]
+        pieces += [np.array([*first, *encoding.ids, end_id], dtype) for encoding in encodings]
         names += [document.name for document in texts]
         text_bytes += sum(len(document.text.encode()) for document in texts)
         if watch is not None:

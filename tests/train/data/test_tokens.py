@@ -1,14 +1,24 @@
 """Documents are tokenised once: the cache is used when, and only when, nothing that matters changed."""
 
+import hashlib
 import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from flora_jax.errors import InputError
+from flora_jax.serve.request import Limits
 from flora_jax.train.data import tokens as module
-from flora_jax.train.data.documents import Document
+from flora_jax.train.data.documents import Document, content_digest
 from flora_jax.train.data.tokens import load_packed, pack, piece_bytes, save_packed, tokenize
 from tests.helpers.byte_tokenizer import END, byte_tokenizer
 
@@ -58,6 +68,39 @@ def test_documents_are_closed_by_the_end_token():
     assert [piece[-1] for piece in pieces] == [0] * 5
     decoded = [tokenizer.decode(piece[:-1], skip_special_tokens=False) for piece in pieces]
     assert decoded == TEXTS
+
+
+def with_ends(template):
+    """The tokenizer of bytes with a first token, id 259, and a last one, id 260, around a text."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    own = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 259), ("</s>", 260)]
+    )
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), own])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "template, first",
+    [("<s> $A", [259]), ("<s> $A </s>", [259]), ("$A </s>", []), ("<s> <s> $A", [259, 259])],
+)
+def test_documents_begin_as_served_prompts_do(template, first):
+    tokenizer = with_ends(template)
+    texts = ["abc é", "", "a" * 9]
+    packed = pack(documents(texts), tokenizer, 260)
+    pieces = np.split(packed.tokens, packed.starts)[1:]
+    plain = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+    assert [piece.tolist() for piece in pieces] == [[*first, *ids, 260] for ids in plain]
+    for text, piece in zip(texts, pieces):
+        served = Limits(64, 261, tokenizer).encode(text)
+        served = served[:-1] if "</s>" in template else served
+        assert piece[: len(served)].tolist() == list(served)
+    assert packed.text_bytes == piece_bytes(tokenizer)[packed.tokens].sum()
+    # No window inside a document begins anew, and no document's first token is to be predicted.
+    for batch in packed.evaluation(4, 2):
+        targets = batch.tokens[:, 1:][batch.mask > 0]
+        assert len(first) > 1 or 259 not in targets
 
 
 @pytest.mark.parametrize("size, batch_bytes", [(1, 10**6), (2, 10**6), (256, 1), (256, 20)])
@@ -116,6 +159,17 @@ def test_whatever_decides_the_tokens_makes_another_file(source, packings, tmp_pa
     for number, change in enumerate(changed, 2):
         change()
         assert len(packings) == len(list(options["cache"].iterdir())) == number
+
+
+def test_the_name_of_a_cache_tells_what_begins_a_document(source, tmp_path):
+    options = {"cache": tmp_path / "cache", "max_corrupt": 0.3}
+    for template, many in (("$A </s>", 1), ("<s> $A", 2)):
+        tokenizer = with_ends(template)
+        tokenize(source, tokenizer, 260, **options)
+        assert len(list(options["cache"].iterdir())) == many
+        parts = [1, content_digest(source), tokenizer.to_str(), 260, None, 0.3]
+        before = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        assert (options["cache"] / f"{before}.npz").exists() == (many == 1)
 
 
 def test_without_a_cache_nothing_is_kept(source, packings, tmp_path):
