@@ -75,7 +75,8 @@ def prepare_jax() -> None:
 
 def cache_directory() -> Path:
     """Where the program keeps what it can make again."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flora_jax"
+    # An empty variable is none: https://specifications.freedesktop.org/basedir-spec/latest/
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flora_jax"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from flora_jax.checkpoints.token_bytes import TokenBytes
 from flora_jax.checkpoints.tokenizer import tokens_in_front
 from flora_jax.errors import InputError
 from flora_jax.files import whole_path
-from flora_jax.terminal import progress
+from flora_jax.terminal import progress, say
 from flora_jax.train.data.documents import Document, content_digest, read_documents
 from flora_jax.train.data.packing import PackedTokens
 
@@ -48,10 +48,10 @@ def tokenize(
     ``tokenizer`` is a ``tokenizers.Tokenizer``; each document begins with what it puts in front of a
     text, as a prompt does, and is closed by ``end_id``. ``cache`` is a directory (``None``: nothing is
     kept) for a file whose name is a hash of the data's content, the tokenizer, ``end_id``, ``column``
-    and ``max_corrupt``; a damaged one is made anew. A hub data set is kept by its revision, where the
-    hub tells it. Neither ``cache`` nor ``leave_out`` is read where they lie in a directory of source
-    files. ``watch(documents, bytes)`` is called with what is tokenised so far; not at all where the
-    cache has it.
+    and ``max_corrupt``; a damaged one is made anew, and one that cannot be written is a line on
+    standard error. A hub data set is kept by its revision, where the hub tells it. Neither ``cache``
+    nor ``leave_out`` is read where they lie in a directory of source files. ``watch(documents, bytes)``
+    is called with what is tokenised so far; not at all where the cache has it.
 
     Raises:
         InputError: see :func:`.documents.read_documents`; or the tokenizer is set to cut or pad.
@@ -74,8 +74,12 @@ def tokenize(
     )
     packed = pack(documents, tokenizer, end_id, watch)
     if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        save_packed(kept, packed, skipped)
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            save_packed(kept, packed, skipped)
+        except OSError as error:  # It is never worth the work that is done.
+            cause = error.strerror or error
+            say(f"warning: {kept} is not written ({cause}); the next run tokenises again")
     return packed, skipped
 
 

@@ -1,5 +1,6 @@
 """Documents are tokenised once: the cache is used when, and only when, nothing that matters changed."""
 
+import errno
 import hashlib
 import json
 
@@ -178,6 +179,27 @@ def test_without_a_cache_nothing_is_kept(source, packings, tmp_path):
         tokenize(source, byte_tokenizer(), 0, max_corrupt=0.3)
     assert len(packings) == 2
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("broken", ["directory", "disk"])
+def test_a_cache_that_cannot_be_written_is_one_line(broken, source, tmp_path, monkeypatch, capsys):
+    cache = tmp_path / "cache"
+    if broken == "directory":
+        cache.write_text("a file")
+    else:
+
+        def full(file, **_):
+            file.write(b"some")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(module.np, "savez", full)
+    packed, skipped = tokenize(source, byte_tokenizer(), 0, cache=cache, max_corrupt=0.3)
+    assert (len(packed.starts), len(skipped)) == (5, 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {cache}/")
+    cause = {"directory": "File exists", "disk": "No space left on device"}[broken]
+    assert line.endswith(f".npz is not written ({cause}); the next run tokenises again")
+    assert broken == "directory" or not list(cache.iterdir())
 
 
 def test_a_source_of_unknown_revision_is_not_kept(packings, tmp_path, monkeypatch):
