@@ -23,6 +23,8 @@ from flora_jax.jsonl import read_lines
 
 COLUMNS = ("content", "text")
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
+# How the names of files begin that tell of the data beside them.
+ABOUT = ("readme", "license", "licence", "notice", "citation", "dataset_info")
 # A source file beyond this is generated or data.
 SOURCE_BYTES = 1_000_000
 # With more corrupt lines than this, their share is judged before the end of the source.
@@ -69,25 +71,27 @@ def read_documents(
 ) -> Iterator[Document]:
     """The documents of ``source``, always in the same order.
 
-    ``source`` is a ``.jsonl``, ``.jsonl.gz``, ``.jsonl.xz`` or ``.parquet`` file; a directory that holds
-    such files itself (all are read, by name) or else source files (all below it by path; only those with
-    one of ``suffixes`` where given); or, where no such path exists, a hub data set's "train" split as
-    ``owner/name``, ``owner/name:configuration`` or ``owner/name:data/dir`` (with a slash). The text is
-    in ``column``, by default ``content`` or else ``text``.
+    ``source`` is a table, that is a ``.jsonl``, ``.jsonl.gz``, ``.jsonl.xz`` or ``.parquet`` file; a
+    directory that holds tables itself (all are read, by name; beside them may be what tells of them,
+    such as a README) or else source files (all below it by path; only those with one of ``suffixes``
+    where given); or, where no such path exists, a hub data set's "train" split as ``owner/name``,
+    ``owner/name:configuration`` or ``owner/name:data/dir`` (with a slash). The text is in ``column``,
+    by default ``content`` or else ``text``.
 
-    A walk over source files leaves out what is hidden, caches (``__pycache__``, directories with a
+    A directory's walk leaves out what is hidden, caches (``__pycache__``, directories with a
     ``CACHEDIR.TAG``), output that is half written, and the paths of ``leave_out`` with all below them.
 
     Lines and rows that are no UTF-8, no JSON object or have no such text are skipped, as are source
-    files that are binary, no UTF-8 or over 1 MB: each is added to ``corrupt`` with its place and
-    reason. Blank lines are nothing. ``limit_bytes`` ends the reading after the document that makes
-    this many bytes of UTF-8.
+    files that are binary, no UTF-8 or over 1 MB, and tables below a directory's top: each is added to
+    ``corrupt`` with its place and reason. Blank lines are nothing. ``limit_bytes`` ends the reading
+    after the document that makes this many bytes of UTF-8.
 
     Raises:
-        InputError: nothing is there or it is of another type, a file is damaged, a table has no such
-            column, the hub does not give the data set, there is no document, or more than the share
-            ``max_corrupt`` of the lines is corrupt (told before the end once it is over that share
-            of the lines so far and over 10).
+        InputError: nothing is there or it is of another type, a directory holds both tables and source
+            files or tables below its top level alone, a file is damaged, a table has no such column,
+            the hub does not give the data set, there is no document, or more than the share
+            ``max_corrupt`` of the lines is corrupt (told before the end once it is over that share of
+            the lines so far and over 10).
     """
     if limit_bytes is not None and limit_bytes <= 0:
         return
@@ -154,7 +158,9 @@ def content_digest(
     for name, file in files:
         try:
             content = str(file.stat().st_size)
-            if tables or int(content) <= SOURCE_BYTES:
+            if _lies_below(name):
+                content = "a table, not read"
+            elif tables or int(content) <= SOURCE_BYTES:
                 with file.open("rb") as raw:
                     content = hashlib.file_digest(raw, "sha256").hexdigest()
         except OSError as error:
@@ -167,7 +173,7 @@ def content_digest(
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """Which files below a directory are source files."""
+    """Which files below a directory are read."""
 
     suffixes: tuple[str, ...]
     leave_out: frozenset[Path]
@@ -176,7 +182,7 @@ class _Walk:
         return self._passes(path) and path.name != "__pycache__" and not _is_cache(path)
 
     def takes(self, path: Path) -> bool:
-        named = not self.suffixes or path.suffix in self.suffixes
+        named = not self.suffixes or path.suffix in self.suffixes or _is_table(path)
         return named and self._passes(path) and path.is_file()
 
     def _passes(self, path: Path) -> bool:
@@ -204,7 +210,9 @@ def _read(source: str | Path, column: str | None, walk: _Walk) -> Iterator[Docum
         return
     files, tables = _files(path, walk)
     for name, file in files:
-        if not tables:
+        if _lies_below(name):
+            yield Corrupt(name, "a table below the top level; give it as data of its own", False)
+        elif not tables:
             yield _source_file(name, file)
         elif name.endswith(".parquet"):
             yield from _parquet(name, file, column)
@@ -219,14 +227,47 @@ def _files(path: Path, walk: _Walk) -> tuple[list[tuple[str, Path]], bool]:
             known = ", ".join(DATA_SUFFIXES)
             raise InputError(f"{path}: expected {known} or a directory of source files")
         return [(path.name, path)], True
-    tables = sorted(p for p in path.iterdir() if p.name.endswith(DATA_SUFFIXES) and p.is_file())
-    if tables:
-        return [(file.name, file) for file in tables], True
+    tables = [file for file in path.iterdir() if _is_table(file) and walk.takes(file)]
     found = []
-    for folder, folders, names in os.walk(path, onerror=_refuse):
+    # What lies below tables is not read, so that it need not be readable.
+    for folder, folders, names in os.walk(path, onerror=None if tables else _refuse):
         folders[:] = [name for name in folders if walk.enters(Path(folder, name))]
         found += [file for name in names if walk.takes(file := Path(folder, name))]
-    return [(file.relative_to(path).as_posix(), file) for file in sorted(found)], False
+    named = [(file.relative_to(path).as_posix(), file) for file in sorted(found)]
+    _require_plain(path, named)
+    if tables:
+        named = [(name, file) for name, file in named if _is_table(file)]
+    return named, bool(tables)
+
+
+def _require_plain(path: Path, named: list[tuple[str, Path]]) -> None:
+    """Raises ``InputError`` where it is not plain which of a directory's files are the data."""
+    tables = [name for name, file in named if _is_table(file)]
+    above = [name for name in tables if not _lies_below(name)]
+    sources = [name for name, file in named if not (_is_table(file) or _tells_of_data(file))]
+    if above and sources:
+        raise InputError(
+            f"{path}: holds both tables ({above[0]}) and source files ({sources[0]}); give one table, or "
+            "a directory of nothing but tables or source files"
+        )
+    if tables and not (above or sources):
+        first = path / tables[0]
+        raise InputError(
+            f"{path}: its tables are below its top level ({tables[0]}); give {first.parent} or {first}"
+        )
+
+
+def _is_table(path: Path) -> bool:
+    return path.name.endswith(DATA_SUFFIXES)
+
+
+def _lies_below(name: str) -> bool:
+    """Whether a file of a directory, by its name in it, is a table that is not read with it."""
+    return "/" in name and name.endswith(DATA_SUFFIXES)
+
+
+def _tells_of_data(path: Path) -> bool:
+    return path.name.lower().startswith(ABOUT)
 
 
 def _refuse(error: OSError) -> None:

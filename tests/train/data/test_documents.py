@@ -213,9 +213,10 @@ def test_source_files_come_by_path_and_others_are_named(tmp_path):
     (tmp_path / "link.py").symlink_to(tmp_path / "absent")
     skipped = []
     assert named(tmp_path, corrupt=skipped) == [
-        ("a/z.py", ""), ("a.py", "é"), ("b/1.py", "two"), ("b/data.jsonl", "{"), ("n", "4"),
+        ("a/z.py", ""), ("a.py", "é"), ("b/1.py", "two"), ("n", "4"),
     ]  # fmt: skip
     assert skipped == [
+        "b/data.jsonl: a table below the top level; give it as data of its own",
         "c.rs: not UTF-8 at byte 2",
         "d.png: binary, has a zero byte",
         "e.js: 1000001 bytes, at most 1000000 are read",
@@ -257,16 +258,68 @@ def test_a_file_that_cannot_be_read_is_skipped_with_its_reason(tmp_path, monkeyp
 
 
 def test_a_directory_with_data_files_is_read_from_these(data_sets, tmp_path):
-    write_lines(tmp_path / "b.jsonl", [{"text": "2"}, b"{"])
-    write_lines(tmp_path / "c.jsonl.gz", [{"text": "3"}])
-    write_parquet(tmp_path / "a.parquet", {"text": ["0", "1"]})
-    (tmp_path / "README.md").write_text("no")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_lines(folder / "b.jsonl", [{"text": "2"}, b"{"])
+    write_lines(folder / "c.jsonl.gz", [{"text": "3"}])
+    write_parquet(folder / "a.parquet", {"text": ["0", "1"]})
+    for name in ("README.md", "LICENSE", "._b.jsonl", ".hidden.parquet", "d.jsonl.1a2b.part"):
+        (folder / name).write_text("no")
+    (folder / "old").mkdir()
+    write_lines(folder / "old" / "d.jsonl", [b"no"])
+    write_lines(folder / "out.jsonl", [b"no"])
     skipped = []
-    assert named(tmp_path, max_corrupt=0.2, corrupt=skipped) == [
+    leave_out = [folder / "out.jsonl"]
+    assert named(folder, max_corrupt=0.2, corrupt=skipped, leave_out=leave_out) == [
         ("a.parquet:1", "0"), ("a.parquet:2", "1"), ("b.jsonl:1", "2"), ("c.jsonl.gz:1", "3"),
     ]  # fmt: skip
-    assert len(skipped) == 1
+    assert len(skipped) == 2
     assert skipped[0].startswith("b.jsonl, line 2: malformed JSON")
+    assert skipped[1] == "old/d.jsonl: a table below the top level; give it as data of its own"
+    before = content_digest(folder, leave_out=leave_out)
+    (folder / "README.md").write_text("more")
+    write_lines(folder / "old" / "d.jsonl", [b"more"])
+    assert content_digest(folder, leave_out=leave_out) == before
+    assert content_digest(folder) != before
+
+
+@pytest.mark.parametrize(
+    "names, found",
+    [
+        (
+            ["b.jsonl", "a.parquet", "src/x.py", "README.md"],
+            "{0}: holds both tables (a.parquet) and source files (src/x.py); give one table, or a "
+            "directory of nothing but tables or source files",
+        ),
+        (
+            ["README.md", "deep/train/b.jsonl.gz", "deep/train/c.jsonl.gz"],
+            "{0}: its tables are below its top level (deep/train/b.jsonl.gz); give {0}/deep/train "
+            "or {0}/deep/train/b.jsonl.gz",
+        ),
+    ],
+)
+def test_a_directory_of_which_it_is_not_plain_what_to_read_is_refused(names, found, tmp_path):
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    for use in (texts, content_digest):
+        with pytest.raises(InputError) as caught:
+            use(tmp_path)
+        assert str(caught.value) == found.format(tmp_path)
+
+
+def test_folders_below_tables_need_not_be_readable(tmp_path, monkeypatch):
+    write_lines(tmp_path / "a.jsonl", [{"text": "1"}])
+    (tmp_path / "lost+found").mkdir()
+    scan = os.scandir
+
+    def refusing(path):
+        if Path(path).name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert texts(tmp_path) == ["1"]
 
 
 @pytest.mark.parametrize("lines", [[], [b""], [b"{"]])
@@ -437,6 +490,6 @@ def test_the_digest_is_of_names_and_bytes(tmp_path):
     assert changed()
     (tmp_path / "d.py").write_bytes(b"x" * 1_000_002)
     assert changed()
-    write_lines(tmp_path / "e.jsonl", RECORDS)
+    table = write_lines(tmp_path / "b" / "e.jsonl", RECORDS)
     assert changed()
-    assert content_digest(tmp_path / "e.jsonl") == content_digest(str(tmp_path / "e.jsonl"))
+    assert content_digest(table) == content_digest(str(table))
