@@ -155,7 +155,7 @@ def environment(plan: Plan, results: Path, deadline: float, rehearse: bool) -> d
     own.setdefault("HF_HUB_OFFLINE", "1")
     own.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Stages have programs in common, and a second run has them all.
-    kept = Path(own.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "flora_jax"
+    kept = Path(own.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flora_jax"
     own.setdefault("JAX_COMPILATION_CACHE_DIR", str(kept / ("rehearsal" if rehearse else "xla")))
     own.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
     if rehearse:
