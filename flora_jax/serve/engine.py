@@ -525,6 +525,9 @@ class Engine:
             if not any(other.version == own for other in others):
                 self.residency.forget(own)
         self._forget(sequence)
+        if self.scheduler.has_work:
+            # What is free now may be for one that waits, whatever is being read for others.
+            self._notify()
 
     def _forget(self, sequence: Sequence) -> None:
         self._copies.pop(sequence.number, None)

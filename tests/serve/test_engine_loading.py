@@ -144,6 +144,43 @@ def test_any_number_of_owners_that_are_being_read_hold_up_none_that_is_there(eng
     run(engine)
 
 
+def test_a_read_holds_up_none_that_needs_none_once_rows_are_free(engine, monkeypatch):
+    there = hold(monkeypatch, {"1"})
+    slow = engine.add(make_request(0, (4, 5), "1", max_tokens=2, ignore_eos=True))
+    ready = {
+        engine.add(make_request(1, (1, number), name, max_tokens=3, ignore_eos=True))
+        for number, name in enumerate((*[None] * 9, "0"))
+    }
+    done = set()
+    while engine.wait(0.2):
+        done |= {update.request_id for update in engine.step() if update.completion}
+    assert done == ready
+    there.set()
+    ended = {}
+    while engine.has_work:
+        assert engine.wait(10)
+        ended |= {update.request_id: update.error for update in engine.step() if update.completion}
+    assert ended == {slow: None}
+
+
+def test_a_refused_request_holds_up_none_behind_it(engine, monkeypatch):
+    there = hold(monkeypatch, {"1"})
+    engine.preload(["0"])
+    good = engine.registry.current("0").source
+    engine.add(make_request(0, (4, 5), "1", max_tokens=2, ignore_eos=True))
+    engine.register("0", random_adapter("flora", 9, CONFIG.projections(), 1, rank=3))
+    refused = engine.add(make_request(1, (4, 5), "0", max_tokens=2))
+    engine.register("0", good)
+    ready = engine.add(make_request(1, (4, 5), "0", max_tokens=2, ignore_eos=True))
+    ended = {}
+    while engine.wait(0.2):
+        ended |= {u.request_id: u.error for u in engine.step() if u.completion or u.error}
+    assert "at most" in ended.pop(refused)
+    assert ended == {ready: None}
+    there.set()
+    run(engine)
+
+
 def test_nothing_is_shortened_where_nothing_is_read(engine, dispatched):
     engine.add(make_request(0, (1, 2, 3), "0", max_tokens=41, ignore_eos=True))
     run(engine)
