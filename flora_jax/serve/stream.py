@@ -40,7 +40,8 @@ class Stream:
             None if params.prompt_logprobs is None else [None]
         )
         self.stopped = False
-        self._decoder = None if tokenizer is None else TextDecoder(tokenizer)
+        prompt = request.prompt_token_ids
+        self._decoder = None if tokenizer is None else TextDecoder(tokenizer, prompt)
         self._search = StopSearch(request.sampling_params.stop if tokenizer is not None else ())
         self._released: list[str] = []
         self._taken = 0
@@ -115,32 +116,50 @@ class TextDecoder:
     """Turns tokens into text one by one, in time linear in their number.
 
     A character whose bytes lie in several tokens comes out with the last. Bytes that are no character
-    come out as U+FFFD once a later token shows it. All texts together are what the tokenizer makes of all
-    tokens at once, special ones left out.
+    come out as U+FFFD once a later token shows it. All texts together are what the tokens add to the text
+    of those before, special ones left out.
 
     Args:
         tokenizer: a ``tokenizers.Tokenizer``.
+        before: what the tokens follow, such as a prompt; its own text does not come out. Many tokenizers
+            take a leading space from a whole text, so the first token of a completion keeps its own.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()):
         self._tokenizer = tokenizer
         self._special = _special_ids(tokenizer)
-        self._restart([])
+        self._restart(before, [])
 
-    def _restart(self, held: list[int]) -> None:
+    def _restart(self, before: Sequence[int], held: list[int]) -> None:
         from tokenizers.decoders import DecodeStream
 
         self._stream = DecodeStream(skip_special_tokens=True)
         # The tokens whose text has come out last, which that of the next may depend on; those whose text
         # has not come out.
-        self._before: list[int] = []
+        self._before = self._last_text(before)
         self._held = held
-        for token in held:
+        for token in (*self._before, *held):
             self._stream.step(self._tokenizer, token)
+
+    def _last_text(self, token_ids: Sequence[int]) -> list[int]:
+        """The last token that is whole characters, else the last one of no characters, if any."""
+        blank: list[int] = []
+        for token in reversed(token_ids):
+            if self._has_no_text(token):
+                continue
+            text = self._decode([token])
+            if text and not text.endswith("\ufffd"):
+                return [token]
+            if not text and not blank:
+                blank = [token]
+        return blank
+
+    def _has_no_text(self, token: int) -> bool:
+        return token in self._special or self._tokenizer.id_to_token(token) is None
 
     def add(self, token: int) -> str:
         """The text that has become certain by this token."""
-        if token in self._special or self._tokenizer.id_to_token(token) is None:
+        if self._has_no_text(token):
             return ""  # The library would keep them, and look at all of them again each time.
         self._held.append(token)
         try:
@@ -149,7 +168,7 @@ class TextDecoder:
             Exception
         ):  # The binding's own, where the text before changes: bytes that are no UTF-8.
             text = self.rest()
-            self._restart([])
+            self._restart([*self._before, *self._held], [])
             return text
         if text is not None:
             self._before, self._held = self._held, []
@@ -166,14 +185,14 @@ class TextDecoder:
         """Lets go of the held tokens but for the last ones, which may be the start of a character."""
         whole = self._decode(self._held)
         if not whole:
-            self._restart([])
+            self._restart(self._before, [])
             return ""
         for count in range(len(self._held) - 1, len(self._held) - 5, -1):
             first, last = self._held[:count], self._held[count:]
             if self._decode(first) + self._decode(last) == whole and self._decode(last):
                 self._held = first
                 text = self.rest()
-                self._restart(last)
+                self._restart([*self._before, *first], last)
                 return text
         return ""
 

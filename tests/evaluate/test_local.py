@@ -12,8 +12,15 @@ import pytest
 
 from flora_jax.errors import InputError
 from flora_jax.evaluate.completions import Sampling, complete_all
-from flora_jax.evaluate.local import Job, Local
+from flora_jax.evaluate.local import Job, Local, run
 from flora_jax.evaluate.problems import Problem, first
+from flora_jax.models.model import init_model
+from flora_jax.models.starcoder.config import StarCoderConfig
+from flora_jax.serve.engine import Engine
+from flora_jax.serve.generate import generate
+from flora_jax.serve.options import EngineOptions
+from tests.helpers.requests import make_request
+from tests.helpers.space_tokenizer import space_tokenizer
 
 ASSETS = Path(__file__).parents[2] / "flora_jax" / "assets"
 HEADS = {"pl": "sub sum {\n    my @numbers = @_;\n", "rb": "def sum(numbers)\n",
@@ -89,6 +96,31 @@ def test_a_prompt_beyond_the_context_has_empty_completions(local):
     ((_, alone),) = local.stream([Job(PROBLEMS[0])], SAMPLING)
     assert found["p0"] == alone.completions
     assert any(alone.completions)
+
+
+def test_a_completion_keeps_the_space_that_its_prompt_goes_on_with():
+    """Also where the tokenizer takes the first space from a whole text."""
+    tokenizer = space_tokenizer()
+    config = StarCoderConfig(
+        vocab_size=tokenizer.get_vocab_size(), n_positions=32, n_embd=16, n_layer=1, n_head=2, n_inner=32
+    )  # fmt: skip
+    options = EngineOptions(max_num_seqs=2, chunk=8, prefill_chunks=2, block_size=8)
+    problem = Problem("p", "py", "a b", "", ())
+    sampling = Sampling(n_samples=40, temperature=2.0, max_tokens=2, seed=5)
+    with Engine(init_model(config), tokenizer=tokenizer, options=options) as engine:
+        ((_, found),) = run(engine, [Job(problem)], sampling)
+        prompt = tokenizer.encode(problem.prompt).ids
+        requests = [
+            make_request(0, prompt, max_tokens=2, temperature=2.0, top_p=sampling.top_p,
+                         seed=sampling.seed_of(problem, sample))
+            for sample in range(40)
+        ]  # fmt: skip
+        tokens = [completion.token_ids for completion in generate(engine, requests)]
+    spaces = [one for one in tokens if tokenizer.id_to_token(one[0]).startswith("▁")]
+    assert spaces
+    for own, text in zip(tokens, found.completions, strict=True):
+        if own in spaces:
+            assert problem.prompt + text == tokenizer.decode([*prompt, *own])
 
 
 def test_a_stop_token_that_is_empty_is_refused(local):

@@ -10,9 +10,11 @@ from tokenizers import Tokenizer, decoders, models
 from flora_jax.serve.stream import Stream, TextDecoder
 from tests.helpers.byte_tokenizer import END, byte_tokenizer
 from tests.helpers.requests import make_request
+from tests.helpers.space_tokenizer import SPECIAL, WORDS, space_tokenizer
 
 TOKENIZER = byte_tokenizer()
 END_ID = TOKENIZER.token_to_id(END)
+SPACES = space_tokenizer()
 
 
 def ids(text):
@@ -227,3 +229,72 @@ def test_a_decoder_that_takes_back_what_it_said_ends_no_row():
     decoder = TextDecoder(tokenizer)
     tokens = [2 + 0xC3, 2 + 0xA9, 2 + 0xFF, 0, 1, 2 + 0xE2, 2 + 0x82, 2 + 0xAC, 2 + 0xFF]
     assert "".join(map(decoder.add, tokens)) + decoder.rest() == "é\ufffdx y€\ufffd"
+
+
+def pieces_of(*names):
+    return [SPACES.token_to_id(name) for name in names]
+
+
+def random_pieces(draw, count):
+    """Words, characters of several bytes, bytes that are none and special tokens. No bytes that are none
+    stand beside others: these make one another no text, which nobody can know before.
+    """
+    characters = [[f"<0x{byte:02X}>" for byte in c.encode()] for c in "\né€😀"]
+    others = [[word] for word in WORDS] + [["<s>"], ["<0xFF>", "a"], ["<0xE2>", "<0x82>", "▁is"]]
+    found = ["▁The"]
+    for _ in range(count):
+        found += draw.choice([*characters, *others] if found[-1] in WORDS else others[: len(WORDS)])
+    return pieces_of(*found)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_completion_is_what_its_tokens_add_to_the_text_of_the_prompt(seed):
+    draw = random.Random(seed)
+    prompt = random_pieces(draw, draw.randint(1, 4)) + pieces_of(*["</s>"] * draw.randint(0, 1))
+    tokens = random_pieces(draw, draw.randint(1, 30))[draw.randint(0, 1) :]
+    tokens = [*pieces_of(draw.choice(WORDS)), *tokens]
+    before = SPACES.decode(prompt)
+    for sizes in [(1,), (3, 1, 2), (1000,)]:
+        request = make_request(0, prompt)
+        row = Stream(request, (), len(tokens), SPACES)
+        parts = deltas(row, tokens, sizes)
+        assert before + "".join(parts) == SPACES.decode([*prompt, *tokens])
+        assert row.completion().text == "".join(parts)
+
+
+@pytest.mark.parametrize(
+    "prompt", [["▁capital", "▁is"], ["<s>", "▁is", "<0x0A>"], ["▁"], ["▁▁", "▁"]]
+)
+def test_the_first_token_keeps_its_space_and_a_stop_string_finds_it(prompt):
+    prompt, tokens = pieces_of(*prompt), pieces_of("▁Paris", "▁is", "<0xFF>", "▁a", "▁a")
+    row = Stream(make_request(0, prompt, stop=[" a a"]), (), 9, SPACES)
+    assert deltas(row, tokens, (1,)) == [" Paris", " is", "", "\ufffd", ""]
+    assert row.completion().finish_reason == "stop"
+    row = Stream(make_request(0, prompt, stop=[" Paris"]), (), 9, SPACES)
+    row.add(tokens)
+    assert (row.completion().text, row.token_ids) == ("", tokens[:1])
+
+
+def test_many_bytes_that_are_no_text_take_no_space_from_what_follows():
+    for bytes_ in range(1, 40):
+        tokens = pieces_of(*["<0xFF>"] * bytes_, "▁a", "▁is")
+        row = Stream(make_request(0, pieces_of("▁The")), (), len(tokens), SPACES)
+        assert "".join(deltas(row, tokens, (1,))) == "\ufffd" * bytes_ + " a is"
+
+
+def test_a_prompt_without_text_leaves_a_completion_as_a_text_of_its_own():
+    for prompt in ([0], [*range(len(SPECIAL))], [10_000]):
+        row = Stream(make_request(0, prompt), (), 9, SPACES)
+        assert deltas(row, pieces_of("▁Paris", "▁is"), (1,)) == ["Paris", " is"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bytes_as_symbols_have_the_same_text_behind_any_prompt(seed):
+    """Also where it ends within a character."""
+    draw = random.Random(seed)
+    prompt, data = (bytes(draw.choices(BYTES, k=draw.randint(1, 30))) for _ in range(2))
+    tokens = byte_ids(data)
+    row = Stream(make_request(0, [*byte_ids(prompt), END_ID]), (), len(tokens), TOKENIZER)
+    alone = Stream(make_request(0, [END_ID]), (), len(tokens), TOKENIZER)
+    assert deltas(row, tokens, (1,)) == deltas(alone, tokens, (1,))
+    assert row.completion().text == whole(tokens)

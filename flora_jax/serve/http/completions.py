@@ -118,7 +118,8 @@ class CompletionForm:
         first = place not in self._written
         prompt = self._prompts[place]
         if first:
-            self._written[place] = _Written(self._texts)
+            before = () if self._echo else prompt.token_ids
+            self._written[place] = _Written(self._texts, before)
         text = piece.text if self._drawn else ""
         if first and self._echo:
             text = prompt.text + text
@@ -146,11 +147,11 @@ class CompletionForm:
 
 
 class _Written:
-    """How far a choice's text is, for the offsets of its tokens."""
+    """How far a choice's text is, for the offsets of its tokens; ``before``: those that it follows."""
 
-    def __init__(self, texts: TokenTexts):
+    def __init__(self, texts: TokenTexts, before: Sequence[int]):
         self._texts = texts
-        self._decoder = None if texts.tokenizer is None else TextDecoder(texts.tokenizer)
+        self._decoder = None if texts.tokenizer is None else TextDecoder(texts.tokenizer, before)
         self._offset = 0
 
     def logprobs(self, tokens: Sequence[tuple[int, TokenLogprob | None]]) -> dict[str, list[Any]]:
