@@ -115,6 +115,8 @@ class Engine:
         self._numbers: dict[RequestId, int] = {}
         # What the blocks of preempted sequences hold.
         self._copies: dict[int, Any] = {}
+        # Adapters that are to be placed without a request and have no slots yet.
+        self._placing: set[Version] = set()
         self._flight: Flight | None = None
         self._pace = Pace(options.decode_seconds)
         self._broken: BaseException | None = None
@@ -199,15 +201,21 @@ class Engine:
             RunError: running sequences leave no slots for it.
         """
         wanted = [self._current(name) for name in names]
-        for known in wanted:
-            self.residency.prefetch(known)
-        for known in wanted:
-            while (found := self._place(known)) == "loading":
-                with self._changed:
-                    self._changed.wait(0.05)
-                self.residency.expire()
-            if found == "full":
-                raise RunError(f"adapter {known.name!r}: running requests leave no slots for it")
+        self._placing |= {*wanted}
+        try:
+            for known in wanted:
+                self.residency.prefetch(known)
+            for known in wanted:
+                while (found := self._place(known)) == "loading":
+                    with self._changed:
+                        self._changed.wait(0.05)
+                    self.residency.expire()
+                if found == "full":
+                    raise RunError(
+                        f"adapter {known.name!r}: running requests leave no slots for it"
+                    )
+        finally:
+            self._give_up(self._placing.intersection(wanted))
 
     def try_preload(self, name: str) -> bool:
         """One attempt of :meth:`preload` that waits for nothing: reading goes on in the background, and
@@ -219,14 +227,36 @@ class Engine:
         Raises:
             InputError: nothing has this name, or its adapter cannot be read or does not fit.
         """
+        self._give_up_replaced()
         return self._place(self._current(name)) == "ready"
 
     def _place(self, known: Version) -> Admission:
-        found = self.residency.claim(known)
+        self._placing.add(known)
+        try:
+            found = self.residency.claim(known)
+        except InputError:
+            self._give_up([known])
+            raise
         if found == "ready":
+            self._placing.discard(known)
             self.residency.write_claimed()
             self.residency.release(known)
         return found
+
+    def _give_up_replaced(self) -> None:
+        """Places no adapters any more whose names stand for something else by now, or for nothing."""
+        self._give_up([known for known in self._placing if not self.registry.is_current(known)])
+
+    def _give_up(self, versions: Iterable[Version]) -> None:
+        for known in versions:
+            self._placing.discard(known)
+            self._forget_read(known)
+
+    def _forget_read(self, own: Version) -> None:
+        """Lets go of what was read of an adapter, unless somebody else waits for it."""
+        queued = self.scheduler.queued(own.name)
+        if own not in self._placing and not any(other.version == own for other in queued):
+            self.residency.forget(own)
 
     @property
     def has_work(self) -> bool:
@@ -362,6 +392,7 @@ class Engine:
     def _iterate(self) -> list[_Told]:
         updates = self._receive()
         self.residency.expire()
+        self._give_up_replaced()
         if self.scheduler.swapped:
             updates += self._land()  # Who comes back needs its last token.
         steps = self._pace.steps(self.options.decode_steps)
@@ -521,9 +552,7 @@ class Engine:
         if own is not None and claimed:
             self.residency.release(own)
         elif own is not None:
-            others = self.scheduler.queued(sequence.owner)
-            if not any(other.version == own for other in others):
-                self.residency.forget(own)
+            self._forget_read(own)
         self._forget(sequence)
         if self.scheduler.has_work:
             # What is free now may be for one that waits, whatever is being read for others.

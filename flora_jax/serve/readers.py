@@ -106,28 +106,36 @@ class Readers:
         threading.Thread(target=self._work, name="adapters", daemon=True).start()
 
     def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._idle += 1
-                self._changed.wait_for(lambda: self._queue or self._closed)
-                self._idle -= 1
-                if self._closed:
-                    return
-                reading = self._queue.popleft()
-                reading.began_s = time.monotonic()
-                self._running.add(reading)
-            result, error = None, None
-            try:
-                result = reading.call()
-            except BaseException as raised:  # Whoever asks for the result gets it.
-                error = raised
-            with self._changed:
-                if reading not in self._running:
-                    reading.hung = False
-                    return  # The deadline has passed: another thread has this one's place.
-                self._running.discard(reading)
-                reading.end(result, error)
-            self._on_end()
+        while self._make_next():
+            pass
+
+    def _make_next(self) -> bool:
+        """Makes one call when there is one; whether there is a place for this thread behind it.
+
+        A function of its own, so that a thread that waits for the next call keeps no result of the last.
+        """
+        with self._changed:
+            self._idle += 1
+            self._changed.wait_for(lambda: self._queue or self._closed)
+            self._idle -= 1
+            if self._closed:
+                return False
+            reading = self._queue.popleft()
+            reading.began_s = time.monotonic()
+            self._running.add(reading)
+        result, error = None, None
+        try:
+            result = reading.call()
+        except BaseException as raised:  # Whoever asks for the result gets it.
+            error = raised
+        with self._changed:
+            if reading not in self._running:
+                reading.hung = False
+                return False  # The deadline has passed: another thread has this one's place.
+            self._running.discard(reading)
+            reading.end(result, error)
+        self._on_end()
+        return True
 
 
 def _began(reading: Reading) -> float:

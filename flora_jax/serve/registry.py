@@ -97,6 +97,11 @@ class Registry:
         with self._lock:
             return name in self._names
 
+    def is_current(self, version: Version) -> bool:
+        """Whether this is what its name stands for now."""
+        with self._lock:
+            return self._names.get(version.name) == version
+
     def versions(self) -> list[Version]:
         """What all names stand for now, in the order in which they became known."""
         with self._lock:

@@ -134,7 +134,9 @@ class Residency:
     def forget(self, version: Version) -> None:
         """Nobody waits for an adapter any more: what was read of it, or why it could not be, is lost."""
         reading = self._loading.pop(version, None)
-        if reading is not None and not self._readers.cancel(reading):
+        if reading is None or (reading.done and not reading.hung):
+            return
+        if not self._readers.cancel(reading):
             self._left[version] = reading
 
     def claim(self, version: Version) -> Admission:

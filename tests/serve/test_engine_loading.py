@@ -1,7 +1,9 @@
 """What running requests pay while an adapter that another request waits for is being read."""
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -317,3 +319,92 @@ def test_preloading_what_running_requests_leave_no_slots_for_says_so(engine):
     run(engine)
     engine.preload(["more"])
     assert engine.adapters["more"] == "resident"
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Weak references to all that is read."""
+    found = []
+    original = Version.read
+
+    def recorded(version, *rest):
+        prepared = original(version, *rest)
+        found.append(weakref.ref(prepared))
+        return prepared
+
+    monkeypatch.setattr(Version, "read", recorded)
+    return found
+
+
+def kept(read):
+    gc.collect()
+    return sum(one() is not None for one in read)
+
+
+def until_read(engine, name, read):
+    """Tries to place an adapter, which running requests leave no slots for, until it is read."""
+    before = len(read)
+    while len(read) == before:
+        assert not engine.try_preload(name)
+        time.sleep(0.002)
+    assert not engine.try_preload(name)
+
+
+def test_an_adapter_whose_name_goes_before_it_has_slots_is_not_kept(engine, read):
+    """Unloaded, replaced by another, or both, whoever asks next; what a request waits for is kept."""
+    for name in "0123":
+        engine.add(make_request(0, (1, 2), name, max_tokens=60, ignore_eos=True))
+    while engine.stats.running < 4:
+        engine.step()
+    read.clear()
+    contents = [random_adapter("flora", 10 + n, CONFIG.projections(), 1, rank=1) for n in range(4)]
+    for content in contents:
+        engine.register("more", content)
+        until_read(engine, "more", read)
+    assert kept(read) == 1
+    engine.unregister("more")
+    with pytest.raises(InputError, match="unknown adapter"):
+        engine.try_preload("more")
+    assert kept(read) == 0
+    engine.register("more", contents[0])
+    until_read(engine, "more", read)
+    engine.unregister("more")
+    engine.step()
+    assert kept(read) == 0
+    engine.register("more", contents[0])
+    until_read(engine, "more", read)
+    waiting = engine.add(make_request(0, (1, 2), "more", max_tokens=1, ignore_eos=True))
+    engine.step()
+    engine.unregister("more")
+    engine.step()
+    reads = len(read)
+    assert kept(read) == 1
+    ended = {}
+    run(engine, ended)
+    assert len(ended[waiting]) == 1
+    assert len(read) == reads
+
+
+def test_preloading_that_fails_keeps_nothing_of_what_was_read(engine, read):
+    for name in "0123":
+        engine.add(make_request(0, (1, 2), name, max_tokens=60, ignore_eos=True))
+    while engine.stats.running < 4:
+        engine.step()
+    read.clear()
+    for name in "ab":
+        engine.register(name, random_adapter("flora", 5, CONFIG.projections(), 1, rank=1))
+    with pytest.raises(RunError, match="adapter 'a': running requests leave no slots"):
+        engine.preload(["a", "b"])
+    engine.residency.expire()
+    assert kept(read) == 0
+
+
+def test_an_adapter_that_finds_no_room_beside_pinned_ones_is_not_kept(engine, read):
+    for name in "0123":
+        engine.register(name, engine.registry.current(name).source, pinned=True)
+    engine.preload("0123")
+    read.clear()
+    engine.register("more", random_adapter("flora", 5, CONFIG.projections(), 1, rank=1))
+    with pytest.raises(InputError, match="no room beside the pinned ones"):
+        engine.preload(["more"])
+    assert kept(read) == 0
