@@ -298,6 +298,9 @@ class Engine:
         with self._changed:
             request, request_id, number = self._named(request)
             stream = Stream(request, stops, budget, self.tokenizer)
+            if not budget and params.prompt_logprobs is not None and len(ids) > 1:
+                # Its last token follows from the others: they are prefilled, and what is drawn is left.
+                ids, budget = ids[:-1], 1
             sequence = Sequence(
                 number, request.adapter, len(ids), budget, request, own, stream,
                 keys=self._keys(own, ids), may_share=params.prompt_logprobs is None,

@@ -26,7 +26,7 @@ class Sequence:
     Args:
         number: in the order of arrival; smaller is older.
         owner: whose share of the rows it takes.
-        prompt: length of the prompt.
+        prompt: length of the prompt, or of what is prefilled of it.
         budget: the most tokens that it may draw.
         request: what was asked for.
         version: its adapter; ``None`` is the base model.

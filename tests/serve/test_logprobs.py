@@ -132,3 +132,37 @@ def test_a_prompt_that_is_shared_is_read_anew_where_its_own_are_asked_for(engine
     assert engine.stats.prefix_hits == hits
     assert first.token_ids == again.token_ids == scored.token_ids
     assert len(scored.prompt_logprobs) == len(PROMPT)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS[::5])
+def test_a_prompt_that_fills_the_context_has_all_of_its_own(engine, adapter):
+    """Beside others, with tokens asked for that there is no room for; nothing else comes of it."""
+    ids = np.random.default_rng(1).integers(1, 97, (2, engine.max_model_len))
+    settings = {"max_tokens": 3, "ignore_eos": True, "logprobs": 1}
+    full, other = (tuple(own_T.tolist()) for own_T in ids)
+    requests = [
+        make_request(0, full, adapter, prompt_logprobs=2, **settings),
+        make_request(1, other, adapter, **settings),
+        make_request(2, other[:-1], adapter, prompt_logprobs=1, **settings),
+        make_request(3, full[:-1], adapter, **settings),
+    ]
+    updates = [*run(engine, requests)]
+    found = {update.index: update.completion for update in updates if update.completion}
+    one = found[0]
+    assert (one.token_ids, one.logprobs, one.finish_reason) == ((), (), "length")
+    assert one.prompt_logprobs[0] is None
+    check(one.prompt_logprobs[1:], full[1:], full_pass(engine, adapter, full)[:-1], 2)
+    told = [u.prompt_logprobs for u in updates if u.index == 0 and u.prompt_logprobs]
+    assert told == [one.prompt_logprobs]
+    assert (found[1].token_ids, found[1].prompt_logprobs) == ((), None)
+    assert len(found[2].prompt_logprobs) == len(other) - 1
+    (alone,) = generate(engine, requests[3:])
+    assert found[3].token_ids == alone.token_ids
+    assert len(alone.token_ids) == 1
+    assert engine.stats.running == 0
+
+
+def test_a_context_of_one_token_has_no_more_to_score():
+    engine = make_engine(max_model_len=1)
+    (found,) = generate(engine, [make_request(0, (5,), prompt_logprobs=1)])
+    assert (found.token_ids, found.prompt_logprobs) == ((), (None,))
