@@ -92,7 +92,10 @@ class ServeOptions:
     ] = None
     cache_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Of the key/value cache. Default: MAX_NUM_SEQS whole contexts."),
+        typer.Option(
+            min=1,
+            help="Of the key/value cache; no context is longer. Default: MAX_NUM_SEQS whole ones.",
+        ),
     ] = None
     enable_prefix_caching: Annotated[
         bool, typer.Option(help="Prompts that begin alike share that beginning.")
@@ -198,7 +201,8 @@ def _parts(options: ServeOptions) -> _Parts:
     settings, names = _settings(options), _names(options)
     adapters = _adapters([*(options.adapter or ()), *(options.more or ())], names)
     opened = open_checkpoint(options.model)
-    engine, limits = _engine_options(options, opened), _limits(options, opened)
+    engine = _engine_options(options, opened)
+    limits = _limits(options, opened, engine.longest(opened.config.n_positions))
     served = Served(names, options.model, limits, created=int(time.time()))
     return _Parts(settings, adapters, opened, engine, served)
 
@@ -317,7 +321,7 @@ def _plain(value: str) -> str:
         ) from None
 
 
-def _limits(options: ServeOptions, opened: Opened) -> Limits:
+def _limits(options: ServeOptions, opened: Opened, context: int) -> Limits:
     from flora_jax.serve.request import Limits
 
     config, chat = opened.config, opened.chat
@@ -328,7 +332,6 @@ def _limits(options: ServeOptions, opened: Opened) -> Limits:
         except (OSError, ValueError) as error:
             raise InputError(f"--chat-template {path}: cannot be read: {error}") from None
         chat = dataclasses.replace(chat, template=text, where=str(path))
-    context = options.max_model_len or config.n_positions
     return Limits(context, config.vocab_size, opened.tokenizer, chat, options.max_logprobs)
 
 

@@ -160,7 +160,7 @@ def abstract_device(
         residents: how many of those the bank holds.
     """
     config = model.config
-    context = options.max_model_len or config.n_positions
+    context = options.longest(config.n_positions)
     dtype = model.embedding.dtype
     placement = placement_of(model, allocate=False)
     residency = Residency.of_size(

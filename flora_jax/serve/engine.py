@@ -74,7 +74,8 @@ class Engine:
         platform: Platform | None = None,
     ):
         config, options = model.config, options or EngineOptions()
-        context = _longest_sequence(config, options)
+        wanted = _longest_wanted(config, options)
+        context = options.longest(config.n_positions)
         if options.max_logprobs > config.vocab_size:
             raise InputError(
                 f"max_logprobs is {options.max_logprobs}, the vocabulary has {config.vocab_size} tokens"
@@ -106,8 +107,9 @@ class Engine:
         bounds = bounds_of(lattice, options, platform, self.device.blocks)
         self.scheduler = Scheduler(bounds, self.device.form_of)
         self.limits = Limits(
-            context, config.vocab_size, tokenizer, max_logprobs=options.max_logprobs
-        )
+            context, config.vocab_size, tokenizer, max_logprobs=options.max_logprobs,
+            shortened_by="cache_tokens" if context < wanted else None,
+        )  # fmt: skip
         self._arrivals = itertools.count()
         self._inbox: collections.deque[Sequence | RequestId] = collections.deque()
         # Those that have not ended: by number of arrival, and the numbers by request id.
@@ -149,7 +151,7 @@ class Engine:
 
     @property
     def max_model_len(self) -> int:
-        """Positions of the longest sequence, prompt and output together."""
+        """Positions of the longest sequence, prompt and output together: no more than the cache has."""
         return self.lattice.context
 
     @property
@@ -289,11 +291,6 @@ class Engine:
         own = self._check(request)
         ids, params = request.prompt_token_ids, request.sampling_params
         budget = min(params.max_tokens, self.max_model_len - len(ids))
-        most = self.device.blocks * self.options.block_size
-        if len(ids) + budget > most:
-            raise InputError(
-                f"{request.label}: {len(ids)} tokens and {budget} more, the cache holds {most}"
-            )
         stops = self.limits.stop_ids(params, self.config.eos_token_ids)
         with self._changed:
             request, request_id, number = self._named(request)
@@ -587,7 +584,7 @@ def bounds_of(lattice: Lattice, options: EngineOptions, platform: Platform, bloc
     )
 
 
-def _longest_sequence(config: ModelConfig, options: EngineOptions) -> int:
+def _longest_wanted(config: ModelConfig, options: EngineOptions) -> int:
     most = MAX_STOPS - MAX_STOP_TOKENS
     if len(config.eos_token_ids) > most:
         raise InputError(f"the model has {len(config.eos_token_ids)} end tokens, at most {most}")

@@ -27,7 +27,7 @@ class EngineOptions:
         max_model_len: prompt and output together; the model's context where it is ``None``.
         cache_tokens: positions of the key/value cache over all sequences; room for ``max_num_seqs``
             sequences of ``max_model_len`` where it is ``None``. With less, sequences are preempted when
-            it is full.
+            it is full; no sequence is longer than the cache.
         block_size: positions of a block of the cache.
         chunk: tokens of a short chunk of a prompt; a long one has ``chunk · prefill_chunks``. ``None``
             is what the platform wants.
@@ -117,6 +117,13 @@ class EngineOptions:
         if self.cache_tokens is not None:
             return -(-self.cache_tokens // self.block_size)
         return self.max_num_seqs * -(-context // self.block_size)
+
+    def longest(self, positions: int) -> int:
+        """Positions of the longest sequence under a model that has so many: ``max_model_len``, and no
+        more than the cache.
+        """
+        context = self.max_model_len or positions
+        return min(context, self.cache_blocks(context) * self.block_size)
 
     def on(self, platform: Platform) -> Sizes:
         """The sizes that a platform chooses where the options leave it to it."""

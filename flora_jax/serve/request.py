@@ -173,6 +173,8 @@ class Limits:
         tokenizer: a ``tokenizers.Tokenizer``, or ``None``: then there is no text.
         chat: the model's chat template; without it there are no conversations.
         max_logprobs: likeliest tokens that a request may ask for; 0: no log probabilities at all.
+        shortened_by: the option that makes the context shorter than it was asked for, as messages name
+            it.
     """
 
     context: int
@@ -180,6 +182,7 @@ class Limits:
     tokenizer: Any | None = None
     chat: Chat | None = None
     max_logprobs: int = 0
+    shortened_by: str | None = None
 
     def check(self, request: Request) -> None:
         """Whether the model can serve a request.
@@ -191,7 +194,8 @@ class Limits:
         """
         params, ids = request.sampling_params, request.prompt_token_ids
         if len(ids) > self.context:
-            raise RequestError(f"the prompt has {len(ids)} tokens, the context {self.context}")
+            why = "" if self.shortened_by is None else f" by {self.shortened_by}"
+            raise RequestError(f"the prompt has {len(ids)} tokens, the context {self.context}{why}")
         self._known("prompt_token_ids", ids)
         self._known("stop_token_ids", params.stop_token_ids)
         if params.stop and self.tokenizer is None:

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from flora_jax.checkpoints import open_checkpoint
-from flora_jax.cli.serve import ServeOptions, _adapters, _engine_options
+from flora_jax.cli.serve import ServeOptions, _adapters, _engine_options, _parts
 from flora_jax.peft.write import write_adapter
 from tests.helpers.program import program_in
 from tests.helpers.random_adapters import random_adapter
@@ -125,6 +125,16 @@ def test_a_rank_reserves_room_for_every_kind_on_every_target():
     assert (plain.max_components, plain.targets) == (None, ())
     later = ServeOptions("mini", adapter_root=Path("x"))
     assert _engine_options(later, opened).max_components == 17
+
+
+@pytest.mark.parametrize("sizes, context", [
+    ({"cache_tokens": 250}, 256), ({"max_model_len": 100, "cache_tokens": 250}, 100),
+    ({"max_model_len": 300, "cache_tokens": 250}, 256), ({"max_model_len": 300}, 300),
+])  # fmt: skip
+def test_a_cache_smaller_than_the_context_is_told_as_the_context(sizes, context):
+    parts = _parts(ServeOptions(str(MINI), **sizes))
+    assert parts.served.limits.context == context
+    assert {card.max_model_len for card in parts.served.cards([])} == {context}
 
 
 def test_an_engine_that_hangs_ends_the_process_for_its_supervisor():

@@ -32,9 +32,6 @@ def test_requests_that_do_not_fit_are_refused(engine):
         engine.add(make_request(0, (1, 97), request_id=0))
     with pytest.raises(InputError, match="the prompt has 97 tokens, the context 96"):
         engine.add(make_request(0, (1,) * 97))
-    small = make_engine(cache_tokens=64)
-    with pytest.raises(InputError, match="50 tokens and 20 more, the cache holds 64"):
-        small.add(make_request(0, (1,) * 50, max_tokens=20))
 
 
 @pytest.mark.parametrize(
@@ -217,6 +214,21 @@ def test_prompts_up_to_the_context_are_cut_with_reason_length(engine):
         (completion,) = generate(engine, [make_request(0, ids, max_tokens=50, ignore_eos=True)])
         assert len(completion.token_ids) == expected
         assert completion.finish_reason == "length"
+
+
+def test_a_cache_smaller_than_the_context_is_the_context():
+    """As a chat asks: for all that the context leaves. It is whole blocks."""
+    engine = make_engine(cache_tokens=62)
+    assert engine.max_model_len == engine.limits.context == 64
+    settings = {"max_tokens": 1000, "ignore_eos": True}
+    requests = [make_request(n, (n + 1,) * n, **settings) for n in (3, 50, 64)]
+    found = [*generate(engine, requests)]
+    assert [len(one.token_ids) for one in found] == [61, 14, 0]
+    assert {one.finish_reason for one in found} == {"length"}
+    with pytest.raises(InputError, match="has 65 tokens, the context 64 by cache_tokens"):
+        engine.add(make_request(0, (1,) * 65, max_tokens=1))
+    (whole,) = generate(make_engine(cache_tokens=None), requests[1:2])
+    assert whole.token_ids[:14] == found[1].token_ids
 
 
 def test_a_tokenizers_error_ends_its_own_request_alone(engine, monkeypatch):
