@@ -35,6 +35,7 @@ async def chat_job(body: ChatRequest, runner: Runner, served: Served) -> Job:
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs are for logprobs true alone", "top_logprobs")
     check_logprobs("top_logprobs", body.top_logprobs, served.limits.max_logprobs)
+    runner.check_room(choices_of(body))
     ids = await served.encode_messages(body.messages, body.add_generation_prompt)
     limit = body.max_completion_tokens or body.max_tokens
     # As OpenAI's: what the context leaves. The engine refuses a prompt that leaves nothing.
@@ -43,7 +44,7 @@ async def chat_job(body: ChatRequest, runner: Runner, served: Served) -> Job:
     job_id, n = new_id("chatcmpl"), choices_of(body)
     params = params_of(body, max_tokens, **more)
     form = ChatForm(served.texts, ids, bool(body.logprobs), bool(body.return_token_ids))
-    requests = requests_of(job_id, [(ids, params)], n, adapter)
+    requests = requests_of(job_id, [ids], params, n, adapter)
     created = int(time.time())
     return Job(job_id, created, body.model, requests, n, form, include_usage(body))
 

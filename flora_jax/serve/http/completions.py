@@ -52,7 +52,11 @@ async def completion_job(body: CompletionRequest, runner: Runner, served: Served
         raise invalid("max_tokens is 0, expected at least 1 without echo", "max_tokens")
     if body.echo and body.suffix:
         raise invalid("echo and suffix are both given, expected one of them", "suffix")
-    prompts = await _prompts(body, served)
+    given = body.prompt
+    several = isinstance(given, list) and not isinstance(given[0], int)
+    asked = given if several else [given]
+    runner.check_room(len(asked) * n)
+    prompts = await _prompts(asked, body, served)
     more: dict[str, Any] = {}
     if body.logprobs is not None:
         more["logprobs"] = body.logprobs
@@ -61,7 +65,7 @@ async def completion_job(body: CompletionRequest, runner: Runner, served: Served
     # With echo alone a token is drawn and not shown.
     params = params_of(body, max(1, max_tokens), **more)
     job_id = new_id("cmpl")
-    requests = requests_of(job_id, [(one.token_ids, params) for one in prompts], n, adapter)
+    requests = requests_of(job_id, [one.token_ids for one in prompts], params, n, adapter)
     form = CompletionForm(
         served.texts, [one for one in prompts for _ in range(n)], bool(body.echo),
         body.logprobs is not None, max_tokens > 0, bool(body.return_token_ids),
@@ -70,23 +74,16 @@ async def completion_job(body: CompletionRequest, runner: Runner, served: Served
     return Job(job_id, created, body.model, requests, n, form, include_usage(body))
 
 
-async def _prompts(body: CompletionRequest, served: Served) -> list[Prompt]:
-    given = body.prompt
-    several = isinstance(given, list) and not isinstance(given[0], int)
-    prompts = []
-    for one in given if several else [given]:
-        if isinstance(one, str):
-            if body.suffix:
-                ids = await served.encode_infill(one, body.suffix)
-            else:
-                ids = await served.encode(one, body.add_special_tokens)
-            prompts.append(Prompt(ids, one))
-        elif body.suffix:
-            raise invalid("suffix is given and prompt has token ids, expected text", "suffix")
+async def _prompts(asked: Sequence[Any], body: CompletionRequest, served: Served) -> list[Prompt]:
+    if isinstance(asked[0], str):  # Then all of them are.
+        if body.suffix:
+            found = await served.encode_infills(asked, body.suffix)
         else:
-            text = served.decode(one) if body.echo else ""
-            prompts.append(Prompt(tuple(one), text))
-    return prompts
+            found = await served.encode_all(asked, body.add_special_tokens)
+        return [Prompt(ids, text) for ids, text in zip(found, asked)]
+    if body.suffix:
+        raise invalid("suffix is given and prompt has token ids, expected text", "suffix")
+    return [Prompt(tuple(ids), served.decode(ids) if body.echo else "") for ids in asked]
 
 
 class CompletionForm:

@@ -266,6 +266,16 @@ class Runner:
         if self.state != "ready":
             raise self._unavailable()
 
+    def check_room(self, number: int) -> None:
+        """Whether so many requests together can be taken in at all; to ask before they are made.
+
+        Raises:
+            InputError: they are too many for an empty queue.
+        """
+        room = self.rows + self.max_queue
+        if number > room:
+            raise InputError(f"{number} choices are asked for, at most {room} are served")
+
     def submit(self, requests: Sequence[Request], timeout_s: float | None = None) -> Answers:
         """Takes requests in, all or none of them; their request ids have to be new.
 
@@ -279,9 +289,8 @@ class Runner:
             InputError: the engine cannot serve one of them, or they are too many for an empty queue.
         """
         self.check_open()
+        self.check_room(len(requests))
         engine, room = self.engine, self.rows + self.max_queue
-        if len(requests) > room:
-            raise InputError(f"{len(requests)} choices are asked for, at most {room} are served")
         if len(self._open) + len(requests) > room:
             for observer in self.observers:
                 for request in requests:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import uuid
 from collections.abc import Sequence
@@ -58,16 +59,33 @@ def params_of(body: Sampling, max_tokens: int, **more: Any) -> SamplingParams:
 
 def requests_of(
     job_id: str,
-    prompts: Sequence[tuple[Sequence[int], SamplingParams]],
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams,
     n: int,
     adapter: str | None,
 ) -> list[Request]:
-    """``n`` requests of each prompt, next to each other; choice i has its seed plus i."""
-    return [
-        Request(ids, _seeded(params, choice), adapter, f"{job_id}-{place * n + choice}")
-        for place, (ids, params) in enumerate(prompts)
-        for choice in range(n)
-    ]
+    """``n`` requests of each prompt, next to each other; choice i has its seed plus i.
+
+    Raises:
+        RequestError: an empty prompt, or one that holds what is no token.
+    """
+    seeded = [_seeded(params, choice) for choice in range(n)]
+    found: list[Request] = []
+    for ids in prompts:
+        checked = Request(ids, params, adapter)
+        found += [
+            _choice(checked, own, f"{job_id}-{len(found) + i}") for i, own in enumerate(seeded)
+        ]
+    return found
+
+
+def _choice(checked: Request, params: SamplingParams, request_id: str) -> Request:
+    """A request that differs in nothing that is checked: a prompt's tokens are looked at once, not for
+    each of its choices.
+    """
+    found = copy.copy(checked)
+    vars(found).update(sampling_params=params, request_id=request_id)
+    return found
 
 
 def _seeded(params: SamplingParams, choice: int) -> SamplingParams:

@@ -17,7 +17,7 @@ from flora_jax.serve.http.token_texts import TokenTexts
 from flora_jax.serve.registry import Version
 from flora_jax.serve.request import Limits, RequestError
 
-# Characters of a text whose tokens are counted beside the event loop.
+# Characters of texts whose tokens are counted beside the event loop.
 _LONG_TEXT = 10_000
 _MOST_NAMED = 20
 
@@ -81,20 +81,32 @@ class Served:
         ]  # fmt: skip
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
-        """The tokens of a text; a long one is looked at beside the event loop.
+        """The tokens of a text; see :meth:`encode_all`."""
+        (found,) = await self.encode_all([text], add_special_tokens)
+        return found
+
+    async def encode_all(
+        self, texts: Sequence[str], add_special_tokens: bool = True
+    ) -> list[tuple[int, ...]]:
+        """The tokens of texts; what is long together is looked at beside the event loop.
 
         Raises:
-            RequestError: see :meth:`flora_jax.serve.request.Limits.encode`; or no tokens of that text can
-                fit the context, whatever they are.
+            RequestError: see :meth:`flora_jax.serve.request.Limits.encode`; or no tokens of one of them
+                can fit the context, whatever they are.
         """
-        if len(text) > self._most_characters:
-            raise RequestError(
-                f"the prompt has {len(text)} characters, the context of {self.limits.context} tokens "
-                f"holds at most {self._most_characters}"
-            )
-        if len(text) < _LONG_TEXT:
-            return self.limits.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.limits.encode, text, add_special_tokens)
+        for text in texts:
+            if len(text) > self._most_characters:
+                raise RequestError(
+                    f"the prompt has {len(text)} characters, the context of {self.limits.context} "
+                    f"tokens holds at most {self._most_characters}"
+                )
+
+        def encoded() -> list[tuple[int, ...]]:
+            return [self.limits.encode(text, add_special_tokens) for text in texts]
+
+        if sum(map(len, texts)) < _LONG_TEXT:
+            return encoded()
+        return await asyncio.to_thread(encoded)
 
     def decode(self, token_ids: Sequence[int], with_special: bool = False) -> str:
         """The text of tokens, those outside the vocabulary left out, special ones unless asked."""
@@ -117,16 +129,16 @@ class Served:
             return self.limits.encode_messages(plain, add_generation_prompt)
         return await asyncio.to_thread(self.limits.encode_messages, plain, add_generation_prompt)
 
-    async def encode_infill(self, prefix: str, suffix: str) -> tuple[int, ...]:
-        """The tokens of a gap to fill in.
+    async def encode_infills(self, prefixes: Sequence[str], suffix: str) -> list[tuple[int, ...]]:
+        """The tokens of gaps to fill in, each behind its prefix, before the same suffix.
 
         Raises:
             ApiError: the tokenizer has no tokens for it.
         """
         if self.infill is None:
             raise invalid("the model has no fill-in-the-middle tokens, leave suffix out", "suffix")
-        before = await self.encode(prefix, add_special_tokens=False)
-        return self.infill.join(before, await self.encode(suffix, add_special_tokens=False))
+        *before, after = await self.encode_all([*prefixes, suffix], add_special_tokens=False)
+        return [self.infill.join(one, after) for one in before]
 
 
 def longest_token(tokenizer: Any | None) -> float:

@@ -1,5 +1,8 @@
 """Load, faults and the end of a server, over an engine that does what it is told."""
 
+import collections
+import dataclasses
+import itertools
 import json
 import socket
 import threading
@@ -9,7 +12,9 @@ import httpx
 import pytest
 
 from flora_jax.errors import InputError, RunError
+from flora_jax.serve.http.sampling import requests_of
 from flora_jax.serve.http.settings import Settings
+from flora_jax.serve.request import Limits, Request, SamplingParams
 from tests.helpers.http_server import ScriptedEngine, running, until
 
 BODY = {"model": "tiny", "prompt": "hello", "max_tokens": 8}
@@ -69,6 +74,60 @@ def test_more_than_fit_the_queue_are_told_to_come_back(engine):
             thread.join(20)
             assert found[0].status_code == 200
         assert post(server).status_code == 200
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Counts the requests that are checked, and the texts that become tokens."""
+    counts = collections.Counter()
+
+    def count(name, function):
+        def counted(*arguments, **options):
+            counts[name] += 1
+            return function(*arguments, **options)
+
+        return counted
+
+    monkeypatch.setattr(Request, "__post_init__", count("requests", Request.__post_init__))
+    monkeypatch.setattr(Limits, "encode", count("texts", Limits.encode))
+    return counts
+
+
+@pytest.mark.parametrize(
+    "changes", [{"prompt": ["a"] * 2000}, {"prompt": [[5]] * 2000}, {"prompt": "a", "suffix": "b"}]
+)
+def test_too_many_choices_are_refused_before_any_is_made(engine, looks, changes):
+    with running(lambda report: engine, rows=2, max_queue=100) as server:
+        refused = post(server, n=128, **changes)
+        assert refused.status_code == 400
+        number = 128 * (len(changes["prompt"]))
+        expected = f"{number} choices are asked for, at most 102 are served"
+        assert error_of(refused)["message"] == expected
+        chat = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "n": 128}
+        with server.client() as client:
+            refused = client.post("/v1/chat/completions", json=chat)
+        assert refused.status_code == 400
+        assert "128 choices are asked for" in error_of(refused)["message"]
+    assert not looks
+
+
+def test_a_prompt_is_looked_at_once_whatever_the_number_of_its_choices(engine, looks):
+    with running(lambda report: engine, max_queue=100) as server:
+        body = {"prompt": [[5, 6], [7]], "n": 40, "seed": 2**32 - 2, "return_token_ids": True}
+        choices = post(server, **body).json()["choices"]
+        assert [one["prompt_token_ids"] for one in choices] == [[5, 6]] * 40 + [[7]] * 40
+        assert looks == {"requests": 2}
+
+
+def test_choices_differ_in_seed_and_id_alone():
+    params = SamplingParams(seed=2**32 - 2, stop=("a",), logprobs=1)
+    made = requests_of("x", [(5, 6), (7,)], params, 3, "mine")
+    assert made == [
+        Request(ids, dataclasses.replace(params, seed=seed), "mine", f"x-{place}")
+        for place, (ids, seed) in enumerate(
+            itertools.product([(5, 6), (7,)], [2**32 - 2, 2**32 - 1, 0])
+        )
+    ]
 
 
 @pytest.mark.parametrize("stream", [True, False])

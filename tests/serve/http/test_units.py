@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import pytest
 from prometheus_client.exposition import generate_latest
@@ -212,6 +213,24 @@ def test_a_long_text_is_read_while_others_go_on(text):
     else:
         with pytest.raises(RequestError, match="not valid Unicode"):
             limits.encode(text)
+
+
+@pytest.mark.parametrize("count, beside", [(9, False), (11, True)])
+def test_many_short_texts_are_read_beside_the_event_loop(count, beside, monkeypatch):
+    served, threads, encode = small_served(context=10**4), set(), Limits.encode
+
+    def noted(*arguments):
+        threads.add(threading.get_ident())
+        return encode(*arguments)
+
+    monkeypatch.setattr(Limits, "encode", noted)
+    found = asyncio.run(served.encode_all(["a" * 1000] * count))
+    assert [len(ids) for ids in found] == [1000] * count
+    assert (threads != {threading.get_ident()}) is beside
+    threads.clear()
+    found = asyncio.run(served.encode_infills(["a" * 1000] * count, "b"))
+    assert found == asyncio.run(served.encode_infills(["a" * 1000], "b")) * count
+    assert (threads != {threading.get_ident()}) is beside
 
 
 def test_fill_in_the_middle_is_the_tokenizers_own():
