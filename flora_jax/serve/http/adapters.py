@@ -25,6 +25,7 @@ from flora_jax.peft.read import describe_adapter, read_adapter
 from flora_jax.peft.tensors import TENSORS_FILE
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.http.errors import ApiError, invalid, responses
+from flora_jax.serve.http.locks import NameLocks
 from flora_jax.serve.http.runner import Runner
 from flora_jax.serve.http.schemas import LoadRequest, LoadResponse, UnloadRequest, UnloadResponse
 from flora_jax.serve.http.served import Served
@@ -173,36 +174,42 @@ def adapter_paths(runner: Runner, served: Served, root: Path, max_rank: int) -> 
     """The two paths."""
     router = APIRouter()
     errors = responses(400, 401, 403, 408, 413, 500, 503)
+    locks = NameLocks()
 
     @router.post("/v1/load_lora_adapter", responses=errors)
     async def load(body: LoadRequest) -> LoadResponse:
         """Makes an adapter known, and resident as soon as there is room; answers then."""
-        runner.check_open()
-        engine, name, begun_s = runner.engine, body.lora_name, time.monotonic()
+        name, begun_s = body.lora_name, time.monotonic()
         _check_name(name, served)
-        if engine.registry.knows(name) and not body.load_inplace:
-            message = f"adapter {name!r} is loaded already, expected another name or load_inplace"
-            raise ApiError(400, message, code="already_loaded", param="lora_name")
-        try:
-            folder = await asyncio.to_thread(
-                check_folder, body.lora_path, root, engine.config, max_rank
-            )
-        except InputError as error:
-            raise invalid(str(error), "lora_path") from None
-        await _register(runner, engine, name, folder)
-        state = engine.adapters.get(name, "disk")
+        async with locks.of(name):
+            runner.check_open()
+            engine = runner.engine
+            if engine.registry.knows(name) and not body.load_inplace:
+                message = (
+                    f"adapter {name!r} is loaded already, expected another name or load_inplace"
+                )
+                raise ApiError(400, message, code="already_loaded", param="lora_name")
+            try:
+                folder = await asyncio.to_thread(
+                    check_folder, body.lora_path, root, engine.config, max_rank
+                )
+            except InputError as error:
+                raise invalid(str(error), "lora_path") from None
+            await _register(runner, engine, name, folder)
+            state = engine.adapters.get(name, "disk")
         seconds = round(time.monotonic() - begun_s, 6)
         return LoadResponse(lora_name=name, state=state, seconds=seconds)
 
     @router.post("/v1/unload_lora_adapter", responses=errors | responses(404))
     async def unload(body: UnloadRequest) -> UnloadResponse:
         """Forgets an adapter; requests that run under it go on."""
-        runner.check_open()
-        try:
-            runner.engine.unregister(body.lora_name)
-        except InputError as error:
-            message = str(error)
-            raise ApiError(404, message, code="model_not_found", param="lora_name") from None
+        async with locks.of(body.lora_name):
+            runner.check_open()
+            try:
+                runner.engine.unregister(body.lora_name)
+            except InputError as error:
+                message = str(error)
+                raise ApiError(404, message, code="model_not_found", param="lora_name") from None
         return UnloadResponse(lora_name=body.lora_name)
 
     return router
@@ -210,7 +217,7 @@ def adapter_paths(runner: Runner, served: Served, root: Path, max_rank: int) -> 
 
 async def _register(runner: Runner, engine: Engine, name: str, folder: Path) -> None:
     """Registers an adapter and waits until it is resident; what the name stood for comes back where it
-    cannot be.
+    cannot be. By whoever holds the name's lock.
     """
     known = {version.name: version.source for version in engine.registry.versions()}
     await asyncio.to_thread(engine.register, name, folder)

@@ -13,6 +13,7 @@ from flora_jax.errors import InputError
 from flora_jax.serve.http.encoding import encode
 from flora_jax.serve.http.errors import ApiError, short
 from flora_jax.serve.http.infill import Infill
+from flora_jax.serve.http.locks import NameLocks
 from flora_jax.serve.http.metrics import Metrics
 from flora_jax.serve.http.recent import Recent
 from flora_jax.serve.http.runner import Timing
@@ -239,6 +240,26 @@ def test_fill_in_the_middle_is_the_tokenizers_own():
     assert Infill.of(made).join([1, 2], [3]) == (first, 1, 2, second, 3, third)
     assert Infill.of(byte_tokenizer()) is None
     assert Infill.of(None) is None
+
+
+def test_a_name_has_one_lock_for_as_long_as_somebody_wants_it():
+    locks, order = NameLocks(), []
+
+    async def hold(name, place):
+        async with locks.of(name):
+            order.append((name, place))
+            await asyncio.sleep(0)
+            order.append((name, place))
+
+    async def all_of_them():
+        await asyncio.gather(*(hold(name, place) for place in range(3) for name in "ab"))
+
+    asyncio.run(all_of_them())
+    for name in "ab":
+        places = [place for own, place in order if own == name]
+        assert places == [0, 0, 1, 1, 2, 2]
+    assert order[:2] == [("a", 0), ("b", 0)]
+    assert len(locks) == 0
 
 
 @pytest.mark.parametrize(
