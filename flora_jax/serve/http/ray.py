@@ -4,17 +4,16 @@ where its adapter lies.
 Every replica runs the whole application over an engine of its own. The entrance reads what ``model`` a
 request names, and Ray Serve's multiplexing prefers a replica that has served that adapter. Replicas start
 and stop by load; one whose engine broke off, or that dies, is replaced. What was loaded over HTTP is
-loaded by every other replica before its next request. Needs the extra ``ray``.
+loaded by every other replica before its next request for it. Needs the extra ``ray``.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import ray
 from fastapi import FastAPI
@@ -31,13 +30,13 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from flora_jax.errors import InputError
+from flora_jax.serve.http.calls import Call, Head, answered
+from flora_jax.serve.http.changes import Changes, Replay
 from flora_jax.serve.http.errors import ApiError
 from flora_jax.serve.http.security import ADMIN_PATHS
 
 # The replica, or the machine under it, is gone.
 _GONE = (RayActorError, ActorUnavailableError, NodeDiedError, WorkerCrashedError)
-# Parts of an answer that wait in a replica for the entrance to take them.
-_PARTS = 16
 # Adapters that a replica is known for; those that it used longest ago are forgotten.
 _MOST_KNOWN = 256
 _NAME = "flora_jax"
@@ -98,73 +97,6 @@ def scale_of(text: str) -> tuple[int, int]:
     return int(least), int(most if colon else least)
 
 
-class Call(NamedTuple):
-    """A request as the entrance hands it on; ``adapter`` is "" for the base."""
-
-    method: str
-    path: str
-    query: bytes
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
-    adapter: str = ""
-
-
-class Head(NamedTuple):
-    """The beginning of an answer; its bytes follow."""
-
-    status: int
-    headers: list[tuple[bytes, bytes]]
-
-
-async def answered(app: FastAPI, call: Call) -> AsyncIterator[Head | bytes]:
-    """An application's answer to a call; one that is not read to its end is a client that went away."""
-    parts: asyncio.Queue[Mapping[str, Any] | None] = asyncio.Queue(_PARTS)
-    asked: list[dict[str, Any]] = [{"type": "http.request", "body": call.body}]
-    gone = asyncio.Event()
-
-    async def receive() -> dict[str, Any]:
-        if asked:
-            return asked.pop()
-        await gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Mapping[str, Any]) -> None:
-        if gone.is_set():
-            raise OSError("the client went away")
-        await parts.put(message)
-
-    async def run() -> None:
-        try:
-            await app(_scope(call), receive, send)
-        finally:
-            if not gone.is_set():
-                await parts.put(None)
-
-    task = asyncio.create_task(run())
-    try:
-        while (message := await parts.get()) is not None:
-            if message["type"] == "http.response.start":
-                yield Head(message["status"], [(bytes(k), bytes(v)) for k, v in message["headers"]])
-            elif message.get("body"):
-                yield message["body"]
-        await task
-    finally:
-        gone.set()
-        while not parts.empty():  # Whoever waits to send learns of it.
-            parts.get_nowait()
-        if not task.done():
-            task.add_done_callback(lambda done: done.cancelled() or done.exception())
-
-
-def _scope(call: Call) -> dict[str, Any]:
-    return {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "scheme": "http",
-        "method": call.method, "path": call.path, "raw_path": call.path.encode(),
-        "query_string": call.query, "root_path": "", "headers": call.headers,
-        "client": None, "server": None, "state": {},
-    }  # fmt: skip
-
-
 class Replica:
     """An engine and the application over it.
 
@@ -181,8 +113,7 @@ class Replica:
         state = await self._app.state.runner.wait_until("ready")
         if state != "ready":
             raise RuntimeError(f"the engine did not start: {self._app.state.runner.error!r}")
-        self._done: dict[str, Call] = {}
-        self._loading = asyncio.Lock()
+        self._replay = Replay(self._app)
 
     def check_health(self) -> None:
         """Ray's question whether it should be replaced."""
@@ -202,20 +133,15 @@ class Replica:
             call: the request.
             loaded: the last loading or unloading of every adapter that was changed over HTTP.
         """
-        await self._catch_up(loaded)
+        await self._replay.catch_up(call, loaded)
+        if call.changes:
+            for part in await self._replay.change(call):
+                yield part
+            return
         if call.adapter and self._app.state.runner.engine.registry.knows(call.adapter):
             await self.adapter(call.adapter)
         async for part in answered(self._app, call):
             yield part
-
-    async def _catch_up(self, loaded: Mapping[str, Call]) -> None:
-        async with self._loading:
-            for name, call in loaded.items():
-                if self._done.get(name) != call:
-                    # One that is loaded here already says so, which is as good.
-                    async for _ in answered(self._app, call):
-                        pass
-                    self._done[name] = call
 
 
 class Entrance:
@@ -228,17 +154,21 @@ class Entrance:
 
     def __init__(self, replicas: Any, scale: Scale):
         self._replicas, self._scale = replicas, scale
-        self._loaded: dict[str, Call] = {}
+        self._changes = Changes()
 
     async def __call__(self, request: Request) -> Response:
         """The replica's answer; 503 where it died before it began, and every other try did as well."""
         try:
-            body = await self._body(request)
-            head, parts, call = await self._ask(request, body)
+            call = self._call(request, await self._body(request))
+            if call.changes:
+                async with self._changes.numbered(call) as call:
+                    head, parts = await self._ask(call)
+                    if head.status == 200:
+                        self._changes.remember(call)
+            else:
+                head, parts = await self._ask(call)
         except ApiError as error:
             return error.response()
-        if call.path in ADMIN_PATHS and head.status == 200:
-            self._loaded[json.loads(call.body)["lora_name"]] = call
         response = StreamingResponse(_to_the_end(head, parts), head.status)
         response.raw_headers = [one for one in head.headers if one[0].lower() not in _HOP_BY_HOP]
         return response
@@ -251,19 +181,24 @@ class Entrance:
                 raise ApiError(413, f"the body is larger than {most} bytes", code="too_large")
         return bytes(found)
 
-    async def _ask(
-        self, request: Request, body: bytes
-    ) -> tuple[Head, AsyncIterator[Head | bytes], Call]:
-        adapter = self._scale.adapter_of(_model_of(body)) if request.method == "POST" else ""
-        call = Call(
+    def _call(self, request: Request, body: bytes) -> Call:
+        adapter = changes = ""
+        if request.method == "POST":
+            if request.url.path in ADMIN_PATHS:
+                changes = _text_of(body, "lora_name")
+            else:
+                adapter = self._scale.adapter_of(_text_of(body, "model"))
+        return Call(
             request.method, request.url.path, request.url.query.encode(), request.headers.raw, body,
-            adapter,
+            adapter, changes,
         )  # fmt: skip
+
+    async def _ask(self, call: Call) -> tuple[Head, AsyncIterator[Head | bytes]]:
         for _ in range(1 + self._scale.retries):
-            handle = self._replicas.options(stream=True, multiplexed_model_id=adapter)
-            parts = aiter(handle.answer.remote(call, dict(self._loaded)))
+            handle = self._replicas.options(stream=True, multiplexed_model_id=call.adapter)
+            parts = aiter(handle.answer.remote(call, self._changes.last()))
             try:
-                return await anext(parts), parts, call
+                return await anext(parts), parts
             except BackPressureError:
                 raise ApiError(
                     429, "all replicas have as many requests as they take", code="queue_full",
@@ -293,13 +228,13 @@ async def _to_the_end(head: Head, parts: AsyncIterator[Head | bytes]) -> AsyncIt
         yield f"data: {json.dumps(error.to_json())}\n\n".encode()
 
 
-def _model_of(body: bytes) -> Any:
-    """The ``model`` of a request; what is no JSON object names none."""
+def _text_of(body: bytes, field: str) -> str:
+    """A field of a request; "" where it is no JSON object, or has no text there."""
     with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(body)
-        if isinstance(found, dict):
-            return found.get("model")
-    return None
+        if isinstance(found, dict) and isinstance(found.get(field), str):
+            return found[field]
+    return ""
 
 
 def replicated(make: Callable[[], FastAPI], scale: Scale) -> Any:
@@ -317,12 +252,17 @@ def replicated(make: Callable[[], FastAPI], scale: Scale) -> Any:
                 "target_ongoing_requests": scale.busy,
             }
         }  # fmt: skip
+    # What waits until a replica takes it, at the entrance; Ray's default is without an end.
+    waiting = scale.open_requests
     replicas = serve.deployment(
         Replica, name="engine", max_ongoing_requests=scale.open_requests, health_check_period_s=5,
-        ray_actor_options=dict(scale.resources), graceful_shutdown_timeout_s=60, **number,
+        max_queued_requests=waiting, ray_actor_options=dict(scale.resources),
+        graceful_shutdown_timeout_s=60, **number,
     )  # fmt: skip
+    # More than that, so that it is the entrance that says no.
+    most = scale.most * scale.open_requests + waiting + 64
     entrance = serve.deployment(
-        Entrance, name="entrance", max_ongoing_requests=scale.most * scale.open_requests + 64,
+        Entrance, name="entrance", max_ongoing_requests=most,
         ray_actor_options={"num_cpus": 0},
     )  # fmt: skip
     return entrance.bind(replicas.bind(make), scale)

@@ -24,6 +24,8 @@ from tests.helpers.http_server import CONFIG, adapters, tokenizer
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own, of what it stands on.
     ray = pytest.importorskip("ray")
+    from ray import serve
+
     from flora_jax.cli.serve import ServeOptions, application
     from flora_jax.serve.http.ray import Call, Scale, answered, replicated, running, scale_of
 
@@ -150,6 +152,22 @@ def test_numbers_of_replicas():
             scale_of(text)
     with pytest.raises(InputError, match="most is 1, expected at least 2"):
         Scale(2, 1)
+
+
+def test_what_waits_at_the_entrance_is_bounded(monkeypatch):
+    made = {}
+
+    def noted(*arguments, **options):
+        made[options["name"]] = deployment(*arguments, **options)
+        return made[options["name"]]
+
+    deployment = serve.deployment
+    monkeypatch.setattr(serve, "deployment", noted)
+    replicated(lambda: None, Scale(1, 3, open_requests=20))
+    engine, entrance = made["engine"], made["entrance"]
+    assert (engine.max_ongoing_requests, engine.max_queued_requests) == (20, 20)
+    # Else requests would wait without an end before it.
+    assert entrance.max_ongoing_requests > 3 * 20 + 20
 
 
 def test_a_models_name_says_which_adapter_is_meant():
