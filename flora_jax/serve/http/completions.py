@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flora_jax.serve.http.errors import invalid
@@ -28,10 +28,13 @@ _MAX_TOKENS = 16
 
 
 class Prompt(NamedTuple):
-    """Its tokens, and the text that an echo begins with."""
+    """Its tokens, the text that an echo begins with, and where the special tokens of that text lie in it,
+    by their places among the tokens.
+    """
 
     token_ids: tuple[int, ...]
     text: str
+    spans: Mapping[int, tuple[int, int]] = {}
 
 
 async def completion_job(body: CompletionRequest, runner: Runner, served: Served) -> Job:
@@ -80,7 +83,11 @@ async def _prompts(asked: Sequence[Any], body: CompletionRequest, served: Served
             found = await served.encode_infills(asked, body.suffix)
         else:
             found = await served.encode_all(asked, body.add_special_tokens)
-        return [Prompt(ids, text) for ids, text in zip(found, asked)]
+        prompts = [Prompt(ids, text) for ids, text in zip(found, asked)]
+        if body.echo and body.logprobs is not None:
+            spans = await served.special_spans(asked, body.add_special_tokens)
+            prompts = [one._replace(spans=own) for one, own in zip(prompts, spans)]
+        return prompts
     if body.suffix:
         raise invalid("suffix is given and prompt has token ids, expected text", "suffix")
     return [Prompt(tuple(ids), served.decode(ids) if body.echo else "") for ids in asked]
@@ -136,11 +143,14 @@ class CompletionForm:
 
     def _told(self, place: int, piece: Piece, first: bool) -> dict[str, list[Any]]:
         tokens: list[tuple[int, TokenLogprob | None]] = []
+        spans: Mapping[int, tuple[int, int]] = {}
         if first and self._echo:
-            tokens += zip(self._prompts[place].token_ids, piece.prompt_logprobs)
+            prompt = self._prompts[place]
+            tokens += zip(prompt.token_ids, piece.prompt_logprobs)
+            spans = prompt.spans
         if self._drawn:
             tokens += zip(piece.token_ids, piece.logprobs)
-        return self._written[place].logprobs(tokens)
+        return self._written[place].logprobs(tokens, spans)
 
 
 class _Written:
@@ -151,15 +161,21 @@ class _Written:
         self._decoder = None if texts.tokenizer is None else TextDecoder(texts.tokenizer, before)
         self._offset = 0
 
-    def logprobs(self, tokens: Sequence[tuple[int, TokenLogprob | None]]) -> dict[str, list[Any]]:
-        """OpenAI's four lists."""
+    def logprobs(
+        self,
+        tokens: Sequence[tuple[int, TokenLogprob | None]],
+        spans: Mapping[int, tuple[int, int]],
+    ) -> dict[str, list[Any]]:
+        """OpenAI's four lists; ``spans`` has where special tokens lie, which the decoder leaves out."""
         told: dict[str, list[Any]] = {
             "tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": [],
         }  # fmt: skip
         text = self._texts.text
-        for token, own in tokens:
+        for place, (token, own) in enumerate(tokens):
+            start, end = spans.get(place, (self._offset, self._offset))
             told["tokens"].append(text(token))
-            told["text_offset"].append(self._offset)
+            told["text_offset"].append(start)
+            self._offset = end
             if self._decoder is not None:
                 self._offset += len(self._decoder.add(token))
             if own is None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.http.errors import ApiError, invalid, short
@@ -16,6 +16,8 @@ from flora_jax.serve.http.schemas import Message, ModelCard
 from flora_jax.serve.http.token_texts import TokenTexts
 from flora_jax.serve.registry import Version
 from flora_jax.serve.request import Limits, RequestError
+
+Result = TypeVar("Result")
 
 # Characters of texts whose tokens are counted beside the event loop.
 _LONG_TEXT = 10_000
@@ -101,12 +103,27 @@ class Served:
                     f"tokens holds at most {self._most_characters}"
                 )
 
-        def encoded() -> list[tuple[int, ...]]:
-            return [self.limits.encode(text, add_special_tokens) for text in texts]
+        return await _each(lambda text: self.limits.encode(text, add_special_tokens), texts)
 
-        if sum(map(len, texts)) < _LONG_TEXT:
-            return encoded()
-        return await asyncio.to_thread(encoded)
+    async def special_spans(
+        self, texts: Sequence[str], add_special_tokens: bool = True
+    ) -> list[dict[int, tuple[int, int]]]:
+        """Where special tokens lie in texts that have been encoded: by their places among a text's tokens
+        their first character and the one behind. Those that the tokenizer adds lie nowhere.
+        """
+        tokenizer = self.limits.tokenizer
+        assert tokenizer is not None
+        added = tokenizer.get_added_tokens_decoder()
+        special = {number for number, token in added.items() if token.special}
+
+        def spans(text: str) -> dict[int, tuple[int, int]]:
+            (found,) = tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
+            places = enumerate(zip(found.ids, found.offsets))
+            return {
+                place: span for place, (token, span) in places if token in special and any(span)
+            }
+
+        return await _each(spans, texts)
 
     def decode(self, token_ids: Sequence[int], with_special: bool = False) -> str:
         """The text of tokens, those outside the vocabulary left out, special ones unless asked."""
@@ -139,6 +156,13 @@ class Served:
             raise invalid("the model has no fill-in-the-middle tokens, leave suffix out", "suffix")
         *before, after = await self.encode_all([*prefixes, suffix], add_special_tokens=False)
         return [self.infill.join(one, after) for one in before]
+
+
+async def _each(function: Callable[[str], Result], texts: Sequence[str]) -> list[Result]:
+    """Of every text; beside the event loop where they are long together."""
+    if sum(map(len, texts)) < _LONG_TEXT:
+        return [function(text) for text in texts]
+    return await asyncio.to_thread(lambda: [function(text) for text in texts])
 
 
 def longest_token(tokenizer: Any | None) -> float:

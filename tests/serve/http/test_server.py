@@ -250,6 +250,30 @@ def test_logprobs_are_the_engines_with_the_prompts_where_it_is_echoed(client, al
         assert [one for part in parts for one in part[name]] == whole
 
 
+def test_offsets_of_an_echo_count_the_special_tokens_that_it_has(client):
+    """A prompt of text is echoed as it came, one of ids without its special tokens."""
+    prompt = "<|endoftext|>def é<|im_start|> <|im_end|><fim_prefix>🙂(x):"
+    encoded = TOKENS.encode(prompt)
+    body = {"model": "tiny", "temperature": 0, "logprobs": 1, "echo": True}
+    for settings in ({"max_tokens": 0}, {"max_tokens": 4}):
+        choice = complete(client, prompt=prompt, **body, **settings)["choices"][0]
+        told = choice["logprobs"]
+        begins = [begin for begin, _ in encoded.offsets]
+        assert told["text_offset"][: len(encoded.ids)] == begins
+        assert told["text_offset"][len(encoded.ids) :][:1] in ([], [len(prompt)])
+        for token, offset in zip(told["tokens"], begins):
+            assert token.startswith("bytes:") or choice["text"][offset:].startswith(token)
+        chunks = stream(client, prompt=prompt, **body, **settings)
+        parts = [chunk["choices"][0]["logprobs"]["text_offset"] for chunk in chunks]
+        assert [one for part in parts for one in part] == told["text_offset"]
+    choice = complete(client, prompt=encoded.ids, max_tokens=0, **body)["choices"][0]
+    told = choice["logprobs"]
+    assert choice["text"] == "def é 🙂(x):"
+    for token, offset in zip(told["tokens"], told["text_offset"]):
+        if not token.startswith(("bytes:", "<|", "<fim")):
+            assert choice["text"][offset:].startswith(token)
+
+
 def test_a_gap_is_filled_between_its_marks(client):
     prefix, suffix, middle = (TOKENS.token_to_id(mark) for mark in FIM)
     ids = [prefix, *TOKENS.encode("abc").ids, suffix, *TOKENS.encode("xy").ids, middle]

@@ -7,7 +7,7 @@ import threading
 import pytest
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from tokenizers import normalizers
+from tokenizers import normalizers, processors
 
 from flora_jax.errors import InputError
 from flora_jax.serve.http.encoding import encode
@@ -22,7 +22,7 @@ from flora_jax.serve.http.served import longest_token
 from flora_jax.serve.http.settings import Settings
 from flora_jax.serve.http.token_texts import TokenTexts, clamped
 from flora_jax.serve.request import Limits, RequestError
-from tests.helpers.byte_tokenizer import byte_tokenizer
+from tests.helpers.byte_tokenizer import END, byte_tokenizer
 from tests.helpers.http_server import FIM, small_served, tokenizer
 from tests.helpers.requests import make_request
 
@@ -232,6 +232,22 @@ def test_many_short_texts_are_read_beside_the_event_loop(count, beside, monkeypa
     found = asyncio.run(served.encode_infills(["a" * 1000] * count, "b"))
     assert found == asyncio.run(served.encode_infills(["a" * 1000], "b")) * count
     assert (threads != {threading.get_ident()}) is beside
+
+
+@pytest.mark.parametrize("times", [1, 1000])
+def test_special_tokens_lie_where_the_text_has_them(times):
+    """Not the one that the tokenizer puts before a text."""
+    made = tokenizer()
+    made.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, 0)]
+    )
+    served = small_served(tokenizer=made)
+    text = f"{END}é{END}" * times
+    for first in (True, False):
+        (spans,) = asyncio.run(served.special_spans([text], first))
+        assert {text[begin:end] for begin, end in spans.values()} == {END}
+        places = [place for part in range(times) for place in (4 * part, 4 * part + 3)]
+        assert sorted(spans) == [place + first for place in places]
 
 
 def test_fill_in_the_middle_is_the_tokenizers_own():
