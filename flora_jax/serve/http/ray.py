@@ -252,15 +252,16 @@ def replicated(make: Callable[[], FastAPI], scale: Scale) -> Any:
                 "target_ongoing_requests": scale.busy,
             }
         }  # fmt: skip
-    # What waits until a replica takes it, at the entrance; Ray's default is without an end.
-    waiting = scale.open_requests
+    # What waits at the entrance until a replica takes it; Ray's default is without an end. What comes in
+    # one burst waits for a moment even where there is room, so it is as much as all replicas take.
+    waiting = scale.most * scale.open_requests
     replicas = serve.deployment(
         Replica, name="engine", max_ongoing_requests=scale.open_requests, health_check_period_s=5,
         max_queued_requests=waiting, ray_actor_options=dict(scale.resources),
         graceful_shutdown_timeout_s=60, **number,
     )  # fmt: skip
     # More than that, so that it is the entrance that says no.
-    most = scale.most * scale.open_requests + waiting + 64
+    most = 2 * waiting + 64
     entrance = serve.deployment(
         Entrance, name="entrance", max_ongoing_requests=most,
         ray_actor_options={"num_cpus": 0},

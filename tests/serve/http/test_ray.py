@@ -165,9 +165,9 @@ def test_what_waits_at_the_entrance_is_bounded(monkeypatch):
     monkeypatch.setattr(serve, "deployment", noted)
     replicated(lambda: None, Scale(1, 3, open_requests=20))
     engine, entrance = made["engine"], made["entrance"]
-    assert (engine.max_ongoing_requests, engine.max_queued_requests) == (20, 20)
+    assert (engine.max_ongoing_requests, engine.max_queued_requests) == (20, 60)
     # Else requests would wait without an end before it.
-    assert entrance.max_ongoing_requests > 3 * 20 + 20
+    assert entrance.max_ongoing_requests > 3 * 20 + 60
 
 
 def test_a_models_name_says_which_adapter_is_meant():
