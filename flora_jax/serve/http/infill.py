@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from flora_jax.checkpoints.tokenizer import tokens_in_front
+
 # What stands before the prefix, before the suffix, and before what is to be written, by the tokenizers
 # that have them: StarCoder; SantaCoder; Qwen and Granite; CodeGemma's is Qwen's; Code Llama; DeepSeek.
 _MARKS = (
@@ -34,8 +36,7 @@ class Infill:
         for marks in _MARKS:
             ids = [tokenizer.token_to_id(mark) for mark in marks]
             if None not in ids:
-                first = tuple(tokenizer.encode("", add_special_tokens=True).ids)
-                return cls(ids[0], ids[1], ids[2], first)
+                return cls(ids[0], ids[1], ids[2], tuple(tokens_in_front(tokenizer)))
         return None
 
     def join(self, before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:

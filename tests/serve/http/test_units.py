@@ -8,6 +8,7 @@ import pytest
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import normalizers, processors
+from tokenizers.processors import TemplateProcessing
 
 from flora_jax.errors import InputError
 from flora_jax.serve.http.encoding import encode
@@ -254,6 +255,12 @@ def test_fill_in_the_middle_is_the_tokenizers_own():
     made = tokenizer()
     first, second, third = (made.token_to_id(mark) for mark in FIM)
     assert Infill.of(made).join([1, 2], [3]) == (first, 1, 2, second, 3, third)
+    # What is put in front of a text stands in front of all of it, what is put behind one nowhere.
+    end = made.token_to_id(END)
+    made.post_processor = TemplateProcessing(
+        single=f"{END} $A {FIM[2]}", special_tokens=[(END, end), (FIM[2], third)]
+    )
+    assert Infill.of(made).join([1, 2], [3]) == (end, first, 1, 2, second, 3, third)
     assert Infill.of(byte_tokenizer()) is None
     assert Infill.of(None) is None
 
