@@ -96,6 +96,7 @@ def convert_adapter(command: ConvertCommand) -> None:
     opened = open_checkpoint(command.base)
     folder = adapter_source(command.source)
     adapter = read_adapter(folder, opened.config.projections(), opened.config.n_layer)
+    _check_rank(command, adapter)
     made, way, result = (_without_data if command.data is None else _with_data)(
         command, opened, adapter
     )
@@ -106,6 +107,17 @@ def convert_adapter(command: ConvertCommand) -> None:
     card = _card(adapter, made, base, way, result)
     write_adapter(made.adapter, command.output, command.base, card=card)
     say(f"{command.output}: {result}")
+
+
+def _check_rank(command: ConvertCommand, adapter: ModelAdapter) -> None:
+    """As of training: more than a weight's smaller side is a slip, and would be long at work."""
+    for target in adapter.targets():
+        inputs, outputs = adapter.projections[target]
+        if command.rank is not None and command.rank > min(inputs, outputs):
+            raise InputError(
+                f"--rank is {command.rank}, expected at most {min(inputs, outputs)}: {target} of "
+                f"{command.base} has {inputs} inputs and {outputs} outputs"
+            )
 
 
 def _load(command: ConvertCommand, opened: Opened) -> Model:

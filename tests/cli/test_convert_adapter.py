@@ -107,6 +107,10 @@ def test_what_is_lost_of_a_bias_is_said(program, tmp_path):
         (["hira", "--base", "nowhere", "--to", "flora"], "nowhere"),
         (["hira", "--base", "mini", "--to", "ia3"], "--to is 'ia3', expected one of lora, flora"),
         (["hira", "--base", "mini", "--to", "flora", "--rank", "0"], "rank"),
+        (
+            ["lora", "--base", "mini", "--to", "flora", "--approximate", "--rank", "300"],
+            "--rank is 300, expected at most 256: attn.c_attn of mini has 256 inputs and ",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(program, tmp_path, words, message):
