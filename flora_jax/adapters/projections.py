@@ -7,7 +7,7 @@ files.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from flora_jax.errors import InputError
 
@@ -92,3 +92,24 @@ def match_targets(names: Sequence[str], projections: Mapping[str, object]) -> tu
 def ends_in(path: str, name: str) -> bool:
     """Whether ``name`` is a path's last part or parts."""
     return path == name or path.endswith(f".{name}")
+
+
+def check_rank(
+    rank: int,
+    projections: Projections,
+    targets: Iterable[str],
+    named: str = "rank",
+    model: str = "the model",
+) -> None:
+    """Whether every target has as many directions; ``named`` and ``model`` are what messages call them.
+
+    Raises:
+        InputError: a target's smaller side is less.
+    """
+    for target in targets:
+        inputs, outputs = projections[target]
+        if rank > min(inputs, outputs):
+            raise InputError(
+                f"{named} is {rank}, expected at most {min(inputs, outputs)}: {target} of {model} "
+                f"has {inputs} inputs and {outputs} outputs"
+            )

@@ -88,6 +88,7 @@ def convert_adapter(command: ConvertCommand) -> None:
         raise InputError(f"--learning-rate is {command.learning_rate:g}, expected more than 0")
     require_new(command.output)
     prepare_jax()
+    from flora_jax.adapters.projections import check_rank
     from flora_jax.checkpoints import open_checkpoint
     from flora_jax.peft.read import read_adapter
     from flora_jax.peft.write import write_adapter
@@ -96,7 +97,8 @@ def convert_adapter(command: ConvertCommand) -> None:
     opened = open_checkpoint(command.base)
     folder = adapter_source(command.source)
     adapter = read_adapter(folder, opened.config.projections(), opened.config.n_layer)
-    _check_rank(command, adapter)
+    if command.rank is not None:  # As of training: more is a slip, and would be long at work.
+        check_rank(command.rank, adapter.projections, adapter.targets(), "--rank", command.base)
     made, way, result = (_without_data if command.data is None else _with_data)(
         command, opened, adapter
     )
@@ -107,17 +109,6 @@ def convert_adapter(command: ConvertCommand) -> None:
     card = _card(adapter, made, base, way, result)
     write_adapter(made.adapter, command.output, command.base, card=card)
     say(f"{command.output}: {result}")
-
-
-def _check_rank(command: ConvertCommand, adapter: ModelAdapter) -> None:
-    """As of training: more than a weight's smaller side is a slip, and would be long at work."""
-    for target in adapter.targets():
-        inputs, outputs = adapter.projections[target]
-        if command.rank is not None and command.rank > min(inputs, outputs):
-            raise InputError(
-                f"--rank is {command.rank}, expected at most {min(inputs, outputs)}: {target} of "
-                f"{command.base} has {inputs} inputs and {outputs} outputs"
-            )
 
 
 def _load(command: ConvertCommand, opened: Opened) -> Model:

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flora_jax.adapters.model_adapter import ModelAdapter, init_adapter
-from flora_jax.adapters.projections import match_targets
+from flora_jax.adapters.projections import check_rank, match_targets
 from flora_jax.adapters.registry import TRAITS
 from flora_jax.checkpoints import Opened, open_checkpoint
 from flora_jax.checkpoints.digest import model_digest
@@ -344,14 +344,7 @@ def _open(options: TrainOptions) -> Opened:
         raise InputError(
             f"seq_len is {options.seq_len}, the model's context has {positions_in_words(config)}"
         )
-    projections = config.projections()
-    for target in _targets(options, config):
-        inputs, outputs = projections[target]
-        if options.rank > min(inputs, outputs):
-            raise InputError(
-                f"rank is {options.rank}, expected at most {min(inputs, outputs)}: {target} of the "
-                f"model has {inputs} inputs and {outputs} outputs"
-            )
+    check_rank(options.rank, config.projections(), _targets(options, config))
     base.text_tokens("training")
     return base
 

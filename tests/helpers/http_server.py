@@ -237,3 +237,13 @@ def running(make, served=None, settings=None, *, rows=4, max_queue=64, wait=True
         yield found
     finally:
         found.stop()
+
+
+def in_background(function, *arguments, **options):
+    """Calls it in a thread; the list gets what it returned."""
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.append(function(*arguments, **options)), daemon=True
+    )
+    thread.start()
+    return thread, found

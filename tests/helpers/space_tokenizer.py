@@ -14,6 +14,12 @@ def space_tokenizer() -> Tokenizer:
         models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True)
     )
     tokenizer.add_special_tokens([*SPECIAL])
+    set_spaces(tokenizer)
+    return tokenizer
+
+
+def set_spaces(tokenizer: Tokenizer) -> None:
+    """What writes spaces into pieces, and takes them out, as tokenizer.json of Llama 2 has it."""
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
@@ -25,4 +31,3 @@ def space_tokenizer() -> Tokenizer:
             decoders.Strip(" ", 1, 0),
         ]
     )
-    return tokenizer

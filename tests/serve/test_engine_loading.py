@@ -341,6 +341,15 @@ def kept(read):
     return sum(one() is not None for one in read)
 
 
+def take_all_slots(engine, read):
+    """Four long requests, each under an adapter of its own; what was read for them does not count."""
+    for name in "0123":
+        engine.add(make_request(0, (1, 2), name, max_tokens=60, ignore_eos=True))
+    while engine.stats.running < 4:
+        engine.step()
+    read.clear()
+
+
 def until_read(engine, name, read):
     """Tries to place an adapter, which running requests leave no slots for, until it is read."""
     before = len(read)
@@ -352,11 +361,7 @@ def until_read(engine, name, read):
 
 def test_an_adapter_whose_name_goes_before_it_has_slots_is_not_kept(engine, read):
     """Unloaded, replaced by another, or both, whoever asks next; what a request waits for is kept."""
-    for name in "0123":
-        engine.add(make_request(0, (1, 2), name, max_tokens=60, ignore_eos=True))
-    while engine.stats.running < 4:
-        engine.step()
-    read.clear()
+    take_all_slots(engine, read)
     contents = [random_adapter("flora", 10 + n, CONFIG.projections(), 1, rank=1) for n in range(4)]
     for content in contents:
         engine.register("more", content)
@@ -386,11 +391,7 @@ def test_an_adapter_whose_name_goes_before_it_has_slots_is_not_kept(engine, read
 
 
 def test_preloading_that_fails_keeps_nothing_of_what_was_read(engine, read):
-    for name in "0123":
-        engine.add(make_request(0, (1, 2), name, max_tokens=60, ignore_eos=True))
-    while engine.stats.running < 4:
-        engine.step()
-    read.clear()
+    take_all_slots(engine, read)
     for name in "ab":
         engine.register(name, random_adapter("flora", 5, CONFIG.projections(), 1, rank=1))
     with pytest.raises(RunError, match="adapter 'a': running requests leave no slots"):

@@ -35,13 +35,14 @@ async def chat_job(body: ChatRequest, runner: Runner, served: Served) -> Job:
     if body.top_logprobs is not None and not body.logprobs:
         raise invalid("top_logprobs are for logprobs true alone", "top_logprobs")
     check_logprobs("top_logprobs", body.top_logprobs, served.limits.max_logprobs)
-    runner.check_room(choices_of(body))
+    n = choices_of(body)
+    runner.check_room(n)
     ids = await served.encode_messages(body.messages, body.add_generation_prompt)
     limit = body.max_completion_tokens or body.max_tokens
-    # As OpenAI's: what the context leaves. The engine refuses a prompt that leaves nothing.
+    # As OpenAI's: what the context leaves. A prompt that fills it is answered with nothing.
     max_tokens = limit or max(1, served.limits.context - len(ids))
     more = {"logprobs": body.top_logprobs or 0} if body.logprobs else {}
-    job_id, n = new_id("chatcmpl"), choices_of(body)
+    job_id = new_id("chatcmpl")
     params = params_of(body, max_tokens, **more)
     form = ChatForm(served.texts, ids, bool(body.logprobs), bool(body.return_token_ids))
     requests = requests_of(job_id, [ids], params, n, adapter)

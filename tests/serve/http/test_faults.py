@@ -15,7 +15,7 @@ from flora_jax.errors import InputError, RunError
 from flora_jax.serve.http.sampling import requests_of
 from flora_jax.serve.http.settings import Settings
 from flora_jax.serve.request import Limits, Request, SamplingParams
-from tests.helpers.http_server import ScriptedEngine, running, until
+from tests.helpers.http_server import ScriptedEngine, in_background, running, until
 
 BODY = {"model": "tiny", "prompt": "hello", "max_tokens": 8}
 ENDLESS = BODY | {"max_tokens": 10**9}
@@ -29,16 +29,6 @@ def engine():
 def post(server, **changes):
     with server.client() as client:
         return client.post("/v1/completions", json=BODY | changes)
-
-
-def in_background(function, *arguments, **options):
-    """Calls it in a thread; the list gets what it returned."""
-    found = []
-    thread = threading.Thread(
-        target=lambda: found.append(function(*arguments, **options)), daemon=True
-    )
-    thread.start()
-    return thread, found
 
 
 def error_of(response):

@@ -1,7 +1,6 @@
 """Adapters that are loaded and unloaded at the same time."""
 
 import asyncio
-import threading
 import time
 
 import httpx
@@ -16,6 +15,7 @@ from tests.helpers.http_server import (
     RANK,
     TARGETS,
     ScriptedEngine,
+    in_background,
     running,
     until,
 )
@@ -65,16 +65,6 @@ def admin(server, what, **body):
 
 def load(server, folder, name="x", **more):
     return admin(server, "load", lora_name=name, lora_path=folder, **more)
-
-
-def in_background(function, *arguments, **options):
-    """Calls it in a thread; the list gets what it returned."""
-    found = []
-    thread = threading.Thread(
-        target=lambda: found.append(function(*arguments, **options)), daemon=True
-    )
-    thread.start()
-    return thread, found
 
 
 def folder_of(server, name="x"):

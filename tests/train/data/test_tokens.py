@@ -10,7 +10,6 @@ from tokenizers import (
     Tokenizer,
     decoders,
     models,
-    normalizers,
     pre_tokenizers,
     processors,
     trainers,
@@ -22,6 +21,7 @@ from flora_jax.train.data import tokens as module
 from flora_jax.train.data.documents import Document, content_digest
 from flora_jax.train.data.tokens import load_packed, pack, piece_bytes, save_packed, tokenize
 from tests.helpers.byte_tokenizer import END, byte_tokenizer
+from tests.helpers.space_tokenizer import set_spaces
 
 TEXTS = ["one abc", "", "dos é\n", "x" * 50, f"a{END}b"]
 
@@ -294,9 +294,7 @@ def sentencepiece_like(texts):
     """As tokenizer.json of Llama 2 and of Mistral has it."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
+    set_spaces(tokenizer)
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=pieces, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
@@ -305,14 +303,6 @@ def sentencepiece_like(texts):
     raw["added_tokens"] = raw["added_tokens"][:3]
     raw["pre_tokenizer"] = None
     tokenizer = Tokenizer.from_str(json.dumps(raw))
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
     return tokenizer
 
 
