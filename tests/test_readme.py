@@ -57,7 +57,10 @@ STREAMS = """
 import asyncio, openai
 
 async def one(client, name):
-    parts = await client.completions.create(model=name, prompt="\\n", max_tokens=24, stream=True)
+    parts = await client.completions.create(
+        model=name, prompt="\\n", max_tokens=24, temperature=0, stream=True,
+        extra_body={"ignore_eos": True},
+    )
     return name, len([part async for part in parts if part.choices[0].text])
 
 async def main():
