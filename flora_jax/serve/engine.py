@@ -32,11 +32,12 @@ from flora_jax.serve.options import WHILE_READING, EngineOptions
 from flora_jax.serve.pace import Pace
 from flora_jax.serve.placement import placement_of
 from flora_jax.serve.prefixes import PromptKeys, block_keys, prompt_keys
+from flora_jax.serve.preloading import Preloading
 from flora_jax.serve.readers import Readers
 from flora_jax.serve.registry import Registry, Source, Version, version
 from flora_jax.serve.request import MAX_STOP_TOKENS, Limits, Request, RequestId, is_request_id
 from flora_jax.serve.residency import make_residency, target_groups
-from flora_jax.serve.scheduler import Admission, Bounds, Plan, Scheduler
+from flora_jax.serve.scheduler import Bounds, Plan, Scheduler
 from flora_jax.serve.sequence import Sequence
 from flora_jax.serve.state import BROKEN, MAX_STOPS
 from flora_jax.serve.stream import Stream
@@ -117,8 +118,7 @@ class Engine:
         self._numbers: dict[RequestId, int] = {}
         # What the blocks of preempted sequences hold.
         self._copies: dict[int, Any] = {}
-        # Adapters that are to be placed without a request and have no slots yet.
-        self._placing: set[Version] = set()
+        self._preloading = Preloading(self.residency, self.registry.is_current, self._is_awaited)
         self._flight: Flight | None = None
         self._pace = Pace(options.decode_seconds)
         self._broken: BaseException | None = None
@@ -202,22 +202,7 @@ class Engine:
             InputError: nothing has such a name, or its adapter cannot be read or does not fit.
             RunError: running sequences leave no slots for it.
         """
-        wanted = [self._current(name) for name in names]
-        self._placing |= {*wanted}
-        try:
-            for known in wanted:
-                self.residency.prefetch(known)
-            for known in wanted:
-                while (found := self._place(known)) == "loading":
-                    with self._changed:
-                        self._changed.wait(0.05)
-                    self.residency.expire()
-                if found == "full":
-                    raise RunError(
-                        f"adapter {known.name!r}: running requests leave no slots for it"
-                    )
-        finally:
-            self._give_up(self._placing.intersection(wanted))
+        self._preloading.place_all([self._current(name) for name in names], self._pause)
 
     def try_preload(self, name: str) -> bool:
         """One attempt of :meth:`preload` that waits for nothing: reading goes on in the background, and
@@ -229,36 +214,8 @@ class Engine:
         Raises:
             InputError: nothing has this name, or its adapter cannot be read or does not fit.
         """
-        self._give_up_replaced()
-        return self._place(self._current(name)) == "ready"
-
-    def _place(self, known: Version) -> Admission:
-        self._placing.add(known)
-        try:
-            found = self.residency.claim(known)
-        except InputError:
-            self._give_up([known])
-            raise
-        if found == "ready":
-            self._placing.discard(known)
-            self.residency.write_claimed()
-            self.residency.release(known)
-        return found
-
-    def _give_up_replaced(self) -> None:
-        """Places no adapters any more whose names stand for something else by now, or for nothing."""
-        self._give_up([known for known in self._placing if not self.registry.is_current(known)])
-
-    def _give_up(self, versions: Iterable[Version]) -> None:
-        for known in versions:
-            self._placing.discard(known)
-            self._forget_read(known)
-
-    def _forget_read(self, own: Version) -> None:
-        """Lets go of what was read of an adapter, unless somebody else waits for it."""
-        queued = self.scheduler.queued(own.name)
-        if own not in self._placing and not any(other.version == own for other in queued):
-            self.residency.forget(own)
+        self._preloading.give_up_replaced()
+        return self._preloading.place(self._current(name)) == "ready"
 
     @property
     def has_work(self) -> bool:
@@ -392,7 +349,7 @@ class Engine:
     def _iterate(self) -> list[_Told]:
         updates = self._receive()
         self.residency.expire()
-        self._give_up_replaced()
+        self._preloading.give_up_replaced()
         if self.scheduler.swapped:
             updates += self._land()  # Who comes back needs its last token.
         steps = self._pace.steps(self.options.decode_steps)
@@ -449,6 +406,13 @@ class Engine:
             return self.registry.current(name)
         except KeyError:
             raise InputError(f"unknown adapter {name!r}") from None
+
+    def _pause(self) -> None:
+        with self._changed:
+            self._changed.wait(0.05)
+
+    def _is_awaited(self, own: Version) -> bool:
+        return any(other.version == own for other in self.scheduler.queued(own.name))
 
     def _receive(self) -> list[_Told]:
         """Takes what has come; the updates of requests that end without a token."""
@@ -552,7 +516,7 @@ class Engine:
         if own is not None and claimed:
             self.residency.release(own)
         elif own is not None:
-            self._forget_read(own)
+            self._preloading.forget(own)
         self._forget(sequence)
         if self.scheduler.has_work:
             # What is free now may be for one that waits, whatever is being read for others.
