@@ -27,6 +27,7 @@ from flora_jax.evaluate.languages import (
     OUTPUT_LIMIT,
     SYNTAX_ERROR,
     TIMEOUT,
+    Language,
     Toolchain,
     check_status,
 )
@@ -53,8 +54,8 @@ class Task:
     sandbox: Sandbox
 
     def key(self, version: str) -> str:
-        """Names what decides the outcome: the program, and by what and within what it runs."""
-        said = _setting(self.language, self.toolchain, version, self.sandbox).copy()
+        """Names what decides the outcome: program, toolchain, limits, and the rule that judges."""
+        said = _setting(LANGUAGES[self.language], self.toolchain, version, self.sandbox).copy()
         said.update(_bytes(self.program))
         return said.hexdigest()[:32]
 
@@ -137,8 +138,9 @@ def machine() -> str:
 
 
 @functools.lru_cache
-def _setting(language: str, toolchain: Toolchain, version: str, sandbox: Sandbox) -> Any:
-    setting = [language, asdict(toolchain), version, asdict(sandbox)]
+def _setting(language: Language, toolchain: Toolchain, version: str, sandbox: Sandbox) -> Any:
+    rule = [language.passes.__name__, language.syntax and language.syntax.pattern]
+    setting = [language.name, rule, asdict(toolchain), version, asdict(sandbox)]
     return hashlib.sha256(json.dumps(setting).encode())
 
 

@@ -1,6 +1,7 @@
 """Time-outs say as much of the machine as of a program: they depend on no neighbour and are not kept."""
 
 import json
+import re
 import threading
 import time
 from dataclasses import replace
@@ -142,6 +143,17 @@ def test_a_second_run_judges_again_what_ran_out_of_time(tmp_path, monkeypatch):
     assert run["stop_tokens"] == {"pl": [[]]}
     assert run["seconds_allowed"] == {"pl": "15 s"}
     assert run["sandbox"]["limits"]["wall"] == 4.0
+
+
+def test_an_outcome_is_not_known_under_another_rule_of_judging(monkeypatch):
+    def key():
+        return Task("pl", "right", PERL, Sandbox()).key("5")
+
+    before, own = key(), LANGUAGES["pl"]
+    assert key() == before
+    for change in ({"syntax": re.compile("oops")}, {"passes": lambda *ran: True}):
+        monkeypatch.setitem(LANGUAGES, "pl", replace(own, **change))
+        assert key() != before
 
 
 def test_the_limits_of_every_step_are_said():
