@@ -9,7 +9,8 @@ CORPORA is a directory with LANGUAGE.train.jsonl.gz and LANGUAGE.validation.json
     languages  FLoRA, LoRA and IA3 of rank 1 for D, Perl, Ruby, Rust, Racket, Swift and Lua, seven
                adapters in one run, DoRA and HiRA for Perl and Lua. What ships is
                OUTPUT/languages-150-256/KIND/LANGUAGE, as flora_jax/assets/adapters/KIND/LANGUAGE
-    ranks      FLoRA 1/2/4/8, LoRA 1/4/8, both IA3 placements, 3 seeds, Perl and Lua
+    ranks      FLoRA 1/2/4/8, of 2/4/8 from a frozen first component too, LoRA 1/4/8, both IA3
+               placements, 3 seeds, Perl and Lua
     inits      FLoRA of rank 4 from zero-sum noise, all ones and a frozen first component, Perl and
                Lua; singular values of what was learned
 
@@ -91,6 +92,7 @@ def runs(stage: str) -> Iterator[Run]:
     elif stage == "ranks":
         shapes: list[dict[str, Any]] = [
             *({"kind": "flora", "rank": rank} for rank in (1, 2, 4, 8)),
+            *(FROZEN | {"rank": rank} for rank in (2, 4, 8)),
             *({"kind": "lora", "rank": rank} for rank in (1, 4, 8)),
             {"kind": "ia3"},
             {"kind": "ia3", "targets": ["c_attn", "mlp.c_proj"]},
@@ -98,7 +100,7 @@ def runs(stage: str) -> Iterator[Run]:
         for seed in range(3):
             for shape in shapes:
                 placed = "-peft" if "targets" in shape else ""
-                name = f"{shape['kind']}{placed}-r{shape.get('rank', 1)}-seed{seed}"
+                name = f"{swept_name(shape)}{placed}-r{shape.get('rank', 1)}-seed{seed}"
                 yield Run(name, ("perl", "lua"), shape | {"seed": seed})
     elif stage == "inits":
         for init in ("zero_sum", "ones", "frozen_ones"):

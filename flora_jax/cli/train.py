@@ -29,7 +29,11 @@ Data = Annotated[
 # of the run to come, not of the search.
 _SEARCH_STEPS = 60
 _OF_THE_RUN = ("output", "resume", "steps", "warmup_steps")
-_RATES = ", ".join(f"{kind} {traits.learning_rate:g}" for kind, traits in TRAITS.items())
+_RATES = ", ".join(
+    " ".join([f"{kind} {traits.learning_rate:g}",
+              *(f"({v} {rate:g})" for own in traits.options for v, rate in own.rates.items())])
+    for kind, traits in TRAITS.items()
+)  # fmt: skip
 _MEETING = ("coordinator", "num_processes", "process_id")
 # Of the command line what is no part of a run's options: where and how, not what.
 _BESIDE = ("config", "output", "resume", "find_rate", "rates", *_MEETING)

@@ -6,6 +6,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -39,9 +40,9 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class TrainOptions(BaseModel):
     """What decides the result of a run, and how often it is looked at.
 
-    The defaults are the paper's recipe: 1,500 steps of 8 rows, AdamW, the rate by kind. ``data`` and
-    ``validation`` map an adapter's name to a file, a directory or a hub data set; the other fields
-    are described by ``flora-jax train --help``.
+    The defaults are the paper's recipe: 1,500 steps of 8 rows, AdamW, the rate by kind and start.
+    ``data`` and ``validation`` map an adapter's name to a file, a directory or a hub data set; the
+    other fields are described by ``flora-jax train --help``.
     """
 
     # Strict: true is no integer, and "8" is none either.
@@ -82,7 +83,7 @@ class TrainOptions(BaseModel):
     def rate(self) -> float:
         """The peak learning rate."""
         own = self.learning_rate
-        return TRAITS[self.kind].learning_rate if own is None else own
+        return TRAITS[self.kind].rate(partial(getattr, self)) if own is None else own
 
     @property
     def warmup(self) -> int:

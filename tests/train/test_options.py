@@ -40,6 +40,14 @@ def test_the_defaults_are_the_papers_recipe():
     assert options(kind="lora", learning_rate=3e-4).rate == 3e-4
 
 
+def test_a_frozen_first_component_has_a_rate_of_its_own_by_default():
+    frozen = options(kind="flora", rank=4, init="frozen_ones")
+    assert frozen.rate == frozen.effective("cpu").learning_rate == 0.032
+    for init in (None, "zero_sum", "ones"):
+        assert options(kind="flora", rank=4, init=init).rate == 0.008
+    assert options(kind="flora", rank=4, init="frozen_ones", learning_rate=0.1).rate == 0.1
+
+
 @pytest.mark.parametrize("steps, given, warmup", [(9, None, 0), (50, None, 5), (5000, None, 100),
                                                   (50, 0, 0), (70, 70, 70)])  # fmt: skip
 def test_warmup_is_a_tenth_at_most_a_hundred_unless_given(steps, given, warmup):
