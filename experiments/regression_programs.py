@@ -101,7 +101,10 @@ def build(preset: str, seed: int) -> tuple[Engine, Engine, dict[str, list[str]]]
     for title, contender in CONTENDERS.items():
         names[title] = [f"{title}, {n}" for n in range(REQUESTS)]
         adapters |= setup.make_adapters(model.config, contender, names[title], seed)
-    options = EngineOptions(max_num_seqs=BATCH, max_model_len=CONTEXT, row_buckets=(1, BATCH))
+    # Every call of a program reads the same prompts.
+    options = EngineOptions(
+        max_num_seqs=BATCH, max_model_len=CONTEXT, row_buckets=(1, BATCH), prefix_caching=False
+    )
     alone = dataclasses.replace(options, max_num_seqs=max(ROWS), row_buckets=ROWS)
     return Engine(model, {}, options=alone), Engine(model, adapters, options=options), names
 
@@ -122,7 +125,10 @@ def resident_programs(preset: str, prompt: int, new: int, seed: int) -> dict[str
         named = [str(n) for n in range(resident)]
         adapters = setup.make_adapters(model.config, CONTENDERS["flora 8"], named, seed)
         options = EngineOptions(
-            max_num_seqs=BATCH, max_model_len=prompt + new, row_buckets=(BATCH,)
+            max_num_seqs=BATCH,
+            max_model_len=prompt + new,
+            row_buckets=(BATCH,),
+            prefix_caching=False,
         )
         engine = Engine(model, adapters, options=options)
         engine.preload(named)

@@ -43,6 +43,7 @@ def main(say: Callable[[dict[str, Any]], None]) -> None:
             max_num_batched_tokens=options.max_batched_tokens,
             max_components=MAX_COMPONENTS,
             row_buckets=options.batches,
+            prefix_caching=False,  # A round reads its prompts twice.
         ),
     )
     engine.warm_up()

@@ -47,8 +47,8 @@ class Options:
         return json.loads((self.model / "config.json").read_text())
 
     def prompts(self, number: int, rows: int) -> list[list[int]]:
-        """The prompts of a round: random tokens, the same for all, others in every round, so that
-        no cache of prefixes can help.
+        """The prompts of a round: random tokens, the same for all, others in every round. A round reads
+        them twice, so that contenders have to switch off their caches of prefixes.
         """
         draw = random.Random(number)
         last = self.config["vocab_size"] - 1

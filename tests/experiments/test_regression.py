@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +51,23 @@ def test_a_contender_that_became_slower_than_its_bound_fails_with_its_name(
     assert capsys.readouterr().err == (
         "regression: decode, FLoRA r 1 / base: 0.800, expected at least 0.900\n"
     )
+
+
+def test_every_call_of_a_program_reads_its_prompts(script, monkeypatch):
+    """A cache of prefixes would have them from the second call on."""
+    programs = importlib.import_module("regression_programs")
+    made = []
+
+    def fake(model, adapters, options):
+        made.append(options)
+        return SimpleNamespace(model=model, options=options, preload=list, config=model.config)
+
+    monkeypatch.setattr(programs, "Engine", fake)
+    _, engine, names = programs.build("mini", 0)
+    programs.unmerged(engine, names["flora 8"], 0)
+    monkeypatch.setattr(programs, "MANY", 9)
+    programs.resident_programs("mini", 8, 8, 0)
+    assert [options.prefix_caching for options in made] == [False] * 5
 
 
 def test_a_host_that_became_slow_fails_with_its_milliseconds(script, tmp_path, capsys):

@@ -183,11 +183,13 @@ def start_engine(
 
 
 def rehearse(engine: Engine, requests: Sequence[Request]) -> None:
-    """Runs the first two requests for some tokens, untimed: a first run touches memory anew."""
+    """Runs requests like the first two for some tokens, untimed: a first run touches memory anew."""
     for request in requests[:2]:
         params = request.sampling_params
         params = dataclasses.replace(params, max_tokens=min(4, params.max_tokens))
-        engine.add(dataclasses.replace(request, sampling_params=params))
+        # Not the same prompts: the cache would have them when they are measured.
+        other = request.prompt_token_ids[::-1]
+        engine.add(dataclasses.replace(request, prompt_token_ids=other, sampling_params=params))
     while engine.has_work:
         engine.wait()
         engine.step()
