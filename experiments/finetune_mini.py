@@ -58,7 +58,7 @@ FROZEN = {"kind": "flora", "rank": 4, "init": "frozen_ones"}
 # What is swept: its changes of the recipe, and the rates.
 SWEPT: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "flora": ({"kind": "flora"}, _WIDE),
-    "flora-frozen": (FROZEN, _WIDE),
+    "flora-frozen": (FROZEN, (*_WIDE, 6.4e-2)),
     "lora": ({"kind": "lora"}, _NARROW),
     "dora": ({"kind": "dora"}, _NARROW),
     "ia3": ({"kind": "ia3"}, (1.25e-3, 5e-3, 2e-2, 8e-2, 3.2e-1)),

@@ -70,7 +70,7 @@ MORE_SHAPES: dict[str, Shape] = {
 # The shapes that are swept, and their rates; others have that of their kind and start.
 SWEPT: dict[str, tuple[float, ...]] = {
     "FLoRA r 1": (2e-3, 8e-3, 3.2e-2, 1.28e-1),
-    "FLoRA r 4, frozen ones": (8e-3, 3.2e-2, 1.28e-1, 5.12e-1),
+    "FLoRA r 4, frozen ones": (8e-3, 3.2e-2, 6.4e-2, 1.28e-1, 5.12e-1),
     "LoRA r 8": (3e-4, 1e-3, 4e-3, 1.6e-2),
     "IA3": (5e-3, 2e-2, 8e-2),
     "HiRA r 4": (8e-3, 3.2e-2, 1.28e-1),

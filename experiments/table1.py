@@ -15,8 +15,8 @@ problems' files say, by default as MultiPL-E's current release does.
 The presets of StarCoder have the paper's 1,500 steps of 8 rows for each adapter, 8-bit base, rates,
 temperature 0.1 and 100 samples; rank 1 for the 15B and 4 for the 3B are our choice within its 1 to 8, and
 512 tokens are MultiPL-E's. They need a GPU with room for the weights and have not been run.
-``results/table1_mini.md`` has the mini's result with ``--limit 50``, and what it took on an AMD EPYC
-beside other work: 26 minutes of generation on one core, some 20 of running programs on two.
+``results/table1_mini.md`` has the mini's result, and what it took on one core of an AMD EPYC beside other
+work (programs that do not end take half as long alone): 97 minutes of generation, some 66 of programs.
 """
 
 from __future__ import annotations
