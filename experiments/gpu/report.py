@@ -275,7 +275,7 @@ def engine(items: Sequence[Line]) -> str:
              "output_throughput": "output tokens/s", "duration": "s",
              "ready_s": "until ready, s"}  # fmt: skip
     # Lines that do not say it are of runs whose untimed one had left the prompts in the cache.
-    lines = [{"prompts": "cached"} | line for line in select(items, "engine")]
+    lines = [{"prompts": "cached", **line} for line in select(items, "engine")]
     return _part("The engine", lines, names)
 
 

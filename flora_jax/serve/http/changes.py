@@ -7,10 +7,11 @@ has not done, each once. Knows nothing of Ray.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import contextvars
 import json
 import time
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 
@@ -19,6 +20,8 @@ from flora_jax.serve.http.locks import NameLocks
 
 _UNLOAD_PATH = "/v1/unload_lora_adapter"
 _LIST_PATH = "/v1/models"
+_Rest = TypeVar("_Rest")
+Ask = Callable[[Call], Awaitable[tuple[Head, _Rest]]]
 
 
 class Changes:
@@ -28,23 +31,41 @@ class Changes:
         self._last: dict[str, Call] = {}
         self._number = 0
         self._locks = NameLocks()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     def last(self) -> dict[str, Call]:
         """By name, as other replicas do them."""
         return dict(self._last)
 
-    @contextlib.asynccontextmanager
-    async def numbered(self, call: Call) -> AsyncIterator[Call]:
-        """A change with its number, while nobody else changes this name: every replica has to do the
-        changes of a name in one order.
+    async def through(self, ask: Ask[_Rest], call: Call) -> tuple[Head, _Rest]:
+        """What ``ask``, which has a replica do the change, gives; one that was done is remembered.
+
+        It goes on to its end when whoever asked for it goes away: others have to do what the replica has
+        done by then.
         """
+        # In no request's context, by which Ray ends what a request had asked for together with it.
+        task = asyncio.create_task(self._through(ask, call), context=contextvars.Context())
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    async def _through(self, ask: Ask[_Rest], call: Call) -> tuple[Head, _Rest]:
+        # Every replica has to do the changes of a name in one order.
         async with self._locks.of(call.changes):
             # Also larger than those of an entrance that died, which the replicas remember.
             self._number = max(self._number + 1, time.time_ns())
-            yield call._replace(number=self._number)
+            call = call._replace(number=self._number)
+            head, rest = await ask(call)
+            if head.status == 200:
+                self._remember(call)
+            return head, rest
 
-    def remember(self, call: Call) -> None:
-        """Takes a change that a replica has done."""
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        # Its error is for whoever asked, if anybody is left.
+        task.cancelled() or task.exception()
+
+    def _remember(self, call: Call) -> None:
         if call.path != _UNLOAD_PATH:
             # Another replica may have what the name stood for before.
             body = json.dumps(json.loads(call.body) | {"load_inplace": True}).encode()

@@ -160,13 +160,8 @@ class Entrance:
         """The replica's answer; 503 where it died before it began, and every other try did as well."""
         try:
             call = self._call(request, await self._body(request))
-            if call.changes:
-                async with self._changes.numbered(call) as call:
-                    head, parts = await self._ask(call)
-                    if head.status == 200:
-                        self._changes.remember(call)
-            else:
-                head, parts = await self._ask(call)
+            asked = self._changes.through(self._ask, call) if call.changes else self._ask(call)
+            head, parts = await asked
         except ApiError as error:
             return error.response()
         response = StreamingResponse(_to_the_end(head, parts), head.status)

@@ -63,11 +63,13 @@ class Replicas:
 
     async def change(self, place, call):
         """Through one of them; the answer's status."""
-        async with self.entrance.numbered(call) as call:
+
+        async def ask(call):
             await self.replays[place].catch_up(call, self.entrance.last())
-            head, *_ = await self.replays[place].change(call)
-            if head.status == 200:
-                self.entrance.remember(call)
+            head, *parts = await self.replays[place].change(call)
+            return head, parts
+
+        head, _ = await self.entrance.through(ask, call)
         return head.status
 
     async def ask(self, place, call):
@@ -177,6 +179,22 @@ def test_a_change_that_is_refused_is_not_remembered(status):
         assert not replicas.entrance.last()
 
     asyncio.run(refused())
+
+
+@run
+async def test_a_change_is_done_by_all_also_when_who_asked_for_it_goes_away(replicas):
+    replicas.apps[0].slow["x"] = asyncio.Event()
+    asked = asyncio.create_task(replicas.change(0, load("folder")))
+    while not replicas.apps[0].changes:
+        await asyncio.sleep(0)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    replicas.apps[0].slow["x"].set()
+    while not replicas.entrance.last():
+        await asyncio.sleep(0)
+    await replicas.ask(1, use())
+    assert replicas.apps[0].known == replicas.apps[1].known == {"x": "folder"}
 
 
 @run
