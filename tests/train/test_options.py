@@ -42,7 +42,7 @@ def test_the_defaults_are_the_papers_recipe():
 
 def test_a_frozen_first_component_has_a_rate_of_its_own_by_default():
     frozen = options(kind="flora", rank=4, init="frozen_ones")
-    assert frozen.rate == frozen.effective("cpu").learning_rate == 0.032
+    assert frozen.rate == frozen.effective("cpu").learning_rate == 0.064
     for init in (None, "zero_sum", "ones"):
         assert options(kind="flora", rank=4, init=init).rate == 0.008
     assert options(kind="flora", rank=4, init="frozen_ones", learning_rate=0.1).rate == 0.1
