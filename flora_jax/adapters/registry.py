@@ -80,7 +80,7 @@ _REDUCTION = Option("reduction", lambda rank: "mean", ("mean", "sum"))
 
 # Learning rates are those of the paper's section 4 for all that it trains. HiRA starts like LoRA but
 # multiplies, so that its factors must move about as far as FLoRA's. FLoRA from a frozen first component
-# does too, and its mean divides what they do: of two models 8 times the rate was best on one, 16 on the other.
+# does too, and its mean divides what they do: 8 times the rate was best on one model, 16 on another.
 TRAITS: Mapping[str, Traits] = {
     traits.name: traits
     for traits in (
