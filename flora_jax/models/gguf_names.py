@@ -74,7 +74,9 @@ def read_rotary(own: Mapping[str, Any], factors: np.ndarray | None, dim: int) ->
         InputError: a scaling that is not known here, or factors that are no known scaling's.
     """
     base = float(own.get("rope.freq_base", Rotary().base))
-    kind = own.get("rope.scaling.type", "none")
+    # A factor alone is a linear scaling's in llama.cpp; 0 and 1 leave positions as they are.
+    alone = "none" if own.get("rope.scaling.factor", 0) in (0, 1) else "linear"
+    kind = own.get("rope.scaling.type", alone)
     if factors is not None:
         if kind != "none":
             raise InputError(
