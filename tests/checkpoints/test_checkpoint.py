@@ -25,6 +25,7 @@ from flora_jax.checkpoints.checkpoint import (
     save_hf,
     save_orbax,
 )
+from flora_jax.checkpoints.tensor_files import stored_tensors
 from flora_jax.cli.convert import convert as convert_verb
 from flora_jax.cli.info_rows import describe_rows
 from flora_jax.errors import InputError
@@ -298,6 +299,18 @@ def test_a_torch_file_cannot_run_code_or_hold_other_things(tmp_path, tiny):
     file.write_bytes(b"PK\x03\x04 not a checkpoint")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: damaged"):
         load_model(tiny)
+
+
+# PyTorch makes an error of another type of each, some of them without a message.
+@pytest.mark.parametrize(
+    "found", [b"abc", b"", b"\x80\x02}q.", b"{}", b"\x80\x02K", b"j", b"R", b"e."]
+)
+def test_bytes_that_are_no_torch_file_are_one_error_with_its_name(tmp_path, found):
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(found)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: damaged, .*: \S") as caught:
+        stored_tensors(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_torch_file_without_torch_says_what_to_install(tiny, monkeypatch):
