@@ -6,6 +6,7 @@ A directory of ours has config.json as Hugging Face's, the marker flora_jax.json
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -71,12 +72,24 @@ __all__ = [
 class Opened:
     """A checkpoint whose configuration was read; its tokenizer and weights are read when asked for.
 
-    ``source`` is as it was given, ``directory`` where its files are.
+    ``source`` is as it was given; ``found`` is where its files were at opening, perhaps relative to the
+    process's own directory, and ``place`` the same as an absolute path; ``from_hub`` says whether the
+    source is a hub id, whose weights may not be there yet.
     """
 
     source: str
-    directory: Path
+    found: Path
+    place: Path
     config: ModelConfig
+    from_hub: bool
+
+    @property
+    def directory(self) -> Path:
+        """Where its files are: as at opening, absolute once the process has moved."""
+        with contextlib.suppress(OSError):  # The process's own directory may be gone.
+            if self.found.absolute() == self.place:
+                return self.found
+        return self.place
 
     @functools.cached_property
     def tokenizer(self) -> Any | None:
@@ -119,7 +132,7 @@ class Opened:
         Raises:
             CheckpointError: no weights, a broken index, or an unknown version of our layout.
         """
-        return format_of(self.source, self.directory)[0]
+        return format_of(self.directory, self.from_hub)[0]
 
     def describe(self) -> Description:
         """Format and sizes, the files' headers checked against the configuration.
@@ -127,7 +140,7 @@ class Opened:
         Raises:
             CheckpointError: safetensors that do not fit config.json, or an unknown version of our layout.
         """
-        return describe_directory(self.source, self.directory, self.config)
+        return describe_directory(self.source, self.directory, self.config, self.from_hub)
 
     def load(
         self,
@@ -172,7 +185,9 @@ def open_checkpoint(source: Source) -> Opened:
     """
     directory = resolve(source, weights=False)
     try:
-        return Opened(os.fspath(source), directory, read_config(directory))
+        config = read_config(directory)
+        place, from_hub = directory.absolute(), is_hub_id(source)
+        return Opened(os.fspath(source), directory, place, config, from_hub)
     except OSError as error:
         raise unreadable(directory, error) from None
 
@@ -199,10 +214,9 @@ def _load(
 ) -> Model:
     if quantize not in (None, *get_args(Method)):
         raise CheckpointError(f"quantize is {quantize!r}, expected 'int8', 'int4' or None")
-    # A hub id's weights come with the files that are there.
-    directory = resolve(opened.source)
-    config = opened.config
-    if is_hub_id(opened.source):
+    directory, config = opened.directory, opened.config
+    if opened.from_hub:
+        directory = resolve(opened.source)
         # Only now the weights are sure to be there, whose dtype counts where config.json names none.
         config = changed(config, dtype=read_config(directory).dtype)
     wanted = parameter_dtype(dtype, config)

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from flora_jax.checkpoints.match import match_tensors
-from flora_jax.checkpoints.sources import is_hub_id
 from flora_jax.checkpoints.tensor_files import CheckpointError, open_directory, stored_tensors
 from flora_jax.errors import InputError
 from flora_jax.models.family import (
@@ -47,20 +46,22 @@ class Description:
     disk_bytes: int
 
 
-def describe_directory(source: Source, directory: Path, config: ModelConfig) -> Description:
+def describe_directory(
+    source: str, directory: Path, config: ModelConfig, from_hub: bool
+) -> Description:
     """Checks the files' headers of a checkpoint against its configuration; of an orbax directory and of a
     ``pytorch_model.bin`` only the sizes are looked at, of a hub id nothing.
 
     Raises:
         CheckpointError: safetensors that do not fit config.json, or an unknown version of our layout.
     """
-    kind, files = format_of(source, directory)
+    kind, files = format_of(directory, from_hub)
     if kind == "safetensors":
         match_tensors(directory, stored_tensors(directory), config)
     count = parameters(config)
     known = kind != "hub" or _says_dtype(directory)
     return Description(
-        source=os.fspath(source),
+        source=source,
         format=kind,
         config=config,
         parameters=count,
@@ -69,13 +70,13 @@ def describe_directory(source: Source, directory: Path, config: ModelConfig) -> 
     )
 
 
-def format_of(source: Source, directory: Path) -> tuple[str, list[Path]]:
+def format_of(directory: Path, from_hub: bool) -> tuple[str, list[Path]]:
     """How a checkpoint holds its weights, as :class:`Description` has it, and the files of them.
 
     Raises:
         CheckpointError: no weights, a broken index, or an unknown version of our layout.
     """
-    if is_hub_id(source):
+    if from_hub:
         return "hub", []
     if is_ours(directory):
         return "orbax", [file for file in (directory / "params").rglob("*") if file.is_file()]

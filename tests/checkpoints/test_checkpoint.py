@@ -465,6 +465,20 @@ def test_a_shipped_model_is_described_by_its_files():
     assert found.disk_bytes == sum(file.stat().st_size for file in files) > found.bytes
 
 
+def test_a_relative_path_is_the_same_directory_after_the_process_has_moved(
+    tiny, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    opened = open_checkpoint("tiny")
+    expected = bits(opened.load())
+    assert str(opened.directory) == "tiny"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert bits(opened.load()) == expected
+    assert (opened.format, opened.describe().format) == ("safetensors", "safetensors")
+    assert (opened.source, opened.tokenizer) == ("tiny", None)
+
+
 def test_opening_looks_at_no_tensor(tiny):
     (tiny / "model.safetensors").write_bytes(b"")
     opened = open_checkpoint(tiny)
