@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,13 +37,15 @@ from flora_jax.checkpoints.match import match_tensors
 from flora_jax.checkpoints.sources import copy_companions, is_hub_id, resolve
 from flora_jax.checkpoints.tensor_files import (
     FLOATS,
+    MAX_SHARD_BYTES,
     CheckpointError,
+    Entry,
     StoredTensor,
     read_array,
     stored_dtype,
     stored_tensors,
     unreadable,
-    write_safetensors,
+    write_shards,
 )
 from flora_jax.checkpoints.tokenizer import load_tokenizer
 from flora_jax.errors import InputError
@@ -269,7 +271,7 @@ def save_hf(
     model: Model,
     directory: Source,
     *,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     companions: Source | None = None,
 ) -> None:
     """Writes config.json and safetensors as transformers does, in the parameters' dtype.
@@ -285,36 +287,15 @@ def save_hf(
     """
     leaves = _checked_leaves(model)
     table = family_of(model.config).tensors(model.config)
-    shards: list[list[str]] = [[]]
-    size = 0
-    for path in table:
-        if shards[-1] and size + leaves[path].nbytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(path)
-        size += leaves[path].nbytes
-    names = [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
-    names = names if len(shards) > 1 else ["model.safetensors"]
+    entries = [_entry(tensor, leaves[path]) for path, tensor in table.items()]
     with whole_directory(directory) as part:
-        for name, paths in zip(names, shards):
-            entries = [_entry(table[path], leaves[path]) for path in paths]
-            write_safetensors(part / name, entries)
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(leaves[path].nbytes for path in table)},
-                "weight_map": {
-                    table[path].name: name for name, paths in zip(names, shards) for path in paths
-                },
-            }
-            _write_json(part / "model.safetensors.index.json", index)
+        write_shards(part, entries, max_shard_bytes)
         _write_config(model, part)
         copy_companions(companions, part)
 
 
-def _entry(
-    wanted: Tensor, leaf: jax.Array
-) -> tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]:
-    return wanted.name, wanted.shape, np.dtype(leaf.dtype), lambda: np.asarray(leaf)
+def _entry(wanted: Tensor, leaf: jax.Array) -> Entry:
+    return Entry(wanted.name, wanted.shape, np.dtype(leaf.dtype), lambda: np.asarray(leaf))
 
 
 def save_orbax(model: Model, directory: Source, *, companions: Source | None = None) -> None:

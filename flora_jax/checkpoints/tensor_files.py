@@ -14,7 +14,7 @@ import math
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -24,6 +24,8 @@ from flora_jax.errors import InputError
 
 _BLOCK_BYTES = 4 << 20
 _MAPPED_BYTES = 32 << 20
+# Of transformers' writer too.
+MAX_SHARD_BYTES = 5_000_000_000
 FLOATS = tuple(np.dtype(t) for t in (ml_dtypes.bfloat16, np.float16, np.float32, np.float64))
 _SAFETENSORS_DTYPES = {
     **{"BF16": FLOATS[0], "F16": FLOATS[1], "F32": FLOATS[2], "F64": FLOATS[3]},
@@ -200,7 +202,9 @@ def torch_file(file: Path) -> dict[str, StoredTensor]:
         ) from None
     try:
         state = _TorchState(file, zipfile.is_zipfile(file))
-    except Exception as error:  # What pickle, zip and torch make of damaged bytes has no common type.
+    except (
+        Exception
+    ) as error:  # What pickle, zip and torch make of damaged bytes has no common type.
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{file}: damaged, or holds more than tensors: {reason}") from None
     tensors = state.tensors
@@ -250,11 +254,51 @@ def _in_torch(state: _TorchState, name: str, tensor: Any) -> StoredTensor:
     return StoredTensor(name, state.file, tuple(tensor.shape), dtype, word, read)
 
 
-def write_safetensors(
-    file: Path,
-    tensors: Sequence[tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]],
+class Entry(NamedTuple):
+    """A tensor to be written; ``get`` makes its array when its turn has come."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    get: Callable[[], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_shards(
+    directory: Path, entries: Sequence[Entry], max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Writes ``(name, shape, dtype, get)`` one after the other; one array is held at a time."""
+    """Writes model.safetensors, or beyond so many bytes several files and their index.
+
+    A larger tensor has a file of its own.
+    """
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.nbytes
+    names = [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    for name, shard in zip(names, shards):
+        write_safetensors(directory / name, shard)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(entry.nbytes for entry in entries)},
+            "weight_map": {
+                entry.name: name for name, shard in zip(names, shards) for entry in shard
+            },
+        }
+        text = json.dumps(index, indent=2) + "\n"
+        (directory / "model.safetensors.index.json").write_text(text)
+
+
+def write_safetensors(file: Path, tensors: Sequence[Entry]) -> None:
+    """Writes one after the other; one array is held at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape, dtype, _ in tensors:
