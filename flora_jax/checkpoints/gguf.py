@@ -1,36 +1,40 @@
-"""GGUF files, llama.cpp's format, turned into Hugging Face directories by transformers' reader.
+"""GGUF files, llama.cpp's format, turned into Hugging Face directories.
 
-What that reader leaves out or does in another way than llama.cpp is mended here, or refused: positions'
-scaling, how text is split before its merges, which tokens come in front. Needs the extra ``gguf``.
+What a file says is honoured as llama.cpp does, or refused. Its tokenizer is read and mended in
+:mod:`flora_jax.checkpoints.gguf_tokenizer`. Needs the extra ``gguf``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+import reprlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from flora_jax.checkpoints.gguf_tokenizer import check_tokens, one_line, read_tokenizer
+from flora_jax.checkpoints.tensor_files import FLOATS, Entry, write_shards
 from flora_jax.errors import InputError
 from flora_jax.files import whole_directory
-from flora_jax.models.family import DTYPES, FAMILIES, read_family_config
+from flora_jax.models.family import DTYPES, FAMILIES, ModelConfig, family_of, read_family_config
 from flora_jax.models.gguf_names import (
-    BYTE_LEVEL,
+    INTERLEAVED,
     OTHER_FACTORS,
+    OUTPUT,
     ROTARY_FACTORS,
     ROTARY_NAMES,
-    SENTENCEPIECE,
-    SPLITS,
-    Split,
     read_rotary,
 )
 from flora_jax.models.rotary import Rotary
 
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
-_PACKAGES = ("gguf", "torch", "transformers", "accelerate")
+_PACKAGES = ("gguf", "torch", "transformers")
 # What a file says of its model, under its architecture's name, and what the configuration calls it.
 _FIELDS = {
     "attention.head_count": "num_attention_heads",
@@ -45,8 +49,32 @@ _FIELDS = {
     "feed_forward_length": "intermediate_size",
     "vocab_size": "vocab_size",
 }
-# Of a model with experts, or one that is not causal; 0 and False say that this is none.
-_NO_EFFECT = ("expert_count", "expert_used_count", "pooling_type")
+# May be missing: llama.cpp has a value for them.
+_OPTIONAL = (
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.sliding_window",
+    "vocab_size",
+)
+# No sizes but real numbers, and what is no number.
+_REALS = (
+    "attention.layer_norm_epsilon",
+    "attention.layer_norm_rms_epsilon",
+    "rope.freq_base",
+    "rope.scaling.attn_factor",
+    "rope.scaling.factor",
+)
+_OTHERS = ("rope.scaling.finetuned", "rope.scaling.type")
+# May be given for each layer.
+_PER_LAYER = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+# 0 and False say that the model has none: of experts, of a pooling, of a window.
+_NO_EFFECT = ("expert_count", "expert_used_count", "pooling_type", "attention.sliding_window")
+_TEXTS = (
+    "general.architecture",
+    "tokenizer.chat_template",
+    "tokenizer.ggml.model",
+    "tokenizer.ggml.pre",
+)
 
 
 def is_gguf(source: str) -> bool:
@@ -81,23 +109,19 @@ def convert_gguf(file: str | Path, directory: str | Path, dtype: str | None = No
         )
     if dtype not in (None, *DTYPES):
         raise InputError(f"dtype is {dtype!r}, expected {', '.join(DTYPES)}")
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(path)
-    except Exception as error:  # What the package makes of damaged files is of many kinds.
-        raise InputError(f"{file}: damaged: {_line(error)}") from None
-    facts = {name: field.contents() for name, field in reader.fields.items()}
-    types = {tensor.tensor_type.name for tensor in reader.tensors}
-    wanted = dtype or _own_dtype(types)
+    facts, tensors = _read(path)
+    wanted = dtype or _own_dtype({tensor.tensor_type.name for tensor in tensors.values()})
     with whole_directory(directory) as part:
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        weights = {name: int(t.n_elements) for name, t in tensors.items() if name != ROTARY_FACTORS}
-        count = sum(weights.values())
-        _check_room(part, count * (4 if wanted == "float32" else 2), directory)
-        config = _config(path, facts, tensors)
-        tokenizer = _tokenizer(path, facts, config)
-        _write_model(path, config, wanted, part, count)
+        architecture = _architecture(path, facts)
+        check_tokens(path, facts)
+        raw = _config(path, facts, tensors, architecture) | {"dtype": wanted}
+        config = read_family_config(raw, f"{path}: as config.json")
+        raw["architectures"] = config.to_dict()["architectures"]
+        entries = _entries(path, tensors, config, architecture)
+        _check_room(part, sum(entry.nbytes for entry in entries), directory)
+        tokenizer = read_tokenizer(path, facts, config.n_positions)
+        _write_configs(part, raw)
+        write_shards(part, entries)
         tokenizer.save_pretrained(part)
 
 
@@ -111,6 +135,21 @@ def _check_file(path: Path) -> None:
 def _begins(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(len(_MAGIC))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A file's metadata and its tensors, by name."""
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+        facts = {name: field.contents() for name, field in reader.fields.items()}
+    except Exception as error:  # What the package makes of damaged files is of many kinds.
+        raise InputError(f"{path}: damaged: {one_line(error)}") from None
+    for name in _TEXTS:
+        if not isinstance(facts.get(name, ""), str):
+            raise InputError(f"{path}: {name} is {reprlib.repr(facts[name])}, expected a text")
+    return facts, {tensor.name: tensor for tensor in reader.tensors}
 
 
 def _own_dtype(types: set[str]) -> str:
@@ -128,49 +167,90 @@ def _check_room(part: Path, needed: int, target: str | Path) -> None:
         raise InputError(f"{target}: {needed:,} bytes are needed, {free:,} are free there")
 
 
-def _config(path: Path, facts: Mapping[str, Any], tensors: Mapping[str, Any]) -> Any:
-    """transformers' configuration, mended and known to be one that the package can load."""
-    from transformers import AutoConfig
+def _architecture(path: Path, facts: Mapping[str, Any]) -> str:
+    """The file's architecture, of a family that is known here, in one file."""
+    import gguf
 
     architecture = facts.get("general.architecture")
-    if architecture not in FAMILIES:
+    known = FAMILIES.keys() & gguf.MODEL_ARCH_NAMES.values()
+    if architecture not in known:
         raise InputError(
             f"{path}: general.architecture is {architecture!r}, expected "
-            f"{' or '.join(map(repr, sorted(FAMILIES)))}"
+            f"{' or '.join(map(repr, sorted(known)))}"
         )
-    if facts.get("split.count", 1) > 1:
+    if facts.get("split.count", 1) not in (0, 1):
         raise InputError(
             f"{path}: is one of {facts['split.count']} parts, expected one file: gguf-split --merge"
         )
-    own = {
-        name.removeprefix(f"{architecture}."): value
-        for name, value in facts.items()
-        if name.startswith(f"{architecture}.")
-    }
-    own = {name: value for name, value in own.items() if name not in _NO_EFFECT or value}
-    for name, value in own.items():
-        if name not in (*_FIELDS, *ROTARY_NAMES, "attention.value_length"):
-            raise InputError(f"{path}: {architecture}.{name} is {value!r}, which is not known here")
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{path}: transformers cannot read it: {_line(error)}") from None
-    if "attention.sliding_window" not in own and getattr(config, "sliding_window", None):
-        config.sliding_window = None  # A default of the class, of which the file says nothing.
-    own.setdefault("vocab_size", len(facts.get("tokenizer.ggml.tokens", ())) or config.vocab_size)
+    return architecture
+
+
+def _config(
+    path: Path, facts: Mapping[str, Any], tensors: Mapping[str, Any], architecture: str
+) -> dict[str, Any]:
+    """config.json, with the defaults of transformers where a file can say nothing."""
+    from transformers import AutoConfig
+
+    own = _own_facts(path, facts, architecture)
+    # Some classes warn of their own defaults of these.
+    known = AutoConfig.for_model(architecture, bos_token_id=None, eos_token_id=None)
     for name, field in _FIELDS.items():
-        if name in own and getattr(config, field, None) != own[name]:
-            setattr(config, field, own[name])
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if name not in own and name not in _OPTIONAL and hasattr(known, field):
+            raise InputError(f"{path}: {architecture}.{name} is missing, expected a number above 0")
+    heads, width = own["attention.head_count"], own["embedding_length"]
+    if "attention.key_length" not in own and width % heads:
+        raise InputError(
+            f"{path}: {architecture}.embedding_length is {width}, expected a multiple of "
+            f"{architecture}.attention.head_count, {heads}"
+        )
+    head = own.get("attention.key_length", width // heads)
     for name in ("attention.value_length", "rope.dimension_count"):
         if own.get(name, head) != head:
             raise InputError(
                 f"{path}: {architecture}.{name} is {own[name]}, expected a head's width, {head}"
             )
-    config.rope_parameters = _rotary(path, own, tensors, head).to_dict()["rope_parameters"]
-    config.eos_token_id = _end_tokens(facts)
-    read_family_config(_written(config), f"{path}: as config.json")
-    return config
+    # What llama.cpp takes where a file says nothing; classes have other defaults.
+    usual = {
+        "attention.head_count_kv": heads,
+        "attention.key_length": head,
+        "attention.sliding_window": None,
+        "vocab_size": len(facts["tokenizer.ggml.tokens"]),
+    }
+    usual = {name: value for name, value in usual.items() if hasattr(known, _FIELDS[name])}
+    fields = {_FIELDS[name]: value for name, value in (usual | own).items() if name in _FIELDS}
+    fields |= _rotary(path, own, tensors, head).to_dict()
+    fields["tie_word_embeddings"] = OUTPUT not in tensors
+    fields["eos_token_id"] = _end_tokens(facts)
+    for ours, theirs in (("bos", "bos"), ("pad", "padding")):
+        fields[f"{ours}_token_id"] = facts.get(f"tokenizer.ggml.{theirs}_token_id")
+    try:
+        raw: dict[str, Any] = AutoConfig.for_model(architecture, **fields).to_dict()
+    except Exception as error:  # Its classes check their fields, each in its way.
+        raise InputError(f"{path}: transformers refuses its settings: {one_line(error)}") from None
+    raw.pop("_name_or_path", None)
+    return raw
+
+
+def _own_facts(path: Path, facts: Mapping[str, Any], architecture: str) -> dict[str, Any]:
+    """What a file says of its model, without the architecture's name: known, and of the right kind."""
+    start = f"{architecture}."
+    own = {name.removeprefix(start): v for name, v in facts.items() if name.startswith(start)}
+    own = {name: value for name, value in own.items() if name not in _NO_EFFECT or value}
+    for name, value in own.items():
+        said = f"{path}: {architecture}.{name} is {reprlib.repr(value)}"
+        if name not in (*_FIELDS, *ROTARY_NAMES, "attention.value_length"):
+            raise InputError(f"{said}, which is not known here")
+        if name in _PER_LAYER and isinstance(value, list):
+            if len({*value}) != 1 or len(value) != own.get("block_count"):
+                raise InputError(
+                    f"{said}, expected the same number for each of {own.get('block_count')} layers"
+                )
+            value = own[name] = value[0]
+        kinds = (int, float) if name in _REALS else (int,)
+        right = isinstance(value, kinds) and not isinstance(value, bool)
+        if name not in _OTHERS and not (right and (name in _REALS or value > 0)):
+            raise InputError(f"{said}, expected a number{'' if name in _REALS else ' above 0'}")
+    return own | {name: float(own[name]) for name in _REALS if name in own}
 
 
 def _end_tokens(facts: Mapping[str, Any]) -> Any:
@@ -181,7 +261,7 @@ def _end_tokens(facts: Mapping[str, Any]) -> Any:
 
 
 def _rotary(path: Path, own: Mapping[str, Any], tensors: Mapping[str, Any], dim: int) -> Rotary:
-    """The positions' settings, of which transformers' reader takes the base at most."""
+    """The positions' settings, in errors with the file's name."""
     if other := [name for name in tensors if name.startswith(OTHER_FACTORS)]:
         raise InputError(f"{path}: has the tensor {other[0]}, which is not known here")
     factors = tensors.get(ROTARY_FACTORS)
@@ -191,139 +271,74 @@ def _rotary(path: Path, own: Mapping[str, Any], tensors: Mapping[str, Any], dim:
         raise InputError(f"{path}: {error}") from None
 
 
-def _written(config: Any) -> dict[str, Any]:
-    """config.json: without what transformers' reader leaves in it of the GGUF."""
-    raw: dict[str, Any] = config.to_dict()
-    for name in ("quantization_config", "_model_name_or_path", "_name_or_path", "unk_token_id"):
-        raw.pop(name, None)
-    return raw
+def _entries(
+    path: Path, tensors: Mapping[str, Any], config: ModelConfig, architecture: str
+) -> list[Entry]:
+    """Every parameter as config.json's model has it, to be unpacked when it is written.
 
+    Raises:
+        InputError: the file lacks one, has it in another shape, or holds something else.
+    """
+    import gguf
 
-def _write_model(path: Path, config: Any, dtype: str, part: Path, count: int) -> None:
-    """Writes config.json and the weights, which have to be ``count`` numbers: all of the file's."""
-    import torch
-    import transformers
-    from huggingface_hub import save_torch_state_dict
-
-    # Newer readers would hold some blocks as they are.
-    unpacked = getattr(transformers, "GgufConfig", None)
-    options = {} if unpacked is None else {"quantization_config": unpacked(dequantize=True)}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, config=config, dtype=getattr(torch, dtype), **options
+    dtype = next(one for one in FLOATS if one.name == config.dtype)
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(kinds[architecture], config.n_layer)
+    heads = (
+        {"attn_q": config.n_head, "attn_k": config.kv_heads} if architecture in INTERLEAVED else {}
     )
-    state = model.state_dict()
-    if config.tie_word_embeddings:
-        # One storage under two names: the file has it once.
-        seen: dict[int, str] = {}
-        for name, tensor in state.items():
-            seen.setdefault(tensor.data_ptr(), name)
-        state = {name: state[name] for name in seen.values()}
-    if (found := sum(tensor.numel() for tensor in state.values())) != count:
-        raise InputError(
-            f"{path}: its tensors have {count:,} numbers, transformers' model {found:,}: some would be "
-            "left out"
-        )
-    raw = _written(config) | {"architectures": [type(model).__name__], "dtype": dtype}
+    entries, used = [], {ROTARY_FACTORS}
+    for parameter in family_of(config).tensors(config).values():
+        module, _, kind = parameter.name.rpartition(".")
+        name = f"{names.get_name(module)}.{kind}"
+        if name not in tensors:
+            raise InputError(f"{path}: has no tensor {name}, expected for {parameter.name}")
+        shape = tuple(map(int, reversed(tensors[name].shape)))
+        if shape != parameter.shape:
+            raise InputError(
+                f"{path}: {name} has shape {shape}, expected {parameter.shape} by the file's metadata"
+            )
+        used.add(name)
+        array = _Unpacked(path, tensors[name], heads.get(name.split(".")[-2], 0), dtype)
+        entries.append(Entry(parameter.name, shape, dtype, array))
+    if more := [name for name in tensors if name not in used]:
+        raise InputError(f"{path}: has the tensor {more[0]}, which is not known here")
+    return entries
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unpacked:
+    """A tensor's numbers, out of their blocks; of ``heads`` whose halves are interleaved, unless 0."""
+
+    path: Path
+    tensor: Any
+    heads: int
+    dtype: np.dtype
+
+    def __call__(self) -> np.ndarray:
+        import gguf
+
+        try:
+            array = gguf.dequantize(self.tensor.data, self.tensor.tensor_type)
+        except Exception as error:  # Of a type that the package only knows by name, or damaged.
+            raise InputError(
+                f"{self.path}: {self.tensor.name} cannot be unpacked: {one_line(error)}"
+            ) from None
+        if self.heads:
+            pairs = array.reshape(self.heads, -1, 2, *array.shape[1:])
+            array = pairs.swapaxes(1, 2).reshape(array.shape)
+        with np.errstate(over="ignore"):
+            cast = array.astype(self.dtype, copy=False)
+        if cast.dtype != array.dtype and np.isinf(cast).any() and not np.isinf(array).any():
+            raise InputError(
+                f"{self.path}: {self.tensor.name} has values up to {np.abs(array).max():.4g}, too large "
+                f"for {self.dtype}"
+            )
+        return cast
+
+
+def _write_configs(part: Path, raw: Mapping[str, Any]) -> None:
     (part / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    save_torch_state_dict(state, part)
-    for file in part.glob("*.safetensors"):  # Made for its owner alone.
-        shutil.copymode(part / "config.json", file)
-    ends = {"eos_token_id": config.eos_token_id, "bos_token_id": config.bos_token_id}
+    ends = {name: raw.get(name) for name in ("eos_token_id", "bos_token_id")}
     text = json.dumps({name: ids for name, ids in ends.items() if ids is not None}, indent=2)
     (part / "generation_config.json").write_text(text + "\n")
-
-
-def _tokenizer(path: Path, facts: Mapping[str, Any], config: Any) -> Any:
-    """transformers' tokenizer of the file, with llama.cpp's ids."""
-    from transformers import PreTrainedTokenizerFast
-
-    kind = facts.get("tokenizer.ggml.model")
-    if kind not in _TOKENIZERS:
-        raise InputError(
-            f"{path}: tokenizer.ggml.model is {kind!r}, expected {' or '.join(map(repr, _TOKENIZERS))}"
-        )
-    tokens = facts["tokenizer.ggml.tokens"]
-    read = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
-    backend = read.backend_tokenizer
-    _TOKENIZERS[kind](path, facts, backend)
-    # Whether a tokenizer adds these is no part of the vocabulary; the defaults are llama.cpp's.
-    before = facts.get("tokenizer.ggml.add_bos_token", _adds_bos(facts))
-    ends = (("bos", before), ("eos", facts.get("tokenizer.ggml.add_eos_token", False)))
-    ids = {name: facts[f"tokenizer.ggml.{name}_token_id"] for name, added in ends if added}
-    _add_ends(backend, {name: (tokens[number], int(number)) for name, number in ids.items()})
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    special = {
-        f"{ours}_token": tokens[facts[f"tokenizer.ggml.{theirs}_token_id"]]
-        for ours, theirs in names.items()
-        if facts.get(f"tokenizer.ggml.{theirs}_token_id") is not None
-    }
-    # A class of its own would split the text anew in its own way when it is loaded.
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=config.max_position_embeddings,
-        clean_up_tokenization_spaces=False, **special,
-    )  # fmt: skip
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= len(tokens):
-        raise InputError(f"{path}: the tokenizer has id {highest}, the file {len(tokens)} tokens")
-    tokenizer.chat_template = facts.get("tokenizer.chat_template")
-    return tokenizer
-
-
-def _adds_bos(facts: Mapping[str, Any]) -> bool:
-    split = SPLITS.get(facts.get("tokenizer.ggml.pre", ""), Split())
-    return facts["tokenizer.ggml.model"] == SENTENCEPIECE or split.whole
-
-
-def _mend_byte_level(path: Path, facts: Mapping[str, Any], backend: Any) -> None:
-    """How a byte-level tokenizer splits text before its merges."""
-    from tokenizers import pre_tokenizers
-
-    pre: Any = facts.get("tokenizer.ggml.pre")
-    if pre not in SPLITS:
-        raise InputError(
-            f"{path}: tokenizer.ggml.pre is {pre!r}, expected one of {', '.join(SPLITS)}"
-        )
-    split = SPLITS[pre]
-    if not split.own:
-        bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        digits = pre_tokenizers.Digits(individual_digits=True)
-        both = pre_tokenizers.Sequence([digits, bytes_])
-        backend.pre_tokenizer = both if split.digits_apart else bytes_
-    elif "Split" not in str(backend.pre_tokenizer):
-        raise InputError(f"{path}: this transformers does not know tokenizer.ggml.pre {pre!r}")
-    if split.whole:
-        model = backend.model
-        model.ignore_merges = True
-        backend.model = model
-
-
-def _mend_sentencepiece(path: Path, facts: Mapping[str, Any], backend: Any) -> None:
-    if not facts.get("tokenizer.ggml.add_space_prefix", True):
-        raise InputError(
-            f"{path}: tokenizer.ggml.add_space_prefix is false, which is known for byte-level tokenizers"
-        )
-
-
-# By ``tokenizer.ggml.model``.
-_TOKENIZERS: dict[str, Callable[[Path, Mapping[str, Any], Any], None]] = {
-    BYTE_LEVEL: _mend_byte_level,
-    SENTENCEPIECE: _mend_sentencepiece,
-}
-
-
-def _add_ends(backend: Any, ends: Mapping[str, tuple[str, int]]) -> None:
-    """Has a tokenizer add these tokens to every text, and no others."""
-    from tokenizers import processors
-
-    if backend.encode("").ids == [number for _, number in ends.values()]:
-        return
-    single = ["$A"]
-    single = [f"{ends['bos'][0]}:0", *single] if "bos" in ends else single
-    single = [*single, f"{ends['eos'][0]}:0"] if "eos" in ends else single
-    backend.post_processor = processors.TemplateProcessing(
-        single=single, pair=[*single, "$B:1"], special_tokens=[*ends.values()]
-    )
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -55,6 +55,11 @@ ROTARY_NAMES = (
     "rope.scaling.original_context_length",
     "rope.scaling.type",
 )
+# Architectures in whose files the two numbers of each pair that is turned lie beside each other, not in
+# the halves of their head.
+INTERLEAVED = ("llama",)
+# The head's weight, which a model without one takes from its embedding.
+OUTPUT = "output.weight"
 # The tensor that divides the frequencies of a head's pairs; other factors begin in the same way.
 ROTARY_FACTORS = "rope_freqs.weight"
 OTHER_FACTORS = "rope_factors"

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
-pytest.importorskip("accelerate", reason="the extra 'gguf' is not installed")
 
 import safetensors.torch
 import torch
@@ -28,6 +27,7 @@ from tests.helpers.gguf_files import (
     TEMPLATE,
     TOKENS,
     tiny_llama,
+    tiny_model,
     write_gguf,
 )
 
@@ -60,6 +60,90 @@ def test_every_weight_is_that_of_the_file(model, made):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value.detach().numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "starcoder2"])
+def test_the_weights_of_every_family_keep_their_names_and_order(architecture, tmp_path):
+    model = tiny_model(architecture, tie_word_embeddings=False, head_dim=8)
+    plain = architecture == "starcoder2"
+    epsilons = {f"{architecture}.attention.layer_norm_epsilon": 1e-5}
+    epsilons |= {f"{architecture}.attention.layer_norm_rms_epsilon": None}
+    path = write_gguf(
+        tmp_path / "m.gguf", model, epsilons if plain else {}, architecture=architecture
+    )
+    convert_gguf(path, tmp_path / "hf")
+    found = load_file(tmp_path / "hf" / "model.safetensors")
+    expected = dict(model.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value.detach().numpy(), err_msg=name)
+    raw = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert raw["architectures"] == [type(model).__name__]
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ids = torch.tensor([[5, 9, 200, 31, 7]])
+    with torch.no_grad():
+        np.testing.assert_array_equal(theirs(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("values", [None, [4, 4]])
+def test_heads_that_all_layers_have_alike_may_be_missing_or_listed(values, tmp_path):
+    model = tiny_llama(num_key_value_heads=4)
+    facts = {"llama.attention.head_count_kv": values}
+    facts |= {"llama.feed_forward_length": [64, 64], "llama.attention.head_count": [4, 4]}
+    convert_gguf(write_gguf(tmp_path / "m.gguf", model, facts), tmp_path / "hf")
+    raw = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (raw["num_attention_heads"], raw["num_key_value_heads"]) == (4, 4)
+    found = load_file(tmp_path / "hf" / "model.safetensors")
+    for name, value in model.model.named_parameters():
+        np.testing.assert_array_equal(found[f"model.{name}"], value.detach().numpy(), err_msg=name)
+
+
+def test_a_factor_alone_scales_positions(model, tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", model, {"llama.rope.scaling.factor": 4.0})
+    convert_gguf(path, tmp_path / "hf")
+    raw = json.loads((tmp_path / "hf" / "config.json").read_text())
+    expected = {"rope_type": "linear", "factor": 4.0, "rope_theta": 50_000.0}
+    assert raw["rope_parameters"] == expected
+
+
+def test_nothing_that_lies_beside_the_file_is_read(model, made, tmp_path, monkeypatch):
+    write_gguf(tmp_path / "m.gguf", model)
+    beside = {
+        "tokenizer.json": "{}",
+        "tokenizer_config.json": '{"bos_token": "QQ", "chat_template": "other"}',
+        "added_tokens.json": '{"ab": 5}',
+        "special_tokens_map.json": '{"bos_token": "12"}',
+        "chat_template.jinja": "other",
+        "config.json": '{"model_type": "qwen2", "hidden_size": 64}',
+        "generation_config.json": '{"eos_token_id": 77}',
+        "adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": "a/b"}',
+    }
+    for name, text in beside.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    convert_gguf("m.gguf", "hf")
+    expected = {one.name: one.read_bytes() for one in (made / "hf").iterdir()}
+    assert {one.name: one.read_bytes() for one in (tmp_path / "hf").iterdir()} == expected
+
+    def refused(*_):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    convert_gguf("m.gguf", "again")
+    assert {one.name: one.read_bytes() for one in (tmp_path / "again").iterdir()} == expected
+
+
+def test_what_transformers_makes_of_a_file_is_one_line_with_its_name(model, tmp_path, monkeypatch):
+    path = write_gguf(tmp_path / "m.gguf", model)
+
+    def fails(directory, gguf_file):
+        raise TypeError(f"{directory / gguf_file} is\nodd in {directory}")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.from_pretrained", fails)
+    with pytest.raises(InputError) as caught:
+        convert_gguf(path, tmp_path / "hf")
+    assert str(caught.value) == f"{path}: transformers cannot read it: {path} is odd in {path}"
+    assert [one.name for one in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def test_this_package_and_transformers_load_the_directory_and_agree(model, made):
@@ -166,13 +250,77 @@ def test_yarn_and_a_quantised_tensor_are_read(model, tmp_path):
         ({"llama.rope.scaling.type": "longrope"}, {}, "rope.scaling.type is 'longrope', expected"),
         ({"llama.logit_scale": 2.0}, {}, "llama.logit_scale is 2.0, which is not known here"),
         ({"llama.expert_count": 8}, {}, "llama.expert_count is 8, which is not known here"),
+        ({"llama.attention.head_count": 0}, {}, "head_count is 0, expected a number above 0"),
+        ({"llama.attention.head_count": "4"}, {}, "head_count is '4', expected a number above 0"),
+        ({"llama.attention.head_count": None}, {}, "head_count is missing, expected a number"),
+        ({"llama.attention.head_count": 3}, {}, "length is 32, expected a multiple of .*count, 3"),
+        (
+            {"llama.attention.head_count_kv": [2, 1]},
+            {},
+            r"head_count_kv is \[2, 1\], expected the same number for each of 2 layers",
+        ),
+        (
+            {"llama.feed_forward_length": [64]},
+            {},
+            r"length is \[64\], expected the same number for",
+        ),
+        (
+            {"llama.attention.head_count_kv": None},
+            {},
+            r"k.weight has shape \(16, 32\), expected \(32,",
+        ),
+        (
+            {"llama.embedding_length": [32, 32]},
+            {},
+            r"length is \[32, 32\], expected a number above 0",
+        ),
+        (
+            {"llama.embedding_length": 64, "llama.rope.dimension_count": None},
+            {},
+            r"token_embd.weight has shape \(271, 32\), expected \(271, 64\) by the file's metadata",
+        ),
+        ({"llama.vocab_size": 10}, {}, r"token_embd.weight has shape .*, expected \(10, 32\)"),
+        (
+            {"llama.block_count": 3},
+            {},
+            r"has no tensor blk\.2\.attn_norm\.weight, expected for model",
+        ),
+        ({"llama.block_count": 1}, {}, r"has the tensor blk\.1\.\w+\.weight, which is not known"),
+        ({"llama.rope.scaling.factor": "4"}, {}, "scaling.factor is '4', expected a number"),
+        ({"tokenizer.ggml.tokens": None}, {}, "tokenizer.ggml.tokens is missing, expected a list"),
+        ({"tokenizer.ggml.merges": None}, {}, "tokenizer.ggml.merges is missing, expected a list"),
+        (
+            {"tokenizer.ggml.merges": ["a b", "a q"]},
+            {},
+            r"tokenizer.ggml.merges\[1\] is 'a q', expected two tokens that are a token together",
+        ),
+        (
+            {"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.bos_token_id": None},
+            {},
+            "tokenizer.ggml.bos_token_id is missing, expected the token that is added to every text",
+        ),
+        *(
+            (
+                {f"tokenizer.ggml.{name}_token_id": 99999},
+                {},
+                f"{name}_token_id is 99999, expected below 271",
+            )
+            for name in ("bos", "eos", "unknown", "padding", "eot")
+        ),
+        (
+            {"tokenizer.ggml.model": "llama"},
+            {},
+            "scores is None, expected a number for each of 271",
+        ),
+        ({"tokenizer.ggml.pre": ["a"]}, {}, r"tokenizer.ggml.pre is \['a'\], expected a text"),
+        ({"tokenizer.chat_template": 5}, {}, "tokenizer.chat_template is 5, expected a text"),
         ({"llama.attention.value_length": 4}, {}, "value_length is 4, expected a head's width, 8"),
         ({"split.count": 3}, {}, "is one of 3 parts, expected one file"),
         ({}, {"rope_factors_long.weight": np.ones(4)}, "has the tensor rope_factors_long.weight"),
         (
             {},
             {"blk.0.attn_q.bias": np.ones(32)},
-            "27,296 numbers, transformers' model 27,264: some would be left out",
+            "has the tensor blk.0.attn_q.bias, which is not known here",
         ),
     ],
 )
@@ -218,7 +366,7 @@ def test_what_is_no_gguf_or_has_no_room_ends_in_one_line(made, tmp_path, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     assert "bytes are needed, 1,000 are free there" in ends(source, target, "--to", "hf")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "a GGUF needs gguf, torch, transformers, accelerate: pip install" in ends(
+    assert "a GGUF needs gguf, torch, transformers: pip install" in ends(
         source, target, "--to", "hf"
     )
     assert sorted(one.name for one in tmp_path.iterdir()) == ["damaged.gguf", "odd.gguf"]

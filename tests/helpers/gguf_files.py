@@ -1,11 +1,11 @@
-"""Tiny GGUF files of a Llama with random weights."""
+"""Tiny GGUF files of models with random weights."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 MERGES = ("Ġ Ġ", "ĠĠ Ġ", "1 2", "Ġ 1", "Ġ a", "Ġa b", "a b", "Ã ©", "c Ã©", "ab cÃ©", "Ċ Ċ")
 # One that no merge makes: only a tokenizer that takes whole pieces finds it.
@@ -25,7 +25,13 @@ TEMPLATE = (
 
 def tiny_llama(**changes):
     """A random Llama whose vocabulary is :data:`TOKENS`."""
-    config = LlamaConfig(
+    return tiny_model("llama", **changes)
+
+
+def tiny_model(architecture, **changes):
+    """A random model of a family that GGUF files have, with the vocabulary :data:`TOKENS`."""
+    config = AutoConfig.for_model(
+        architecture,
         **{
             "vocab_size": len(TOKENS), "hidden_size": 32, "intermediate_size": 64,
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -34,7 +40,7 @@ def tiny_llama(**changes):
         } | changes
     )  # fmt: skip
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for value in model.parameters():
             value.copy_(torch.randn(value.shape) * 0.2 + (value.ndim == 1))
@@ -46,34 +52,35 @@ _NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.c_fc": "ffn_up",
+    "mlp.c_proj": "ffn_down",
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+_OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def _tensors(model):
-    """The model's weights as llama.cpp names and orders them: heads' halves interleaved."""
+def _tensors(model, architecture):
+    """The model's weights as llama.cpp names and orders them: a Llama's pairs beside each other."""
     config = model.config
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    for name, value in model.model.named_parameters():
+    for name, value in model.named_parameters():
         array = value.detach().numpy()
-        if name.startswith("layers."):
-            _, layer, module = name.removesuffix(".weight").split(".", 2)
-            own = _NAMES[module]
-            if own in heads:
-                halves = array.reshape(heads[own], 2, -1, array.shape[-1])
-                array = halves.swapaxes(1, 2).reshape(array.shape)
-            yield f"blk.{layer}.{own}.weight", array
-        else:
-            yield (
-                {"embed_tokens.weight": "token_embd.weight", "norm.weight": "output_norm.weight"}[
-                    name
-                ],
-                array,
-            )
+        module, kind = name.rsplit(".", 1)
+        if module in _OUTER:
+            yield f"{_OUTER[module]}.{kind}", array
+            continue
+        _, _, layer, module = module.split(".", 3)
+        own = _NAMES[module]
+        if own in heads and architecture == "llama":
+            halves = array.reshape(heads[own], 2, -1, *array.shape[1:])
+            array = halves.swapaxes(1, 2).reshape(array.shape)
+        yield f"blk.{layer}.{own}.{kind}", array
 
 
 def write_gguf(path: Path, model, facts=(), tensors=(), quantized=(), architecture="llama"):
@@ -91,7 +98,7 @@ def write_gguf(path: Path, model, facts=(), tensors=(), quantized=(), architectu
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "attention.layer_norm_rms_epsilon": 1e-5,
         "rope.freq_base": 50_000.0,
         "rope.dimension_count": config.head_dim,
         "vocab_size": len(TOKENS),
@@ -118,7 +125,7 @@ def write_gguf(path: Path, model, facts=(), tensors=(), quantized=(), architectu
     for name, value in values.items():
         if value is not None:
             adders[type(value)](name, value)
-    for name, array in [*_tensors(model), *dict(tensors).items()]:
+    for name, array in [*_tensors(model, architecture), *dict(tensors).items()]:
         if name.endswith(tuple(quantized)) and quantized:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
