@@ -14,6 +14,7 @@ from flora_jax.models.gguf_names import BYTE_LEVEL, SENTENCEPIECE, SPLITS, Split
 
 # The ids that a file may name; of the last transformers takes no notice.
 _SPECIAL = ("bos", "eos", "unknown", "padding", "eot")
+_BLANK = "\u2581"
 
 
 def check_tokens(path: Path, facts: Mapping[str, Any]) -> None:
@@ -163,10 +164,21 @@ def _mend_byte_level(path: Path, facts: Mapping[str, Any], backend: Any) -> None
 
 
 def _mend_sentencepiece(path: Path, facts: Mapping[str, Any], backend: Any) -> None:
-    if not facts.get("tokenizer.ggml.add_space_prefix", True):
-        raise InputError(
-            f"{path}: tokenizer.ggml.add_space_prefix is false, which is known for byte-level tokenizers"
-        )
+    """Which blanks a SentencePiece tokenizer puts in front, and takes away again from its text.
+
+    llama.cpp puts one in front of every stretch between special tokens, also where that begins with a
+    blank, and takes one from the text of a whole; or neither.
+    """
+    from tokenizers import decoders, normalizers
+
+    blanks: Any = normalizers.Replace(" ", _BLANK)
+    parts = [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if facts.get("tokenizer.ggml.add_space_prefix", True):
+        blanks = normalizers.Sequence([normalizers.Prepend(_BLANK), blanks])
+        parts.append(decoders.Strip(" ", 1, 0))
+    backend.normalizer = blanks
+    backend.pre_tokenizer = None
+    backend.decoder = decoders.Sequence(parts)
 
 
 class _Kind(NamedTuple):

@@ -1,6 +1,7 @@
 """A GGUF file becomes a Hugging Face directory with the same weights and llama.cpp's token ids."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -22,14 +23,20 @@ from flora_jax import cli
 from flora_jax.checkpoints import open_checkpoint
 from flora_jax.checkpoints.gguf import convert_gguf, is_gguf
 from flora_jax.errors import InputError
+from flora_jax.serve.stream import TextDecoder
 from tests.helpers.gguf_files import (
     MERGES,
+    SPM_FACTS,
+    SPM_SCORES,
+    SPM_TOKENS,
+    SPM_TYPES,
     TEMPLATE,
     TOKENS,
     tiny_llama,
     tiny_model,
     write_gguf,
 )
+from tests.helpers.sentencepiece_ids import SentencePieceIds
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXTS = (
@@ -196,6 +203,56 @@ def test_text_is_split_as_the_files_pre_tokenizer_says(pre, rules, model, tmp_pa
         expected = rules(text)
         assert tokenizer.encode(text).ids == [1, *expected]
         assert tokenizer.encode(text, add_special_tokens=False).ids == expected
+
+
+SPM_TEXTS = (
+    "the abc", " the", "  the", "", " ", "a", "abc  12 the ing", "é 12\n\n", "x<|user|>ab the",
+    " <|user|> ab", "the</s>the", "<s>a", "a<unk> b", "<|user|>", "<|user|><|user|> a  ",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sentencepiece(tmp_path_factory):
+    """By whether a blank is put in front: a directory, and llama.cpp's ids."""
+    home = tmp_path_factory.mktemp("spm")
+    model = tiny_llama(vocab_size=len(SPM_TOKENS))
+    made = {}
+    for space, said in ((True, None), (False, False)):
+        facts = SPM_FACTS | {"tokenizer.ggml.add_space_prefix": said}
+        convert_gguf(write_gguf(home / f"{space}.gguf", model, facts), home / f"{space}")
+        made[space] = home / f"{space}", SentencePieceIds(SPM_TOKENS, SPM_SCORES, SPM_TYPES, space)
+    return made
+
+
+@pytest.mark.parametrize("space", [True, False])
+def test_sentencepiece_ids_are_those_of_llama_cpps_rules(space, sentencepiece):
+    directory, rules = sentencepiece[space]
+    ours = open_checkpoint(directory).tokenizer
+    theirs = AutoTokenizer.from_pretrained(directory)
+    draw = random.Random(0)
+    parts = [*"abcthe ing12é. ", "    ", "<|user|>", "</s>", "\n"]
+    drawn = ["".join(draw.choices(parts, k=draw.randint(1, 20))) for _ in range(200)]
+    for text in (*SPM_TEXTS, *drawn):
+        expected = [1, *rules(text)]
+        assert ours.encode(text).ids == expected, text
+        assert theirs(text).input_ids == expected, text
+        assert ours.encode(text, add_special_tokens=False).ids == expected[1:], text
+
+
+@pytest.mark.parametrize("space", [True, False])
+def test_sentencepiece_ids_become_their_text_again_at_once_and_one_by_one(space, sentencepiece):
+    tokenizer = open_checkpoint(sentencepiece[space][0]).tokenizer
+    for text in SPM_TEXTS:
+        if "<" not in text:
+            assert tokenizer.decode(tokenizer.encode(text).ids) == text
+        ids = tokenizer.encode(text).ids
+        whole = tokenizer.decode(ids)
+        for count in range(len(ids) + 1):
+            before = tokenizer.decode(ids[:count])
+            if "\ufffd" in before:
+                continue  # In the middle of a character.
+            decoder = TextDecoder(tokenizer, ids[:count])
+            assert before + "".join(map(decoder.add, ids[count:])) + decoder.rest() == whole
 
 
 def test_llama_3s_positions_end_tokens_and_whole_pieces_are_kept(model, tmp_path):

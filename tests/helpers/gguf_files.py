@@ -7,6 +7,8 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.helpers import sentencepiece_ids as spm
+
 MERGES = ("Ġ Ġ", "ĠĠ Ġ", "1 2", "Ġ 1", "Ġ a", "Ġa b", "a b", "Ã ©", "c Ã©", "ab cÃ©", "Ċ Ċ")
 # One that no merge makes: only a tokenizer that takes whole pieces finds it.
 WHOLE = "xyz"
@@ -21,6 +23,29 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}"
     "{% endfor %}"
 )
+
+
+# A SentencePiece vocabulary: bytes, pieces that are joined in this order, single characters.
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+_PIECES = "▁▁ ▁a ▁ab ab abc bc ▁the th he the er in ▁i ing ▁▁▁▁ ▁▁▁ 12".split()
+_LETTERS = [*"▁abcdefghijklmnopqrstuvwxyz0123456789.,"]
+SPM_TOKENS = ["<unk>", "<s>", "</s>", *_BYTES, *_PIECES, *_LETTERS, "<|user|>"]
+SPM_SCORES = [0.0] * 259 + [-float(n) for n in range(len(_PIECES) + len(_LETTERS))] + [-5000.0]
+SPM_TYPES = [
+    spm.UNKNOWN, spm.CONTROL, spm.CONTROL, *[spm.BYTE] * 256,
+    *[spm.NORMAL] * (len(_PIECES) + len(_LETTERS)), spm.USER_DEFINED,
+]  # fmt: skip
+SPM_FACTS = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.pre": "default",
+    "tokenizer.ggml.tokens": SPM_TOKENS,
+    "tokenizer.ggml.scores": SPM_SCORES,
+    "tokenizer.ggml.token_type": SPM_TYPES,
+    "tokenizer.ggml.merges": None,
+    "tokenizer.ggml.padding_token_id": None,
+    "tokenizer.ggml.add_bos_token": None,
+    "llama.vocab_size": len(SPM_TOKENS),
+}
 
 
 def tiny_llama(**changes):
