@@ -142,11 +142,21 @@ def convert_with_text(
         NonFiniteLossError: distilling diverged.
     """
     own = options.distil
+
+    def moments() -> Moments:
+        # Here it is known that something differs, and nothing long has begun.
+        if own.steps:
+            say(
+                f"distilling will take {own.steps} steps of {own.rows} rows of {own.length} tokens, "
+                "after the fit"
+            )
+        return moments_of(model, adapter, text.training, own)
+
     program = choose(StepOptions(), model.config, model.embedding.dtype, own.length, say)
     base = Base(model.weight, model.bias)
     made = convert(
         adapter, options.to, base, rank=options.rank, approximate=options.approximate,
-        moments=lambda: moments_of(model, adapter, text.training, own), seed=own.seed,
+        moments=moments, seed=own.seed,
     )  # fmt: skip
     judge = Judge(model, adapter, text.held_out, text.piece_bytes, own, HELD_OUT_WINDOWS, program)
     quality = judge(made.adapter)

@@ -20,6 +20,7 @@ from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.adapters.registry import TRAITS
 from flora_jax.mixing.grouped import grouped_hooks
 from flora_jax.models.model import Model
+from flora_jax.terminal import progress
 from flora_jax.train.data.packing import Batch, PackedTokens
 from flora_jax.train.evaluation import Evaluator
 from flora_jax.train.loop import LoopOptions, Work, run_loop
@@ -156,8 +157,9 @@ def distil(
         train_step, batch_at, tokens_per_batch=options.rows * options.length,
         describe=lambda measured: {name: value.item() for name, value in measured.items()},
     )  # fmt: skip
-    # Short enough to be begun anew: no directory, so that nothing of the run is kept.
-    state = run_loop(state, work, None, LoopOptions(options.steps))
+    # Short enough to be begun anew: no directory, so that nothing of the run is kept. Every step is
+    # shown, as there are few.
+    state = run_loop(state, work, None, LoopOptions(options.steps, log_every=1))
     layers = tuple(
         {
             target: jax.tree.map(lambda leaf: leaf[0], {**held_layer, **own}[target])
@@ -249,8 +251,12 @@ class Judge:
     def _measured(
         self, scorer: Callable[..., Scores], frozen: Any, adapter: ModelAdapter | None
     ) -> dict[str, float]:
-        evaluate = Evaluator(
-            scorer, frozen, {"text": self.text}, ("text",), self.options.length, self.options.rows,
-            self.most, self.piece_bytes, lambda batch: jax.tree.map(jnp.asarray, batch),
-        )  # fmt: skip
-        return evaluate(None if adapter is None else _stacked(adapter.layers))["text"]
+        length, rows = self.options.length, self.options.rows
+        windows = self.text.windows(length)
+        batches = -(-min(windows, self.most or windows) // rows)
+        with progress("held-out batch", batches) as bar:
+            evaluate = Evaluator(
+                scorer, frozen, {"text": self.text}, ("text",), length, rows, self.most,
+                self.piece_bytes, lambda batch: jax.tree.map(jnp.asarray, batch), bar.advance,
+            )  # fmt: skip
+            return evaluate(None if adapter is None else _stacked(adapter.layers))["text"]

@@ -295,7 +295,7 @@ class _Loop:
                 raise
             self.logged = time.monotonic()
         self.write(line)
-        self.bar.show(done, note=f"loss {self.loss:.3f}  {rate:,.0f} tokens/s")
+        self.bar.show(done, note=f"loss {self.loss:.3f}, {rate:,.0f} tokens/s")
 
     def write(self, line: dict[str, Any]) -> None:
         self.log.write(json.dumps(line) + "\n")

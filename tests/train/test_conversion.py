@@ -136,7 +136,9 @@ def options_of(to, steps):
 def test_what_is_exact_is_not_distilled():
     model = tiny_model(n_layer=1)
     source = adapter_on(model, "hira")
-    taught = convert_with_text(source, model, text_of(), options_of("flora", 3))
+    said = []
+    taught = convert_with_text(source, model, text_of(), options_of("flora", 3), said.append)
+    assert said == []
     assert (taught.steps, taught.windows, taught.fitted) == (0, 0, None)
     assert len(taught.converted.exact) == 2
     assert taught.quality.divergence < 1e-6
@@ -151,7 +153,9 @@ def test_projections_that_are_the_same_stay_so_while_others_are_distilled():
     model = quantize_model(tiny_model(n_layer=1), "int8")
     source = adapter_on(model, "ia3")
     options = options_of("flora", 20)
-    taught = convert_with_text(source, model, text_of(), options)
+    said = []
+    taught = convert_with_text(source, model, text_of(), options, said.append)
+    assert said == ["distilling will take 20 steps of 2 rows of 12 tokens, after the fit"]
     assert taught.converted.exact == {(0, "mlp.c_proj")}
     assert (taught.steps, taught.windows) == (20, text_of().training.windows(12))
     held = convert(
