@@ -98,7 +98,7 @@ def test_the_guides_requests_are_completed_under_their_adapters(tmp_path):
         block for block in blocks("sh", "docs/guides/serve.md") if "flora-jax generate" in block
     ]
     run(["bash", "-euc", command], tmp_path, **QUICK)
-    lines = (tmp_path / "completions.jsonl").read_text().splitlines()
+    lines = (tmp_path / "mixed.completions.jsonl").read_text().splitlines()
     assert [json.loads(line)["adapter"] for line in lines] == [None, "perl", "perl", None]
 
 
@@ -120,6 +120,20 @@ def test_the_training_example_leaves_two_adapters_and_goes_on_when_told_to(tmp_p
     run(["bash", "-euc", command], tmp_path, **cached)
     config = json.loads((tmp_path / "runs/as-hira/adapter_config.json").read_text())
     assert (config["peft_type"], config["r"]) == ("HIRA", 3)
+
+
+def test_no_two_examples_write_the_same_output():
+    """Followed one after another in one directory, none is refused what another has left there."""
+    writes = re.compile(
+        r"""--output (\w[\w./-]*)|> (\w[\w.-]*) <<|flora_jax\.train\(\w+, "([^"]+)"\)"""
+    )
+    found = {}
+    for page in ["README.md", *(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]:
+        for block in blocks("(?:sh|console|python)", page):
+            for output in {"".join(groups) for groups in writes.findall(block)}:
+                found.setdefault(output, []).append(page)
+    assert {"requests.jsonl", "completions.jsonl", "runs/mine", "runs/two"} <= found.keys()
+    assert {output: pages for output, pages in found.items() if len(pages) > 1} == {}
 
 
 def test_the_readme_is_one_page():
