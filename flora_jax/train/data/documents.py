@@ -25,6 +25,8 @@ COLUMNS = ("content", "text")
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz", ".parquet")
 # How the names of files begin that tell of the data beside them.
 ABOUT = ("readme", "license", "licence", "notice", "citation", "dataset_info")
+# Files of a kind that a message names.
+_NAMED = 3
 # A source file beyond this is generated or data.
 SOURCE_BYTES = 1_000_000
 # With more corrupt lines than this, their share is judged before the end of the source.
@@ -59,6 +61,12 @@ class Corrupt:
         return f"{self.where}: {self.reason}"
 
 
+def place_and_reason(corrupt: str) -> tuple[str, str]:
+    """The parts of a :class:`Corrupt` as text."""
+    place, _, reason = corrupt.partition(": ")
+    return place, reason
+
+
 def read_documents(
     source: str | Path,
     *,
@@ -88,8 +96,8 @@ def read_documents(
 
     Raises:
         InputError: nothing is there or it is of another type, a directory holds both tables and source
-            files or tables below its top level alone, a file is damaged, a table has no such column,
-            the hub does not give the data set, there is no document, or more than the share
+            files or more tables below its top level than source files, a file is damaged, a table has no
+            such column, the hub does not give the data set, there is no document, or more than the share
             ``max_corrupt`` of the lines is corrupt (told before the end once it is over that share of
             the lines so far and over 10).
     """
@@ -254,6 +262,15 @@ def _require_plain(path: Path, named: list[tuple[str, Path]]) -> None:
         first = path / tables[0]
         raise InputError(
             f"{path}: its tables are below its top level ({tables[0]}); give {first.parent} or {first}"
+        )
+    if not above and len(tables) > len(sources):
+        # What lies beside so many tables tells of them, whatever it is called.
+        first = path / tables[0]
+        more = f" and {len(tables) - _NAMED} more" if len(tables) > _NAMED else ""
+        raise InputError(
+            f"{path}: {len(tables)} tables are below its top level ({', '.join(tables[:_NAMED])}{more}), "
+            f"more than it has source files ({len(sources)}, the first is {sources[0]}); give a "
+            f"directory that has its tables itself, such as {first.parent}, or one table, such as {first}"
         )
 
 

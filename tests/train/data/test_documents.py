@@ -296,6 +296,17 @@ def test_a_directory_with_data_files_is_read_from_these(data_sets, tmp_path):
             "{0}: its tables are below its top level (deep/train/b.jsonl.gz); give {0}/deep/train "
             "or {0}/deep/train/b.jsonl.gz",
         ),
+        (
+            [
+                "README.md",
+                "t.csv",
+                "tokenizer.json",
+                *(f"{d}/{n}.jsonl" for d in "ab" for n in "12"),
+            ],
+            "{0}: 4 tables are below its top level (a/1.jsonl, a/2.jsonl, b/1.jsonl and 1 more), more "
+            "than it has source files (2, the first is t.csv); give a directory that has its tables "
+            "itself, such as {0}/a, or one table, such as {0}/a/1.jsonl",
+        ),
     ],
 )
 def test_a_directory_of_which_it_is_not_plain_what_to_read_is_refused(names, found, tmp_path):
@@ -306,6 +317,15 @@ def test_a_directory_of_which_it_is_not_plain_what_to_read_is_refused(names, fou
         with pytest.raises(InputError) as caught:
             use(tmp_path)
         assert str(caught.value) == found.format(tmp_path)
+
+
+def test_no_more_tables_than_source_files_are_left_out(tmp_path):
+    for name in ("a.py", "src/b.py", "data/1.jsonl", "data/2.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("no")
+    skipped = []
+    assert [name for name, _ in named(tmp_path, corrupt=skipped)] == ["a.py", "src/b.py"]
+    assert len(skipped) == 2
 
 
 def test_folders_below_tables_need_not_be_readable(tmp_path, monkeypatch):
