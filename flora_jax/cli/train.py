@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 Data = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME=PATH", help="Trains adapter NAME on a .jsonl(.gz, .xz) or Parquet file, "
-                 "a directory of source files or a hub data set; may be repeated."),
+    typer.Option(metavar="NAME=PATH", help="Required: trains adapter NAME on a .jsonl(.gz, .xz) or "
+                 "Parquet file, a directory of source files or a hub data set; may be repeated."),
 ]  # fmt: skip
 
 # Of a search for a rate: its steps where the command line has none, and what a file of options says
@@ -49,12 +50,15 @@ def _own(name: str, default: str) -> str:
 class TrainCommand:
     """The command line; ``None`` is what is not given. Most are fields of ``TrainOptions``."""
 
-    model: Annotated[str | None, typer.Argument(help=MODEL_HELP)] = None
+    model: Annotated[str | None, typer.Argument(help=f"Required: {MODEL_HELP}")] = None
     output: Annotated[
         Path | None,
-        typer.Option(help="New directory: NAME/ for each adapter, metrics.jsonl, curve.png."),
+        typer.Option(
+            help="Required, except with --find-rate: a new directory, of NAME/ for each adapter, "
+            "metrics.jsonl, curve.png."
+        ),
     ] = None
-    kind: Annotated[str | None, typer.Option(help=f"{', '.join(TRAITS)}.")] = None
+    kind: Annotated[str | None, typer.Option(help=f"Required: {', '.join(TRAITS)}.")] = None
     data: Data = None
     validation: Annotated[
         list[str] | None,
@@ -137,7 +141,12 @@ class TrainCommand:
     num_processes: Annotated[int | None, typer.Option(help="How many train together.")] = None
     process_id: Annotated[int | None, typer.Option(help="Which one this is, from 0.")] = None
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT, if any.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the last checkpoint in OUTPUT, if any; what is not given is that run's, so "
+            "that --output and --resume are enough.",
+        ),
     ] = False
     find_rate: Annotated[
         bool,
@@ -175,22 +184,36 @@ class TrainCommand:
 
 @takes(TrainCommand)
 def train(command: TrainCommand) -> None:
-    """Fine-tunes adapters on a frozen base, any number of them in one run."""
+    """Fine-tunes adapters on a frozen base, any number of them in one run.
+
+    What is required is so here or in the file of --config; a run that is resumed has it already.
+    """
     (_find_rate if command.find_rate else _train)(command)
 
 
-def _options(command: TrainCommand, file: dict[str, Any]) -> TrainOptions:
-    """The run's options: those of the command line, else those of its file.
+def _options(
+    command: TrainCommand, file: dict[str, Any], resumed: Path | None = None
+) -> TrainOptions:
+    """The run's options: those of the command line, else those of its file, else those of the run in
+    the directory ``resumed``.
 
     Raises:
-        InputError: an option that is wrong, unknown or missing; names the file where that has it.
+        InputError: an option that is wrong, unknown, missing or not the resumed run's; names the file
+            where that has it.
     """
-    from flora_jax.train.options import make_options
+    from flora_jax.train.options import CONFIG, make_options
 
     given = command.options()
     config = command.config
     origins = {} if config is None else {name: config for name in file if name not in given}
-    return make_options(file | given, origins)
+    values = file | given
+    if resumed is not None:
+        from flora_jax.train.directory import options_to_resume
+
+        whole = options_to_resume(resumed, values)
+        origins |= dict.fromkeys(whole.keys() - values.keys(), resumed / CONFIG)
+        values = whole
+    return make_options(values, origins)
 
 
 def _file(command: TrainCommand) -> dict[str, Any]:
@@ -211,15 +234,16 @@ def _train(command: TrainCommand) -> None:
         place = command.output
     if command.resume:  # Its absence wishes nothing: a file may ask for it.
         again = True
-    options = _options(command, file)
-    if command.rates is not None:
-        raise InputError(f"rates is {command.rates!r}, expected none without --find-rate")
     if place is None:
         raise InputError("output is missing, expected --output DIR")
     if not isinstance(place, (str, Path)):
         raise InputError(f"{config}: output is {place!r}, expected a directory")
     if not isinstance(again, bool):
         raise InputError(f"{config}: resume is {again!r}, expected true or false")
+    place = Path(place)
+    options = _options(command, file, place if again else None)
+    if command.rates is not None:
+        raise InputError(f"rates is {command.rates!r}, expected none without --find-rate")
     # Read by the hub's clients at import.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from flora_jax.train.interrupt import InterruptedRun, on_signals
@@ -232,14 +256,23 @@ def _train(command: TrainCommand) -> None:
 
         try:
             folders = run(
-                options, Path(place), resume=again,
+                options, place, resume=again,
                 cache=cache_directory() / "tokens", say=say, interrupt=interrupt,
             )  # fmt: skip
         except InterruptedRun as error:
-            say(f"flora-jax: {error}")
+            say(f"flora-jax: {error}{_going_on(command, place)}")
             raise SystemExit(128 + error.number) from None
     for name, folder in folders.items():
         say(f"{name} -> {folder}")
+
+
+def _going_on(command: TrainCommand, place: Path) -> str:
+    """The command that resumes the run, where that has its options already and is one process."""
+    from flora_jax.train.options import CONFIG
+
+    if not (place / CONFIG).exists() or any(v is not None for v in command.meeting().values()):
+        return ""
+    return f": flora-jax train --output {shlex.quote(str(place))} --resume"
 
 
 def _find_rate(command: TrainCommand) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,15 +17,50 @@ from typing import Any
 
 from flora_jax.errors import InputError
 from flora_jax.files import entries, is_part, require_new, whole_file
+from flora_jax.train.data.documents import place_and_reason
 from flora_jax.train.data.packing import PackedTokens
-from flora_jax.train.options import CONFIG, DATA, TrainOptions, read_file
+from flora_jax.train.options import CONFIG, DATA, TrainOptions, as_fields, read_file
 
 # What a resumed run may change: none of it touches the result.
 _FREE = ("keep", "save_every")
-# Skipped lines that are shown; data.json has all.
-_SHOWN = 20
+# What no run is without.
+_NEEDED = {"model", "kind", "data"}
+# Reasons of what was skipped that are shown; data.json has all.
+_SHOWN = 5
 
 Tokenized = Mapping[str, tuple[PackedTokens, list[str]]]
+
+
+def options_to_resume(output: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the run in ``output``, what is given among them: all that a run to resume needs.
+
+    Without a run there, ``given``: who always asks to resume starts one so.
+
+    Args:
+        output: of the run.
+        given: by the names of the fields; ``None`` is what is not given.
+
+    Raises:
+        InputError: what is given is not what the run has, there is none and nothing that could start
+            one, or its file is damaged.
+    """
+    saved = output / CONFIG
+    if not saved.exists():
+        if not given.keys() & _NEEDED:
+            raise InputError(f"{saved}: no such file, so there is no run to resume")
+        return dict(given)
+    before = _of_run(saved)
+    wanted = {
+        name: value
+        for name, value in as_fields(given).items()
+        if value is not None or name not in before
+    }
+    for name in sorted(wanted.keys() & before.keys()):
+        # As JSON has it, but for 1 and 1.0.
+        own = json.loads(json.dumps(wanted[name], default=str))
+        if own != before[name] or (isinstance(own, dict) and [*own] != [*before[name]]):
+            _require_same(saved, name, before[name], own)
+    return before | wanted
 
 
 def check_directory(options: TrainOptions, output: Path, resume: bool) -> None:
@@ -39,14 +75,25 @@ def check_directory(options: TrainOptions, output: Path, resume: bool) -> None:
         if not (resume and output.is_dir() and all(map(is_part, entries(output)))):
             require_new(output)
         return
-    before, now = read_file(saved), json.loads(options.model_dump_json())
-    if not before.keys() >= {"model", "kind", "data"}:
-        raise InputError(f"{saved}: not the options of a training run")
+    before, now = _of_run(saved), json.loads(options.model_dump_json())
     for name in sorted(before.keys() | now.keys()):
-        # As text: two objects of another order are equal otherwise.
-        old, new = json.dumps(before.get(name)), json.dumps(now.get(name))
-        if name not in _FREE and old != new:
-            raise InputError(f"{saved}: the run to resume has {name} {old}, now {new}")
+        _require_same(saved, name, before.get(name), now.get(name))
+
+
+def _of_run(saved: Path) -> dict[str, Any]:
+    """The options in a run's file."""
+    before = read_file(saved)
+    if not before.keys() >= _NEEDED:
+        raise InputError(f"{saved}: not the options of a training run")
+    return before
+
+
+def _require_same(saved: Path, name: str, before: Any, now: Any) -> None:
+    """Raises ``InputError`` where the run in ``saved`` has another value, and must not."""
+    # As text: two objects of another order are equal otherwise.
+    old, new = json.dumps(before), json.dumps(now)
+    if name not in _FREE and old != new:
+        raise InputError(f"{saved}: the run to resume has {name} {old}, now {new}")
 
 
 def is_finished(options: TrainOptions, output: Path) -> bool:
@@ -90,7 +137,7 @@ def claim_directory(
 def report_data(
     training: Tokenized, validation: Tokenized, say: Callable[[str], None], where: str | None = DATA
 ) -> None:
-    """A line for each data set and for each of its first skipped documents; ``where`` has all of them."""
+    """:func:`report_documents` of each data set."""
     for split, data in (("data", training), ("validation", validation)):
         for name, (packed, skipped) in data.items():
             report_documents(f"{split} {name}", packed, skipped, say, where)
@@ -103,13 +150,31 @@ def report_documents(
     say: Callable[[str], None],
     where: str | None = None,
 ) -> None:
-    """A line for a data set and for each of its first skipped documents; ``where`` has all of them."""
+    """A line for a data set and for each of the first reasons why documents were skipped.
+
+    ``where`` is the file that has all of them, if there is one.
+    """
     say(f"{name}: {len(packed.starts):,} documents, {len(packed.tokens):,} tokens")
-    for line in skipped[:_SHOWN]:
-        say(f"{name}: skipped {line}")
-    if len(skipped) > _SHOWN:
-        see = "" if where is None else f", see {where}"
-        say(f"{name}: skipped {len(skipped) - _SHOWN} more{see}")
+    see = "" if where is None else f"; see {where}"
+    groups = _by_reason(skipped)
+    for first, *others in groups[:_SHOWN]:
+        place, reason = place_and_reason(first)
+        if not others:
+            say(f"{name}: skipped {first}")
+            continue
+        part = re.search(r", (line|row) \d+$", place)
+        things = f"{len(others) + 1:,} {'file' if part is None else part[1]}s"
+        say(f"{name}: {things} skipped: {reason} ({place}, {len(others):,} more){see}")
+    if rest := sum(map(len, groups[_SHOWN:])):
+        say(f"{name}: skipped {rest:,} more for other reasons{see}")
+
+
+def _by_reason(skipped: list[str]) -> list[list[str]]:
+    """Those whose reasons differ in numbers alone together, in the order of the first ones."""
+    groups: dict[str, list[str]] = {}
+    for line in skipped:
+        groups.setdefault(re.sub(r"\d+", "0", place_and_reason(line)[1]), []).append(line)
+    return [*groups.values()]
 
 
 def _described(packed: PackedTokens, skipped: list[str]) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class TrainOptions(BaseModel):
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         if not self.data:
-            raise InputError("data is missing, expected at least one NAME=PATH")
+            raise InputError(f"data is missing, expected {_MISSING['data']}")
         for name in self.data:
             if why := _no_directory(name):
                 shown = f"data {_shown(name)}"
@@ -250,14 +250,8 @@ def make_options(
     Raises:
         InputError: one is missing, unknown, of another type or out of range; all are named.
     """
-    values = dict(values)
-    targets = values.get("targets")
-    if isinstance(targets, str):
-        targets = [name.strip() for name in targets.split(",")]
-    if isinstance(targets, list):
-        values["targets"] = tuple(targets)
     try:
-        return TrainOptions(**values)
+        return TrainOptions(**as_fields(values))
     except ValidationError as error:
         problems = [_problem(found) for found in error.errors()]
     where = origins or {}
@@ -265,6 +259,14 @@ def make_options(
     files = [where.get(text.replace(".", " ").split()[0]) for text in problems]
     listed = [text if file is None else f"{file}: {text}" for file, text in zip(files, problems)]
     raise InputError("; ".join(listed))
+
+
+def as_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with ``targets`` as the field has them."""
+    targets = values.get("targets")
+    if isinstance(targets, str):
+        targets = [name.strip() for name in targets.split(",")]
+    return dict(values) | ({"targets": tuple(targets)} if isinstance(targets, list) else {})
 
 
 def parse_rates(text: str) -> tuple[float, ...]:
@@ -330,13 +332,21 @@ _EXPECTED: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
 }
 
 
+# What a run cannot do without.
+_MISSING = {
+    "model": "a checkpoint's directory or name, as mini",
+    "kind": f"one of {', '.join(TRAITS)}",
+    "data": "at least one NAME=PATH",
+}
+
+
 def _problem(found: Mapping[str, Any]) -> str:
     """One error of pydantic in the project's words, starting with the option's name."""
     name, kind = ".".join(map(str, found["loc"])), found["type"]
     if kind == "value_error":
         return str(found["ctx"]["error"])
     if kind == "missing":
-        return f"{name} is missing"
+        return f"{name} is missing, expected {_MISSING[name]}"
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(name, TrainOptions.model_fields, 1)
         hint = f"; did you mean {near[0]}?" if near else ""

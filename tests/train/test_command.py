@@ -18,6 +18,7 @@ import flora_jax
 from flora_jax.checkpoints.checkpoint import load_model
 from flora_jax.train import results
 from flora_jax.train.data.tokens import tokenize
+from flora_jax.train.interrupt import InterruptedRun
 from flora_jax.train.options import make_options, read_file
 from flora_jax.train.step import GroupedBatch, make_scorer
 from tests.helpers.byte_tokenizer import PIECES, byte_tokenizer
@@ -183,6 +184,38 @@ def test_a_finished_run_is_left_as_it_is(both, home, capsys):
     assert snapshot(both) == before
 
 
+def test_resuming_needs_no_more_than_the_directory(both, home, capsys):
+    before = snapshot(both)
+    arguments = ["train", "--output", both, "--resume"]
+    for given in ([], ["--targets", "c_attn,c_fc", "--learning-rate", "0.02", "--keep", "1"]):
+        assert program(home, *arguments, *given) == 0
+        assert "this run is finished, nothing to do" in capsys.readouterr().err
+    assert snapshot(both) == before
+
+
+@pytest.mark.parametrize(
+    "output, words, said",
+    [
+        ("both", [], "both --resume"),
+        ("both", ["--num-processes", "1"], None),
+        ("not-yet", [], None),
+    ],
+)
+def test_a_run_that_is_stopped_says_how_it_goes_on(
+    output, words, said, both, home, monkeypatch, capsys
+):
+    def stopped(*_, **__):
+        raise InterruptedRun("stopped at step 45 of 2000; --resume goes on", 15)
+
+    monkeypatch.setattr("flora_jax.train.run.train", stopped)
+    monkeypatch.setattr("flora_jax.train.processes.join", lambda *_: None)
+    arguments = ["--config", both / "config.json", "--output", output, *words]
+    assert program(home, "train", *arguments) == 128 + 15
+    command = "" if said is None else f": flora-jax train --output {said}"
+    expected = f"flora-jax: stopped at step 45 of 2000; --resume goes on{command}\n"
+    assert capsys.readouterr().err == expected
+
+
 @pytest.fixture(scope="module")
 def unfinished(both, home):
     """What a run killed just before it wrote its adapters leaves."""
@@ -200,6 +233,8 @@ BAD = {
     "damaged run": ([*GOOD, "--output", "broken", "--resume"], "broken/config.json: Expecting"),
     "another rate": ([*AGAIN, "--learning-rate", "1"], "learning_rate 0.02, now 1.0"),
     "another kind": ([*GOOD, "--output", "unfinished", "--resume"], "the run to resume has"),
+    "another rank": (["--output", "unfinished", "--resume", "--rank", "1"], "has rank 2, now 1"),
+    "no run": (["--output", "out", "--resume"], "out/config.json: no such file, so there is no run"),
     "other targets": ([*AGAIN, "--targets", "c_fc"], 'targets ["c_attn", "c_fc"], now ["c_fc"]'),
     "another order": ([*AGAIN, *data_of("ruby", "perl")], "the run to resume has data"),
     "other data": ([*AGAIN, "--data", "perl=perl.data.jsonl", "--data", "ruby=perl.data.jsonl"],
@@ -232,8 +267,9 @@ BAD = {
     "rank": ([*GOOD, "--rank", "two"], "--rank"),
     "config": ([*GOOD, "--config", "none.toml"], "none.toml"),
     "config type": ([*GOOD, "--config", "notes.txt"], "notes.txt: expected a .toml or a .json"),
-    "no kind": (GOOD[:3], "kind"),
-    "no model at all": (GOOD[1:], "model"),
+    "no kind": (GOOD[:3], "kind is missing, expected one of lora, flora, "),
+    "no model at all": (GOOD[1:], "model is missing, expected a checkpoint's"),
+    "nothing": ([], "missing, expected at least one NAME=PATH"),
     "no output": ([*GOOD, "--config", "empty.toml"], "output is missing"),
     "output in a file": ([*GOOD, "--config", "output.toml"], "both: exists already"),
     "output of a number": ([*GOOD, "--config", "number.toml"], "output is 5, expected a directory"),
@@ -447,3 +483,6 @@ def test_the_help_tells_the_defaults(home, capsys):
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     for value in (" 1500", ": PEFT's for LoRA", " float32 on CPU", " cosine"):
         assert f"efault{value}" in text
+    for option in ("--output", "--kind", "--data"):
+        assert re.search(rf"{option} \S+ Required", text)
+    assert "Required: Hugging Face directory" in text
