@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import typer
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from flora_jax.models.model import Model
     from flora_jax.peft.convert import Converted
 
+# Of a card's paragraphs, as of its other lines.
+_WIDTH = 106
 # Options that only text gives a meaning.
 _OF_TEXT = ("steps", "learning_rate", "batch_size", "seq_len", "text_column")
 
@@ -83,7 +86,7 @@ def convert_adapter(command: ConvertCommand) -> None:
         raise InputError(f"--to is {command.to!r}, expected one of {', '.join(convertible())}")
     given = [name for name in _OF_TEXT if getattr(command, name) is not None]
     if command.data is None and given:
-        raise InputError(f"--{given[0].replace('_', '-')} belongs to --data, which is not given")
+        raise InputError(f"{_option(given[0])} belongs to --data, which is not given")
     if command.learning_rate is not None and not 0 < command.learning_rate <= 1e38:
         raise InputError(f"--learning-rate is {command.learning_rate:g}, expected more than 0")
     require_new(command.output)
@@ -99,39 +102,46 @@ def convert_adapter(command: ConvertCommand) -> None:
     adapter = read_adapter(folder, opened.config.projections(), opened.config.n_layer)
     if command.rank is not None:  # As of training: more is a slip, and would be long at work.
         check_rank(command.rank, adapter.projections, adapter.targets(), "--rank", command.base)
-    made, way, result = (_without_data if command.data is None else _with_data)(
-        command, opened, adapter
-    )
-    base = command.base
+    made = (_without_data if command.data is None else _with_data)(command, opened, adapter)
+    base, result = command.base, made.result
     if command.quantize != "none":  # What is fitted, and a DoRA's lengths, are so for these alone.
         base = f"{base} with {command.quantize} weights"
         result = f"over {base} {result}"
-    card = _card(adapter, made, base, way, result)
-    write_adapter(made.adapter, command.output, command.base, card=card)
+    card = _card(adapter, made, base, result)
+    write_adapter(made.converted.adapter, command.output, command.base, card=card)
     say(f"{command.output}: {result}")
+
+
+class _Made(NamedTuple):
+    """What was made, in which way, and how well; ``distilled`` says whether its weights were moved on."""
+
+    converted: Converted
+    way: str
+    result: str
+    distilled: bool = False
+
+
+def _option(name: str) -> str:
+    """How a field is written on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _load(command: ConvertCommand, opened: Opened) -> Model:
     return opened.load("float32", quantize=None if command.quantize == "none" else command.quantize)
 
 
-def _without_data(
-    command: ConvertCommand, opened: Opened, adapter: ModelAdapter
-) -> tuple[Converted, str, str]:
-    """What was made, in which way, and how well."""
+def _without_data(command: ConvertCommand, opened: Opened, adapter: ModelAdapter) -> _Made:
     from flora_jax.peft.convert import Base, convert
 
     model = _load(command, opened)
     made = convert(
         adapter, command.to, Base(model.weight, model.bias), rank=command.rank,
-        approximate=command.approximate, seed=command.seed,
+        approximate=command.approximate, seed=command.seed, named=_option("approximate"),
     )  # fmt: skip
-    return made, "without data", _how_well(made)
+    return _Made(made, "without data", _how_well(made))
 
 
-def _with_data(
-    command: ConvertCommand, opened: Opened, adapter: ModelAdapter
-) -> tuple[Converted, str, str]:
+def _with_data(command: ConvertCommand, opened: Opened, adapter: ModelAdapter) -> _Made:
     """The same with the help of text."""
     from flora_jax.train.conversion import ConvertOptions, convert_with_text, read_text
     from flora_jax.train.distil import DistilOptions
@@ -151,10 +161,12 @@ def _with_data(
     assert command.data is not None
     text = read_text(
         command.data, opened, own.length, column=command.text_column,
-        cache=cache_directory() / "tokens", say=say,
+        cache=cache_directory() / "tokens", say=say, named=_option("seq_len"),
     )  # fmt: skip
     wanted = ConvertOptions(command.to, command.rank, command.approximate, own)
-    taught = convert_with_text(adapter, _load(command, opened), text, wanted, say)
+    taught = convert_with_text(
+        adapter, _load(command, opened), text, wanted, say, _option("approximate")
+    )
     made, quality = taught.converted, taught.quality
     way = "exactly, so that the data only measured it"
     if taught.windows:
@@ -175,24 +187,33 @@ def _with_data(
     predicted = (
         f"on {quality.tokens:,} held-out tokens KL(source, this) is {quality.divergence:.4f} nats a token"
         f"{before}, bits per byte are {quality.base:.4f} of the base, {quality.source:.4f} of the source "
-        f"and {quality.made:.4f} of this: {kept}"
+        f"and {quality.made:.4f} of this"
     )
-    return made, way, f"{_how_well(made)}; {predicted}"
+    if not taught.steps:
+        return _Made(made, way, f"{_how_well(made)}; {predicted}: {kept}")
+    # The weights' error comes last: it may be large where the predictions are good.
+    result = (
+        f"{kept}; {_same(made)}; {predicted}; distilling moves the weights elsewhere, so that their "
+        f"error, {made.total:.1%} of the adapter's change, is no measure"
+    )
+    return _Made(made, way, result, distilled=True)
 
 
 def _how_well(made: Converted) -> str:
-    whole = len(made.differences)
-    if len(made.exact) == whole:
-        return f"the same weights in all {whole} projections, to rounding"
+    if len(made.exact) == len(made.differences):
+        return f"the same weights in all {len(made.exact)} projections, to rounding"
+    error = f"{made.total:.1%} of the adapter's change of the weights is left as error"
+    return f"{error}; {_same(made)}"
+
+
+def _same(made: Converted) -> str:
     bias = max(found.bias for found in made.differences.values())
     lost = f"; of biases up to {bias:.2%} is lost" if bias else ""
-    return (
-        f"{made.total:.1%} of the adapter's change of the weights is left as error; "
-        f"{len(made.exact)} of {whole} projections are the same{lost}"
-    )
+    return f"{len(made.exact)} of {len(made.differences)} projections are the same{lost}"
 
 
-def _card(source: ModelAdapter, made: Converted, base: str, way: str, result: str) -> str:
+def _card(source: ModelAdapter, whole: _Made, base: str, result: str) -> str:
+    made = whole.converted
     adapter, targets = made.adapter, made.adapter.targets()
     rows = []
     for target in targets:
@@ -202,24 +223,30 @@ def _card(source: ModelAdapter, made: Converted, base: str, way: str, result: st
             f"| {target} | {source.rank(target)} | {adapter.rank(target)} | {same} of {len(own)} | "
             f"{max(found.weight for found in own):.4f} | {max(found.bias for found in own):.4f} |"
         )
-    return _CARD.format(
-        source=source.kind, kind=adapter.kind, base=base, parameters=adapter.parameters(), way=way,
-        result=result[0].upper() + result[1:], rows="\n".join(rows),
-    )  # fmt: skip
+    paragraphs = [
+        f"An adapter of kind {adapter.kind} for {base}, converted from one of kind {source.kind} by "
+        f"`flora-jax convert-adapter` {whole.way}. It has {adapter.parameters()} parameters.",
+        f"{result[0].upper()}{result[1:]}.",
+        _LEGEND + (_DISTILLED if whole.distilled else ""),
+    ]
+    filled = [
+        textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
+        for text in paragraphs
+    ]
+    table = "\n".join([*_HEAD, *rows])
+    return "\n\n".join([f"# {adapter.kind}, made of {source.kind}", *filled, table]) + "\n"
 
 
-_CARD = """# {kind}, made of {source}
-
-An adapter of kind {kind} for {base}, converted from one of kind {source} by `flora-jax convert-adapter`
-{way}. It has {parameters} parameters.
-
-{result}.
-
-Errors are the largest of the target's layers: of weights ‖to - from‖ / ‖from - base‖ (0 is the same, 1 no
-better than no adapter; weighted with the inputs' moments where those were taken), of biases
-‖to - from‖ / ‖base‖.
-
-| target | rank before | rank | the same | weights' error | biases' error |
-|---|---|---|---|---|---|
-{rows}
-"""
+_LEGEND = (
+    "Errors are the largest of the target's layers: of weights ‖to - from‖ / ‖from - base‖ (0 is the "
+    "same, 1 no better than no adapter; weighted with the inputs' moments where those were taken), of "
+    "biases ‖to - from‖ / ‖base‖."
+)
+_DISTILLED = (
+    " Distilling moved the weights elsewhere, to where the predictions are near the source's: here their "
+    "error, which may be above 1, is no measure of the adapter; the share of the gain is."
+)
+_HEAD = (
+    "| target | rank before | rank | the same | weights' error | biases' error |",
+    "|---|---|---|---|---|---|",
+)

@@ -89,6 +89,7 @@ def convert(
     approximate: bool = False,
     moments: Callable[[], Moments] | None = None,
     seed: int = 0,
+    named: str = "approximate",
 ) -> Converted:
     """``adapter`` as one of kind ``to``.
 
@@ -106,6 +107,7 @@ def convert(
         moments: gives the moments of the inputs, so that the outputs' error counts; called once, and
             only where something differs.
         seed: of the random starts.
+        named: what messages call ``approximate``.
 
     Raises:
         InputError: another kind, or there is no exact conversion and ``approximate`` is not asked for:
@@ -113,7 +115,7 @@ def convert(
     """
     if to not in convertible():
         raise InputError(f"kind {to!r}: expected one of {', '.join(convertible())}")
-    wanted = _Wanted(to, base, rank, approximate, seed)
+    wanted = _Wanted(to, base, rank, approximate, seed, named)
     modules = adapter.modules()
     exactly = {module: wanted.exactly(params, module) for module, params in modules.items()}
     exact = frozenset(module for module, own in exactly.items() if own.lacks is None)
@@ -167,6 +169,7 @@ class _Wanted:
     rank: int | None
     approximate: bool
     seed: int
+    named: str
 
     def exactly(self, params: Any, module: Module) -> _Exactly:
         """What there is of the same weight.
@@ -179,7 +182,7 @@ class _Wanted:
             layer, target = module
             raise InputError(
                 f"layer {layer} {target}: no {self.to} is the same: {found.lacks}; "
-                "the nearest can be asked for (approximate)"
+                f"the nearest can be asked for ({self.named})"
             )
         return found
 

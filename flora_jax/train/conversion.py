@@ -50,6 +50,7 @@ def read_text(
     column: str | None = None,
     cache: Path | None = None,
     say: Callable[[str], None] = print,
+    named: str = "seq_len",
 ) -> Text:
     """The documents of ``source`` (see :func:`.data.documents.read_documents`), a tenth held out.
 
@@ -60,6 +61,7 @@ def read_text(
         column: of the text.
         cache: where tokenised data is kept between runs.
         say: takes lines for the user: what was read, and what of it was skipped.
+        named: what messages call ``length``.
 
     Raises:
         InputError: the base has no tokenizer or no end token of its vocabulary; ``length`` is more than
@@ -68,7 +70,7 @@ def read_text(
     config = base.config
     if length > config.n_positions:
         raise InputError(
-            f"seq_len is {length}, the model's context has {positions_in_words(config)}"
+            f"{named} is {length}, the model's context has {positions_in_words(config)}"
         )
     tokenizer, end_id = base.text_tokens("text")
     with tokenizing() as watch:
@@ -80,7 +82,7 @@ def read_text(
     if len(training.tokens) <= length:
         raise InputError(
             f"{source}: {len(training.tokens)} tokens beside what is held out, expected more than "
-            f"the {length} of a window (seq_len)"
+            f"the {length} of a window ({named})"
         )
     for part in (training, held_out):
         try:
@@ -124,6 +126,7 @@ def convert_with_text(
     text: Text,
     options: ConvertOptions,
     say: Callable[[str], None] = print,
+    named: str = "approximate",
 ) -> Taught:
     """``adapter`` as one of another kind: the same where it can be, else fitted and distilled.
 
@@ -135,7 +138,8 @@ def convert_with_text(
         model: the base, its weights held in any way.
         text: of what the adapter is for.
         options: see there.
-        say: takes a line for the user.
+        say: takes lines for the user.
+        named: what messages call ``options.approximate``.
 
     Raises:
         InputError: see :func:`flora_jax.peft.convert.convert`.
@@ -156,7 +160,7 @@ def convert_with_text(
     base = Base(model.weight, model.bias)
     made = convert(
         adapter, options.to, base, rank=options.rank, approximate=options.approximate,
-        moments=moments, seed=own.seed,
+        moments=moments, seed=own.seed, named=named,
     )  # fmt: skip
     judge = Judge(model, adapter, text.held_out, text.piece_bytes, own, HELD_OUT_WINDOWS, program)
     quality = judge(made.adapter)

@@ -72,7 +72,7 @@ def test_an_approximate_one_says_what_is_left(program, tmp_path):
     assert code == 2
     assert said.startswith(
         "flora-jax: layer 0 attn.c_attn: no flora is the same: it adds to the weight, and a FLoRA "
-        "only multiplies it"
+        "only multiplies it; the nearest can be asked for (--approximate)"
     )
     assert not (tmp_path / "made").exists()
     code, said = program(*words, "--approximate", "--rank", "4")
@@ -125,6 +125,7 @@ def small(tmp_path_factory):
     """Small models, one with a tokenizer and a text, and adapters on them."""
     home = tmp_path_factory.mktemp("small")
     fill(home)
+    (home / "short.jsonl").write_text('{"content": "abc"}\n{"content": "abc"}\n')
     config = open_checkpoint(home / "flat").config
     for name, kind, layers in (("loris", "lora", 1), ("hiro", "hira", 1), ("bared", "lora", 2)):
         made = random_adapter(kind, 1, config.projections(), layers, rank=2)
@@ -145,7 +146,9 @@ def test_text_teaches_and_the_card_says_how_and_how_well(with_text, tmp_path):
         code, said = with_text(*words, "--output", tmp_path / str(number))
         assert code == 0, said
     assert snapshot(tmp_path / "0") == snapshot(tmp_path / "1")
-    card = (tmp_path / "0/README.md").read_text()
+    written = (tmp_path / "0/README.md").read_text()
+    assert max(map(len, written.splitlines())) <= 106
+    card = " ".join(written.split())
     assert "fitted under the moments of the inputs of " in card
     assert "windows of 16 tokens of perl.data.jsonl, then distilled from the source's" in card
     assert "12 steps of 2 windows (384 tokens) at a peak rate of 0.02. It has" in card
@@ -154,7 +157,17 @@ def test_text_teaches_and_the_card_says_how_and_how_well(with_text, tmp_path):
         float, re.search(r"is ([\d.]+) nats a token \(([\d.]+) before", card).groups()
     )
     assert last < first
-    assert card.split("\n\n")[2][:-1].split(";")[-1] in said
+    result = " ".join(written.split("\n\n")[2].split())
+    # What counts comes first, also where it is nothing.
+    assert re.match(
+        r"(-?[\d.]+% of the source's gain is kept|The source gains nothing); 0 of 1", result
+    )
+    assert result.split(";")[-1].startswith(
+        " distilling moves the weights elsewhere, so that their error"
+    )
+    assert "is left as error" not in said
+    assert result[:-1].split(";", 1)[-1] in said
+    assert "no measure of the adapter; the share of the gain is." in card
 
 
 def test_without_steps_only_the_fit_is_weighted(with_text, tmp_path):
@@ -163,7 +176,8 @@ def test_without_steps_only_the_fit_is_weighted(with_text, tmp_path):
     )
     assert code == 0
     assert "before distilling" not in said
-    assert "distilled" not in (tmp_path / "a/README.md").read_text()
+    assert "istill" not in (tmp_path / "a/README.md").read_text()
+    assert ": the source gains nothing" in said or "gain is kept\n" in said
     code, _ = with_text(*TEXT[:-2], "--approximate", "--output", tmp_path / "b")
     assert code == 0
     first, second = (snapshot(tmp_path / name)["adapter_model.safetensors"] for name in "ab")
@@ -176,7 +190,7 @@ def test_what_is_exact_is_measured_only(with_text, tmp_path):
     assert code == 0, said
     assert "the same weights in all 1 projections, to rounding; on " in said
     assert "is 0.0000 nats a token, bits" in said
-    card = (tmp_path / "made/README.md").read_text()
+    card = " ".join((tmp_path / "made/README.md").read_text().split())
     assert "exactly, so that the data only measured it" in card
 
 
@@ -186,7 +200,11 @@ def test_what_is_exact_is_measured_only(with_text, tmp_path):
         ([*TEXT[:-2], "--steps", "3"], "--steps belongs to --data, which is not given"),
         ([*TEXT, *FAST], "no flora is the same: it adds to the weight"),
         (["bared", "--base", "bare", *TEXT[3:]], "text needs tokenizer.json and an end token"),
-        ([*TEXT, "--seq-len", "4000"], "seq_len is 4000, the model's context has 48"),
+        ([*TEXT, "--seq-len", "4000"], "--seq-len is 4000, the model's context has 48"),
+        (
+            [*TEXT[:-1], "short.jsonl", "--seq-len", "40"],
+            "more than the 40 of a window (--seq-len)",
+        ),
         ([*TEXT[:-1], "empty.jsonl"], "empty.jsonl: "),
         ([*TEXT[:-1], "corrupt.jsonl", *FAST], "corrupt.jsonl"),
         ([*TEXT[:-1], "notes.txt", "--seq-len", "40"], "notes.txt"),
