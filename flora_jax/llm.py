@@ -28,6 +28,7 @@ from flora_jax.peft import read
 from flora_jax.serve.engine import Engine
 from flora_jax.serve.generate import run
 from flora_jax.serve.options import EngineOptions
+from flora_jax.serve.registry import named_sources
 from flora_jax.serve.request import Completion, Request, RequestError, SamplingParams
 from flora_jax.serve.updates import Update
 from flora_jax.shipped import adapter_source
@@ -66,12 +67,12 @@ class LLM:
         quantize: Literal["int8", "int4"] | None = None,
         tensor_parallel_size: int = 1,
     ):
-        opened = open_checkpoint(model)
-        mesh = tensor_mesh(opened.config, tensor_parallel_size, quantize)
         sources = {
             name: source if isinstance(source, ModelAdapter) else adapter_source(source)
-            for name, source in (adapters or {}).items()
+            for name, source in named_sources(adapters).items()
         }
+        opened = open_checkpoint(model)
+        mesh = tensor_mesh(opened.config, tensor_parallel_size, quantize)
         if dtype is None and jax.default_backend() == "cpu":
             dtype = "float32"  # A CPU computes 16 bits slower than 32.
         loaded = opened.load(dtype, quantize=quantize, mesh=mesh)

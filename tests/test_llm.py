@@ -160,6 +160,22 @@ def test_what_cannot_be_served_is_refused_before_anything_runs(llm, arguments, o
     assert not llm.engine.has_work
 
 
+@pytest.mark.parametrize(
+    "adapters, named",
+    [
+        (["flora/perl"], "adapters is a list, expected {name: folder}"),
+        ("flora/perl", "adapters is a str, expected {name: folder}"),
+        ({"perl": 3}, "adapters['perl'] is 3, expected a folder or an adapter"),
+        ({3: "flora/perl"}, "adapters has the name 3, expected a string"),
+    ],
+)
+def test_adapters_that_are_no_names_and_folders_are_refused(llm, adapters, named):
+    for make in (flora_jax.LLM, lambda _, adapters: flora_jax.Engine(llm.engine.model, adapters)):
+        with pytest.raises(InputError) as caught:
+            make("mini", adapters)
+        assert str(caught.value) == named
+
+
 def test_a_closed_llm_says_so(llm):
     class Closable:
         def close(self):

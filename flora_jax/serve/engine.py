@@ -34,7 +34,7 @@ from flora_jax.serve.placement import placement_of
 from flora_jax.serve.prefixes import PromptKeys, block_keys, prompt_keys
 from flora_jax.serve.preloading import Preloading
 from flora_jax.serve.readers import Readers
-from flora_jax.serve.registry import Registry, Source, Version, version
+from flora_jax.serve.registry import Registry, Source, Version, named_sources, version
 from flora_jax.serve.request import MAX_STOP_TOKENS, Limits, Request, RequestId, is_request_id
 from flora_jax.serve.residency import make_residency, target_groups
 from flora_jax.serve.scheduler import Bounds, Plan, Scheduler
@@ -87,7 +87,7 @@ class Engine:
         self.registry = Registry()
         placement = placement_of(model)
         first: dict[Version, Prepared] = {}
-        for name, source in (adapters or {}).items():
+        for name, source in named_sources(adapters).items():
             known = version(name, source)
             first[known] = known.read(config, model.weight)
             self.registry.register(name, known.source)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -111,6 +112,24 @@ class Registry:
         """Whether this is what a pinned name stands for now."""
         with self._lock:
             return version.name in self._pinned and self._names.get(version.name) == version
+
+
+def named_sources(adapters: Mapping[str, Source] | None) -> dict[str, Source]:
+    """A caller's adapters by name, checked before anything is made of them.
+
+    Raises:
+        InputError: it is no mapping of names to folders or adapters.
+    """
+    if adapters is None:
+        return {}
+    if not isinstance(adapters, Mapping):
+        raise InputError(f"adapters is a {type(adapters).__name__}, expected {{name: folder}}")
+    for name, source in adapters.items():
+        if not isinstance(name, str):
+            raise InputError(f"adapters has the name {name!r}, expected a string")
+        if not isinstance(source, ModelAdapter | Path | str):
+            raise InputError(f"adapters[{name!r}] is {source!r}, expected a folder or an adapter")
+    return dict(adapters)
 
 
 def version(name: str, source: Source) -> Version:
