@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 ASSETS = Path(__file__).parent / "assets"
@@ -26,3 +27,15 @@ def shipped_adapters() -> tuple[str, ...]:
     """The names of all that ship, ``kind/language``, in order."""
     folders = (ASSETS / "adapters").glob("*/*/adapter_config.json")
     return tuple(sorted(f"{one.parent.parent.name}/{one.parent.name}" for one in folders))
+
+
+def near_adapters(name: str) -> list[str]:
+    """Names of shipped adapters that one may have meant: all of the kind or the language that ``name``
+    is, else those that are spelt much like it, else all of the kind that it begins with.
+    """
+    text, names = name.lower(), shipped_adapters()
+    return (
+        [one for one in names if text in one.split("/")]
+        or difflib.get_close_matches(text, names, cutoff=0.75)
+        or [one for one in names if one.startswith(f"{text.partition('/')[0]}/")]
+    )

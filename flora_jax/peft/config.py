@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from flora_jax.errors import InputError
 from flora_jax.peft.format import Format, format_of, peft_types
+from flora_jax.peft.no_adapter import no_adapter
 
 CONFIG_FILE = "adapter_config.json"
 
@@ -72,6 +73,8 @@ def read_config(directory: Path) -> AdapterConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise AdapterError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise AdapterError(no_adapter(directory)) from None
     except (ValueError, RecursionError, OSError) as error:  # Huge integers, deep nesting.
         raise AdapterError(f"{path}: cannot be read: {error}") from None
     if not isinstance(raw, dict):

@@ -18,6 +18,7 @@ from flora_jax.adapters.model_adapter import ModelAdapter, WeightsOf
 from flora_jax.errors import InputError
 from flora_jax.mixing.bank import Prepared, prepare
 from flora_jax.models.family import ModelConfig
+from flora_jax.peft.no_adapter import no_adapter
 from flora_jax.peft.read import read_adapter
 
 Source = ModelAdapter | Path | str
@@ -155,9 +156,7 @@ def digest(source: Source) -> str:
         try:
             files = [file for file in sorted(Path(source).glob("adapter_*")) if file.is_file()]
             if not files:
-                raise InputError(
-                    f"{source}: no adapter folder (adapter_config.json and its weights)"
-                )
+                raise InputError(no_adapter(source))
             for file in files:
                 with file.open("rb") as stream:
                     found.update(file.name.encode())
