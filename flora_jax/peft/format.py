@@ -75,7 +75,7 @@ class Format:
         refused: why a field cannot be honoured, by name.
         marks: values of fields by which folders of this kind are told from others of one ``peft_type``.
         has_rank: whether the config has ``r``, ``rank_pattern`` and a choice of layers.
-        rank: ``(rank of the config's patterns, the config's r, first tensor or None) -> rank``.
+        rank: ``(rank of the config's patterns, the config's r, first tensor's shape or None) -> rank``.
         placed_by: the field that names the modules whose inputs are scaled, of a kind that scales either.
         on_inputs: whether ``params`` scale inputs.
     """
@@ -95,7 +95,7 @@ class Format:
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     marks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     has_rank: bool = True
-    rank: Callable[[int, int, np.ndarray | None], int] = lambda patterns, r, first: patterns
+    rank: Callable[[int, int, tuple[int, ...] | None], int] = lambda patterns, r, first: patterns
     placed_by: str | None = None
     on_inputs: Callable[[Any], bool] = lambda params: False
 

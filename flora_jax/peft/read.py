@@ -17,13 +17,14 @@ import numpy as np
 from flora_jax.adapters.model_adapter import ModelAdapter
 from flora_jax.adapters.projections import Projections, ends_in
 from flora_jax.errors import listing
-from flora_jax.peft.config import AdapterConfig, AdapterError, read_config
+from flora_jax.peft.config import CONFIG_FILE, AdapterConfig, AdapterError, read_config
 from flora_jax.peft.format import FORMATS, Module
 from flora_jax.peft.targets import (
     EMBEDDINGS_REFUSED,
     adapted_modules,
     is_embedding,
     is_feedforward,
+    may_adapt,
     pattern_value,
 )
 from flora_jax.peft.tensors import (
@@ -34,6 +35,8 @@ from flora_jax.peft.tensors import (
 )
 from flora_jax.peft.write import write_adapter
 
+# Tensors at fault that a message names: they mostly have one cause.
+_SHOWN = 4
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -61,7 +64,8 @@ def read_adapter(directory: str | Path, projections: Projections, n_layer: int) 
         taken.update(names)
         found = [tensors.get(name) for name in names]
         patterns = pattern_value(config.rank_pattern, path_of, config.rank)
-        rank = own_format.rank(patterns, config.rank, found[0])
+        first = None if found[0] is None else found[0].shape
+        rank = own_format.rank(patterns, config.rank, first)
         on_inputs = own_format.placed_by is not None and is_feedforward(
             config, path_of, projections.names
         )
@@ -85,7 +89,11 @@ def read_adapter(directory: str | Path, projections: Projections, n_layer: int) 
     ]
     if problems:
         raise AdapterError(
-            listing(f"{path}: {len(problems)} tensors do not fit the config and the base", problems)
+            listing(
+                f"{path}: {len(problems)} tensors do not fit the config and the base",
+                problems,
+                _SHOWN,
+            )
         )
     return ModelAdapter(config.kind, tuple(layers), config.settings, projections=projections)
 
@@ -130,7 +138,7 @@ def describe_adapter(directory: str | Path) -> AdapterSummary:
 
     Raises:
         AdapterError: a missing or damaged file, a refused configuration, a tensor of another name
-            or rank than this kind of adapter has.
+            than this kind of adapter has, or of another rank or module than the configuration has.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -153,16 +161,28 @@ def describe_adapter(directory: str | Path) -> AdapterSummary:
             )
             continue
         blocks, layer, target, _ = match.groups()
+        module = f"{blocks}.{layer}.{target}"
+        names = tensor_names(own_format, module)
         layers.add(int(layer))
         if "R" in sizes or not own_format.has_rank:
             ranks.setdefault(target, set()).add(sizes.get("R", 1))
         inputs, outputs = widths.get(target, (None, None))
         widths[target] = sizes.get("I", inputs), sizes.get("O", outputs)
-        others = tensor_names(own_format, f"{blocks}.{layer}.{target}")
-        problems += [f"{other}: missing beside {name}" for other in others if other not in headers]
+        problems += [f"{other}: missing beside {name}" for other in names if other not in headers]
+        first = headers[names[0]].shape if names[0] in headers else None
+        patterns = pattern_value(config.rank_pattern, module, config.rank)
+        rank = own_format.rank(patterns, config.rank, first)
+        if own_format.has_rank and sizes.get("R", rank) != rank:
+            problems.append(f"{name}: found rank {sizes['R']}, {CONFIG_FILE} says {rank}")
+        elif not may_adapt(config, module):
+            problems.append(f"{name}: {CONFIG_FILE} names no such target")
     if problems:
         raise AdapterError(
-            listing(f"{path}: {len(problems)} tensors are unknown or missing", problems)
+            listing(
+                f"{path}: {len(problems)} tensors are unknown, missing or not of the config",
+                problems,
+                _SHOWN,
+            )
         )
     sizes = {name: int(np.prod(header.shape)) for name, header in headers.items()}
     return AdapterSummary(

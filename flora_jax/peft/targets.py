@@ -39,8 +39,7 @@ def adapted_modules(
         for target in projections
     }
     others = names.other_paths(n_layer)
-    if isinstance(config.targets, str) and config.targets.lower() == "all-linear":
-        # PEFT's shorthand for every linear layer but the output layer.
+    if _is_all_linear(config):
         chosen = [path for path in paths if not _excluded(config, path)]
         problems = []
     else:
@@ -64,6 +63,15 @@ def adapted_modules(
     return [paths[path] for path in chosen]
 
 
+def may_adapt(config: AdapterConfig, path: str) -> bool:
+    """Whether the configuration adapts the module of a path in some base, as far as it can be told
+    without one: targets that are left to the base's family may be any.
+    """
+    if config.targets is None or _is_all_linear(config):
+        return not _excluded(config, path)
+    return _targeted(config, path)
+
+
 def pattern_value(pattern: Mapping[str, Value], module: str, default: Value) -> Value:
     """The value of the first key that matches the end of a module's path, as PEFT looks it up."""
     for key, value in pattern.items():
@@ -84,6 +92,11 @@ def is_embedding(tensor: str, names: ModuleNames) -> bool:
     """Whether a tensor's name belongs to the embeddings or the output head."""
     ends = {path.rpartition(".")[2] for path in names.embeddings}
     return not ends.isdisjoint(tensor.split("."))
+
+
+def _is_all_linear(config: AdapterConfig) -> bool:
+    """Whether the targets are PEFT's shorthand for every linear layer but the output layer."""
+    return isinstance(config.targets, str) and config.targets.lower() == "all-linear"
 
 
 def _excluded(config: AdapterConfig, path: str) -> bool:

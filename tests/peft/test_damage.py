@@ -175,6 +175,34 @@ def test_a_summary_misses_no_tensor(tmp_path):
         describe_adapter(tmp_path / "a")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_description_sees_that_config_and_tensors_disagree(kind, tmp_path):
+    folder = write_adapter(make(kind), tmp_path / "a")
+    for fields, said in [({"r": 5}, "found rank 2, adapter_config.json says 5"),
+                         ({"r": 2, "rank_pattern": {"c_attn": 3}}, "adapter_config.json says 3"),
+                         ({"rank_pattern": {}, "target_modules": ["c_attn"]},
+                          "adapter_config.json names no such target")]:  # fmt: skip
+        if "r" in fields and kind == "ia3":  # Without a rank.
+            continue
+        edit(folder, **fields)
+        if kind == "hira" and "rank_pattern" in fields and fields["rank_pattern"]:
+            assert (
+                describe_adapter(folder).r == 2
+            )  # As it is read: PEFT builds it with r all the same.
+            continue
+        assert "adapter_model.safetensors: " in error_of(folder)
+        with pytest.raises(AdapterError, match=said):
+            describe_adapter(folder)
+
+
+def test_tensors_at_fault_are_named_as_far_as_a_line_is_read(lora):
+    edit(lora, r=5)
+    message = error_of(lora)
+    assert "8 tensors do not fit the config and the base" in message
+    assert message.count("expected (") == 4
+    assert message.endswith("; and 4 more")
+
+
 def _adapter(kind, *layers):
     return ModelAdapter(kind, layers, projections=PROJECTIONS)
 

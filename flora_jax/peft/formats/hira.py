@@ -21,11 +21,11 @@ def to_tensors(params: HiRA) -> tuple[np.ndarray, ...]:
     return wide(params.down_RI), wide(params.up_RO).swapaxes(-1, -2)
 
 
-def rank(patterns: int, r: int, first: np.ndarray | None) -> int:
+def rank(patterns: int, r: int, first: tuple[int, ...] | None) -> int:
     """PEFT 0.21 saves HiRA's rank_pattern but builds every module with r; a HiRA has no scale, so that
     both are read alike.
     """
-    return r if first is not None and first.shape[:1] == (r,) else patterns
+    return r if first is not None and first[:1] == (r,) else patterns
 
 
 FORMAT = Format(
