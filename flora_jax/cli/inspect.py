@@ -20,7 +20,7 @@ from flora_jax.shipped import ASSETS, model_source
 def info(
     path: Annotated[str, typer.Argument(metavar="MODEL|ADAPTER_DIR", help=MODEL_HELP)],
 ) -> None:
-    """Shows what a model or an adapter is: kind, parameters, bytes, targets, ranks."""
+    """Shows what a model, an adapter or a training run is: kind, parameters, bytes, targets, ranks."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -29,7 +29,8 @@ def info(
 
     table = Table(show_header=False, box=None)
     for name, value in describe_rows(path):
-        table.add_row(Text(name, style="bold"), Text(value))
+        # A long path is folded: its end is what tells it from others.
+        table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
     Console().print(table)
 
 

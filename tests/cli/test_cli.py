@@ -504,6 +504,48 @@ def test_info_of_nonsense_ends_in_one_line(path, named, program):
     assert named in err
 
 
+def test_info_of_a_run_names_its_adapters(program, home, tmp_path):
+    options = {"model": "text", "kind": "lora", "data": {"own": "data"}}
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    (tmp_path / "metrics.jsonl").write_text("")
+    code, out, err = program("info", tmp_path)
+    assert (code, err) == (0, "")
+    assert "adapters none yet: they are written at the end" in " ".join(out.split())
+    shutil.copytree(home / "loris", tmp_path / "own")
+    code, out, err = program("info", tmp_path)
+    assert (code, err) == (0, "")
+    assert " ".join(out.split()).replace(" /", "/").startswith("run flora-jax train: lora on text")
+    assert f"adapter{tmp_path}/own:80parameters" in "".join(out.split())
+    (tmp_path / "config.json").write_text("[]")
+    code, out, err = program("info", tmp_path)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{tmp_path}/config.json: not the options of a training run" in err
+
+
+def test_info_of_what_is_nearly_an_adapter_says_what_is_wrong(program, home, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, out, err = program("info", "flora/pearl")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "shipped; near it: flora/perl, " in err
+    assert (
+        "as a model: no such file or directory, and the Hugging Face hub cannot be reached" in err
+    )
+    shutil.copytree(home / "loris", tmp_path / "own")
+    config = tmp_path / "own" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 5}))
+    code, out, err = program("info", tmp_path / "own")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "found rank 2, adapter_config.json says 5" in err
+    config.unlink()
+    code, out, err = program("info", tmp_path / "own")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "adapter_config.json is missing beside adapter_model.safetensors" in err
+    code, out, err = program("generate", "bare", "--adapter", "perl=flora/pearl", "--input",
+                             write_requests(tmp_path / "in.jsonl", [GOOD]), "--output", "-")  # fmt: skip
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "near it: flora/perl, " in err
+
+
 @pytest.mark.parametrize("arguments", [["nonsense"], ["generate"], ["generate", "bare"]])
 def test_incomplete_commands_end_in_one_line(arguments, program):
     code, out, err = program(*arguments)
