@@ -39,9 +39,9 @@ def named_paths(values: list[str], option: str, form: str = "NAME=PATH") -> dict
     return {name: Path(path) for name, path in named_values(values, option, form).items()}
 
 
-def named_adapters(values: list[str]) -> dict[str, Path]:
+def named_adapters(values: list[str], form: str = "NAME=DIR") -> dict[str, Path]:
     """The folders of ``--adapter NAME=DIR``, where DIR may be the name of a shipped adapter."""
-    paths = named_paths(values, "adapter", "NAME=DIR")
+    paths = named_paths(values, "adapter", form)
     return {name: adapter_source(path) for name, path in paths.items()}
 
 

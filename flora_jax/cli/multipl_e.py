@@ -13,7 +13,7 @@ import typer
 from flora_jax.cli.common import (
     MODEL_HELP,
     dtype_of,
-    named_paths,
+    named_adapters,
     named_values,
     prepare_jax,
 )
@@ -56,7 +56,7 @@ def multipl_e(
         list[str] | None,
         typer.Option(
             metavar="LANGUAGE=DIR",
-            help="An adapter for a language, with --server its name there; may be repeated.",
+            help="A language's adapter, or a shipped one; with --server its name there; may be repeated.",
         ),
     ] = None,
     problems: Annotated[
@@ -268,7 +268,7 @@ class Generating:
             )
         if engine["quantize"] not in (None, "int8", "int4"):
             raise InputError(f"--quantize is {engine['quantize']!r}, expected int8, int4 or none")
-        folders = named_paths([*self.adapters], "adapter", "LANGUAGE=DIR")
+        folders = named_adapters([*self.adapters], "LANGUAGE=DIR")
         directory = resolve(self.model)
 
         prepare_jax()

@@ -31,6 +31,7 @@ from flora_jax.evaluate.results import (
     read_results,
     summarise,
 )
+from flora_jax.shipped import ASSETS
 from tests.helpers.program import program_in
 
 LINE = {"name": "one", "language": "pl", "prompt": "p", "tests": "t", "stop_tokens": ["\n\n"],
@@ -156,6 +157,20 @@ def test_stop_tokens_of_no_known_kind_are_refused_before_anything_is_read(
     _, _, err = run("--problems", "absent", "--output", "runs", "--stop-tokens", which)
     assert f"--stop-tokens is {which!r}, expected one of given, current" in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_adapter_is_a_folder_or_a_shipped_one(tmp_path, monkeypatch, capsys):
+    def stop(directory, problems, folders, *rest):
+        raise InputError(f"asked for {folders}")
+
+    monkeypatch.setattr("flora_jax.evaluate.local.Local", stop)
+    (tmp_path / "humaneval-pl.jsonl").write_text(json.dumps(LINE))
+    run = program_in(tmp_path, monkeypatch, capsys, "evaluate", "multipl-e", "mini")
+    words = ["--problems", tmp_path, "--language", "pl", "--output", "runs"]
+    _, _, err = run(*words, "--adapter", "pl=flora/perl")
+    assert err == f"flora-jax: asked for {{'pl': {ASSETS / 'adapters/flora/perl'!r}}}\n"
+    _, _, err = run(*words, "--adapter", "perl")
+    assert "--adapter is 'perl', expected LANGUAGE=DIR" in err
 
 
 def test_bad_problems_are_named(tmp_path):

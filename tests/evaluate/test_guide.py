@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import toolchains
-from tests.test_readme import ROOT, blocks
+from tests.test_readme import blocks
 
 
 def run(command, directory, codes=(0,), **environment):
@@ -59,10 +59,8 @@ def test_the_file_s_example_passes_by_half(tmp_path):
 @pytest.mark.toolchains
 def test_the_model_s_example_ends_in_a_table(tmp_path, shared_data):
     toolchains.need("pl", "rb")
-    adapters, problems = ROOT / "flora_jax/assets/adapters", shared_data / "multipl-e"
-    printed = run(
-        found("evaluate compare"), tmp_path, ADAPTERS=str(adapters), PROBLEMS=str(problems)
-    )
+    problems = shared_data / "multipl-e"
+    printed = run(found("evaluate compare"), tmp_path, PROBLEMS=str(problems))
     assert "| Perl | 0.00 ± 0.00 | 0.00 ± 0.00 |" in printed
     assert {path.name for path in (tmp_path / "runs/table").iterdir()} == {
         f"table.{ending}" for ending in ("md", "csv", "json", "png")
