@@ -135,6 +135,9 @@ def install(app: FastAPI) -> None:
 
     async def malformed(request: Request, error: Exception) -> Json:
         assert isinstance(error, RequestValidationError)
+        if any(isinstance(problem.get("input"), bytes) for problem in error.errors()):
+            # Nothing is guessed: a page of another origin may send any body that is not called JSON.
+            return invalid(wrong_type(request.headers.get("content-type"))).response()
         message, param = described(error.errors())
         return invalid(message, param).response()
 
@@ -168,14 +171,18 @@ def described(problems: Iterable[Any]) -> tuple[str, str | None]:
     return "; ".join(lines[:3]) + (f"; and {more} more" if more > 0 else ""), first
 
 
+def wrong_type(found: str | None) -> str:
+    """The line for a body that was not read as JSON, since its header does not call it so."""
+    said = "is missing" if not found else f"is {found[:_SHOWN]}"
+    return f"Content-Type {said}, expected application/json"
+
+
 def short(value: Any) -> str:
     """A value of a request as messages show it, never long."""
     if isinstance(value, list):
         return f"a list of {len(value)}"
     if isinstance(value, dict):
         return "an object"
-    if isinstance(value, bytes):
-        return f"{len(value)} bytes that are no JSON (Content-Type: application/json)"
     if isinstance(value, int) and value.bit_length() > 128:  # Long ones cannot be written out.
         return f"an integer of {value.bit_length()} bits"
     if isinstance(value, str):

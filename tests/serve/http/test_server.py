@@ -434,6 +434,23 @@ def test_a_body_that_is_none_is_refused(client, content, status, words):
     assert words in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "given, found",
+    [
+        ("application/x-www-form-urlencoded", "is application/x-www-form-urlencoded"),
+        ("text/plain; charset=utf-8", "is text/plain; charset=utf-8"),
+        (None, "is missing"),
+    ],
+)
+def test_a_body_that_is_not_called_json_is_told_so(client, given, found):
+    headers = {} if given is None else {"Content-Type": given}
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
+        response = client.post(path, content=b'{"model": "tiny", "prompt": "abc"}', headers=headers)
+        assert response.status_code == 400
+        message = f"Content-Type {found}, expected application/json"
+        assert response.json()["error"]["message"] == message
+
+
 def test_a_large_body_without_a_length_is_refused(client):
     def parts():
         for _ in range(200):
