@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flora_jax.serve.http.errors import ApiError
 
 ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
+_LOADS_NONE = "this server loads no adapters: start it with --admin-key and --adapter-root"
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
 
 
@@ -48,7 +49,8 @@ class Keys:
         """Whether a request with this header may have this path.
 
         Raises:
-            ApiError: 401 for no key or an unknown one, 403 for one that is not enough.
+            ApiError: 401 for no key or an unknown one; 403 for one that is not enough, and for loading
+                where no key could be.
         """
         for_admins = path in ADMIN_PATHS
         if not (for_admins or (self._api and is_guarded(path))):
@@ -58,6 +60,8 @@ class Keys:
         admin, user = _is_among(given, self._admin), _is_among(given, self._api)
         if admin or (user and not for_admins):
             return
+        if not self._admin and (user or not self._api):
+            raise ApiError(403, _LOADS_NONE, code="loading_is_off")
         if user:
             raise ApiError(403, "this key may not load or unload adapters", code="not_admin")
         code, said = "invalid_api_key", "this key is unknown"

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from flora_jax.errors import InputError
 
+_BOTH = "expected --admin-key and --adapter-root or neither of them"
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -43,11 +45,11 @@ class Settings:
                         f"{name}: a key is empty or has characters that no header carries"
                     )
         if self.admin_keys and self.adapter_root is None:
-            raise InputError("an admin key is given and no adapter root, expected both or neither")
+            raise InputError(f"an admin key is given and no adapter root, {_BOTH}")
         if self.adapter_root is not None and not self.adapter_root.is_dir():
             raise InputError(f"{self.adapter_root}: no such directory, expected the adapters' root")
         if self.adapter_root is not None and not self.admin_keys:
-            raise InputError("an adapter root is given and no admin key, expected both or neither")
+            raise InputError(f"an adapter root is given and no admin key, {_BOTH}")
         for name in ("max_body_bytes", "request_timeout_s", "stalled_s", "max_adapter_rank"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} is {getattr(self, name)}, expected above 0")

@@ -74,6 +74,28 @@ def test_without_api_keys_all_but_loading_is_open():
         keys.check("/v1/load_lora_adapter", None)
 
 
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+@pytest.mark.parametrize(
+    "api, header, status, words",
+    [
+        (
+            [],
+            None,
+            403,
+            "this server loads no adapters: start it with --admin-key and --adapter-root",
+        ),
+        ([], "Bearer any", 403, "this server loads no adapters"),
+        (["user"], "Bearer user", 403, "this server loads no adapters"),
+        (["user"], None, 401, "a key is missing"),  # Who has no key learns nothing.
+        (["user"], "Bearer any", 401, "this key is unknown"),
+    ],
+)
+def test_a_server_without_an_admin_key_asks_for_none(path, api, header, status, words):
+    with pytest.raises(ApiError, match=words) as caught:
+        Keys(api).check(path, header)
+    assert caught.value.status == status
+
+
 def test_keys_are_nowhere_to_be_read(tmp_path):
     settings = Settings(("secret-a",), ("secret-b",), tmp_path)
     assert "secret" not in repr(settings) + repr(Keys(settings.api_keys)) + repr(
@@ -86,8 +108,11 @@ def test_keys_are_nowhere_to_be_read(tmp_path):
     [
         ({"api_keys": ("",)}, "a key is empty"),
         ({"api_keys": ("a\nb",)}, "no header carries"),
-        ({"admin_keys": ("a",)}, "no adapter root"),
-        ({"adapter_root": "."}, "no admin key"),
+        (
+            {"admin_keys": ("a",)},
+            "no adapter root, expected --admin-key and --adapter-root or neither",
+        ),
+        ({"adapter_root": "."}, "no admin key, expected --admin-key and --adapter-root or neither"),
         ({"stalled_s": 0}, "stalled_s is 0, expected above 0"),
     ],
 )
