@@ -28,7 +28,7 @@ from flora_jax.serve.lattice import DecodeShape, Lattice, PrefillShape
 from flora_jax.serve.options import EngineOptions
 from flora_jax.serve.placement import Placement, placement_of
 from flora_jax.serve.registry import Version
-from flora_jax.serve.request import Request, TokenLogprob
+from flora_jax.serve.request import MAX_STOPS, Request, TokenLogprob
 from flora_jax.serve.residency import Residency
 from flora_jax.serve.sampling import Draw
 from flora_jax.serve.scheduler import Decode, Start
@@ -36,7 +36,6 @@ from flora_jax.serve.scores import HostScores, Scores
 from flora_jax.serve.sequence import Chunk
 from flora_jax.serve.sequence import Sequence as Scheduled
 from flora_jax.serve.state import (
-    MAX_STOPS,
     RESTING,
     Decoding,
     Entries,

@@ -6,7 +6,9 @@ import dataclasses
 from typing import NamedTuple
 
 from flora_jax.errors import InputError
+from flora_jax.models.family import ModelConfig, positions_in_words
 from flora_jax.platforms import Platform
+from flora_jax.serve.request import MAX_STOP_TOKENS, MAX_STOPS
 
 # Tokens of a dispatch at most while a row is free and an adapter for it is being read.
 WHILE_READING = 4
@@ -111,6 +113,26 @@ class EngineOptions:
         for rows in self.row_buckets or ():
             if not 1 <= rows <= self.max_num_seqs:
                 raise InputError(f"row_buckets has {rows}, expected 1 to {self.max_num_seqs}")
+
+    def check(self, config: ModelConfig) -> None:
+        """Whether a model of this configuration can be laid out so; its weights are not needed for it.
+
+        Raises:
+            InputError: it has fewer positions or tokens, or more end tokens than are looked for.
+        """
+        context, most = self.max_model_len or 0, MAX_STOPS - MAX_STOP_TOKENS
+        if len(config.eos_token_ids) > most:
+            raise InputError(
+                f"the model has {len(config.eos_token_ids)} end tokens, at most {most}"
+            )
+        if context > config.n_positions:
+            raise InputError(
+                f"max_model_len is {context}, the model has {positions_in_words(config)}"
+            )
+        if self.max_logprobs > config.vocab_size:
+            raise InputError(
+                f"max_logprobs is {self.max_logprobs}, the vocabulary has {config.vocab_size} tokens"
+            )
 
     def cache_blocks(self, context: int) -> int:
         """Blocks of the cache of an engine whose longest sequence has ``context`` positions."""

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 RequestId = int | str
 FinishReason = Literal["stop", "length", "abort", "error"]
-MAX_STOP_TOKENS = 8
+# Ids that end a row: those that a request may name, and with the model's own end tokens.
+MAX_STOP_TOKENS, MAX_STOPS = 8, 16
 
 # Characters of a text that take the tokenizer long enough for others to notice.
 _LONG_TEXT = 10_000

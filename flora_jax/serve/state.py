@@ -19,9 +19,9 @@ import numpy as np
 from flora_jax.mixing.ragged import Pairs, RowComponents
 from flora_jax.models.cache import Cache, Paging, init_cache
 from flora_jax.models.family import ModelConfig
+from flora_jax.serve.request import MAX_STOPS
 from flora_jax.serve.sampling import Sampling
 
-MAX_STOPS = 16
 # In place of a token: nothing was drawn, or nothing could be.
 RESTING, BROKEN = -1, -2
 
