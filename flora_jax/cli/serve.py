@@ -19,7 +19,7 @@ import typer
 from flora_jax.cli.common import MODEL_HELP, dtype_of, named_adapters, prepare_jax
 from flora_jax.cli.options import takes
 from flora_jax.errors import InputError
-from flora_jax.terminal import say
+from flora_jax.terminal import progress, say
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -163,7 +163,7 @@ def serve(options: ServeOptions) -> None:
     started_s = time.monotonic()
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    say(f"listening on {address}, compiling")
+    say(f"listening on {address}, loading {options.model}")
 
     def ready() -> None:
         seconds, names = time.monotonic() - started_s, ", ".join(app.state.served.names)
@@ -202,6 +202,7 @@ def _parts(options: ServeOptions) -> _Parts:
     adapters = _adapters([*(options.adapter or ()), *(options.more or ())], names)
     opened = open_checkpoint(options.model)
     engine = _engine_options(options, opened)
+    engine.check(opened.config)
     limits = _limits(options, opened, engine.longest(opened.config.n_positions))
     served = Served(names, options.model, limits, created=int(time.time()))
     return _Parts(settings, adapters, opened, engine, served)
@@ -228,13 +229,27 @@ def application(options: ServeOptions) -> FastAPI:
         engine = Engine(model, adapters, tokenizer=opened.tokenizer, options=engine_options)
         if engine.attention_note is not None:
             say(f"prompts: attention by {engine.attention_note}")
-        engine.warm_up(report)
+        _warm_up(engine, report)
         return engine
 
     runner = Runner(
         make, options.max_num_seqs, _max_queue(options), step_timeout_s=options.step_timeout
     )
     return make_app(runner, served, settings)
+
+
+def _warm_up(engine: Engine, report: Callable[[str, int, int], None]) -> None:
+    """Compiles the engine's programs, and shows besides where ``report`` goes how far that is: to whoever
+    started the server, minutes without a sign of life look like one that hangs.
+    """
+    say(f"compiling {engine.programs} programs")
+    with progress("compile", engine.programs) as bar:
+
+        def tell(name: str, done: int, total: int) -> None:
+            bar.show(done, total, name)
+            report(name, done, total)
+
+        engine.warm_up(tell)
 
 
 def _names(options: ServeOptions) -> tuple[str, ...]:

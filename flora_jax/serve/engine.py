@@ -21,11 +21,11 @@ from typing import Any, Literal, Self
 
 from flora_jax.errors import InputError, RunError
 from flora_jax.mixing.bank import Prepared
-from flora_jax.models.family import ModelConfig, positions_in_words
+from flora_jax.models.family import ModelConfig
 from flora_jax.models.model import Model
 from flora_jax.platforms import Platform
 from flora_jax.platforms import platform as platform_of
-from flora_jax.serve.ahead import Compilations, compile_all
+from flora_jax.serve.ahead import Compilations, compile_all, programs
 from flora_jax.serve.device import Device, Drawn, Flight
 from flora_jax.serve.lattice import Lattice
 from flora_jax.serve.options import WHILE_READING, EngineOptions
@@ -35,11 +35,11 @@ from flora_jax.serve.prefixes import PromptKeys, block_keys, prompt_keys
 from flora_jax.serve.preloading import Preloading
 from flora_jax.serve.readers import Readers
 from flora_jax.serve.registry import Registry, Source, Version, named_sources, version
-from flora_jax.serve.request import MAX_STOP_TOKENS, Limits, Request, RequestId, is_request_id
+from flora_jax.serve.request import Limits, Request, RequestId, is_request_id
 from flora_jax.serve.residency import make_residency, target_groups
 from flora_jax.serve.scheduler import Bounds, Plan, Scheduler
 from flora_jax.serve.sequence import Sequence
-from flora_jax.serve.state import BROKEN, MAX_STOPS
+from flora_jax.serve.state import BROKEN
 from flora_jax.serve.stream import Stream
 from flora_jax.serve.updates import Stats, Update
 
@@ -75,12 +75,9 @@ class Engine:
         platform: Platform | None = None,
     ):
         config, options = model.config, options or EngineOptions()
-        wanted = _longest_wanted(config, options)
+        options.check(config)
+        wanted = options.max_model_len or config.n_positions
         context = options.longest(config.n_positions)
-        if options.max_logprobs > config.vocab_size:
-            raise InputError(
-                f"max_logprobs is {options.max_logprobs}, the vocabulary has {config.vocab_size} tokens"
-            )
         self.compilations = Compilations()
         self.platform = platform = platform or platform_of()
         self.model, self.tokenizer, self.options = model, tokenizer, options
@@ -143,6 +140,11 @@ class Engine:
         """
         compile_all(self.device, progress)
         return self.compilations.reset()
+
+    @property
+    def programs(self) -> int:
+        """How many programs :meth:`warm_up` compiles."""
+        return len(programs(self.device))
 
     @property
     def config(self) -> ModelConfig:
@@ -546,16 +548,6 @@ def bounds_of(lattice: Lattice, options: EngineOptions, platform: Platform, bloc
         # Then a prompt is cut into the same chunks whatever it shares, so its bits are the same.
         shared_stride=lattice.long if options.batch_invariant else 1,
     )
-
-
-def _longest_wanted(config: ModelConfig, options: EngineOptions) -> int:
-    most = MAX_STOPS - MAX_STOP_TOKENS
-    if len(config.eos_token_ids) > most:
-        raise InputError(f"the model has {len(config.eos_token_ids)} end tokens, at most {most}")
-    context = options.max_model_len or config.n_positions
-    if context > config.n_positions:
-        raise InputError(f"max_model_len is {context}, the model has {positions_in_words(config)}")
-    return context
 
 
 def _root(version: Version | None) -> bytes:

@@ -1,5 +1,6 @@
 """``flora-jax serve`` as its users start it: bad options are one line and exit code 2."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -7,12 +8,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from flora_jax.checkpoints import open_checkpoint
-from flora_jax.cli.serve import ServeOptions, _adapters, _engine_options, _parts
+from flora_jax.cli.serve import ServeOptions, _adapters, _engine_options, _parts, _warm_up
 from flora_jax.peft.write import write_adapter
 from tests.helpers.program import program_in
 from tests.helpers.random_adapters import random_adapter
@@ -28,7 +30,7 @@ from flora_jax import cli
 from tests.helpers.http_server import ScriptedEngine
 
 class Hung(ScriptedEngine):
-    attention_note = None
+    attention_note, programs = None, 1
 
     def __init__(self, *parts, **options):
         super().__init__()
@@ -87,6 +89,7 @@ def program(home, monkeypatch, capsys):
         (["mini", "--port", "70000"], "port"),
         (["mini", "--host", "192.0.2.1"], "--host 192.0.2.1 --port 8000: cannot listen"),
         (["mini", "--max-num-seqs", "0"], "max-num-seqs"),
+        (["mini", "--max-model-len", "9999"], "max_model_len is 9999, the model has 512 positions"),
     ],
 )
 def test_bad_options_are_one_line_before_anything_listens(program, options, words):
@@ -107,6 +110,29 @@ def test_an_adapter_of_another_base_ends_the_server_with_its_reason(program):
     code, error = program("mini", "--port", 0, "--adapter", "x=wide")
     assert code == 2
     assert "wide/adapter_model.safetensors" in error.splitlines()[-1]
+
+
+def test_how_far_the_start_is_is_shown_to_whoever_started_the_server(monkeypatch, capsys):
+    class Bar:
+        @staticmethod
+        def show(done, total, note):
+            shown.append((note, done, total))
+
+    @contextlib.contextmanager
+    def bar(what, total):
+        shown.append((what, 0, total))
+        yield Bar
+
+    def warm_up(report):
+        for done, name in enumerate(("prefill", "decode"), 1):
+            report(name, done, 2)
+
+    shown, reported = [], []
+    monkeypatch.setitem(_warm_up.__globals__, "progress", bar)
+    _warm_up(SimpleNamespace(programs=2, warm_up=warm_up), lambda *told: reported.append(told))
+    assert reported == [("prefill", 1, 2), ("decode", 2, 2)]
+    assert shown == [("compile", 0, 2), *reported]
+    assert capsys.readouterr().err == "compiling 2 programs\n"
 
 
 def test_an_adapter_may_be_given_as_vllm_has_it(home, monkeypatch):
@@ -149,5 +175,7 @@ def test_an_engine_that_hangs_ends_the_process_for_its_supervisor():
         answer = httpx.post(f"{url}/v1/completions", json={"model": "mini", "prompt": [1, 2]})
         last = process.stderr.read().splitlines()[-1]
     assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_error")
+    said = ("listening", "compiling", "ready")
+    assert [line.split()[0] for line in lines if line.startswith(said)] == [*said]
     assert process.returncode == 1
     assert last == "flora-jax: a step of the engine did not end within 2 s"

@@ -34,7 +34,10 @@ def test_nothing_is_compiled_after_the_warm_up(committed):
         model = model._replace(params=jax.device_put(model.params, jax.devices()[0]))
     engine = Engine(model, adapters, options=options)
     counter = Compilations()
-    engine.warm_up()
+    told = []
+    announced = engine.programs
+    engine.warm_up(lambda name, done, total: told.append((done, total)))
+    assert told == [(done, announced) for done in range(1, announced + 1)]
     assert counter.count > 0
     requests = [
         dataclasses.replace(random_request(seed), adapter=[*adapters, None][seed % 5])
