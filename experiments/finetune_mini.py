@@ -26,8 +26,7 @@ files (windows of one file are alike, so they are somewhat too narrow; the sweep
 that are reported).
 
 Receipt: 2 cores of an AMD EPYC (Zen 4), float32, each core with a process of its own at 2,000
-tokens/s: sweep 25 minutes, `languages` 40. Before, on the package's first model: `inits` 9 minutes,
-`ranks --seeds 0` 57, 2 cores of a Zen 5; 250 steps. The tables are in
+tokens/s: sweep 25 minutes, `languages` 40, `ranks --seeds 0` about 35, `inits` 9. The tables are in
 experiments/results/finetune_mini.md.
 """
 
