@@ -55,12 +55,13 @@ def test_the_rehearsal_runs_every_stage_and_its_report_has_every_table(tmp_path)
     # No row broke off, and nothing was compiled within what was timed.
     assert {line["broken"] for line in found if "broken" in line} == {0}
     assert {line["compilations"] for line in found if "compilations" in line} == {0}
+    assert {line["prompts"] for line in found if "prompts" in line} == {"read"}
     about = json.loads((tmp_path / "device.json").read_text())
     assert about["rehearse"] is True
     assert {"card", "driver", "versions", "commit"} <= set(about)
     shown = report.text(report.read([tmp_path]))
     for title in ("Ceilings", "A decode step", "One projection", "Eq. 7", "A prompt", "A training step",
-                  "The peers' decode step", "The engine end to end",
+                  "The peers' decode step", "The engine\n",
                   "What launching costs the host"):  # fmt: skip
         assert f"## {title}" in shown, title
     assert "its numbers mean nothing" in shown
