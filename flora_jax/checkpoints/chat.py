@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from flora_jax.errors import InputError
+from flora_jax.errors import InputError, one_line
 
 TEMPLATE_FILE = "chat_template.jinja"
 _CONFIG_FILE = "tokenizer_config.json"
@@ -74,9 +74,8 @@ class Chat:
         except InputError:
             raise
         except Exception as error:  # A template is a program: it can fail in any way.
-            said = " ".join(str(error).split()) or type(error).__name__
             raise InputError(
-                f"{self.where}: the chat template refuses the messages: {said}"
+                f"{self.where}: the chat template refuses the messages: {one_line(error)}"
             ) from None
 
     @functools.cached_property

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from flora_jax.checkpoints.gguf_tokenizer import check_tokens, one_line, read_tokenizer
+from flora_jax.checkpoints.gguf_tokenizer import check_tokens, read_tokenizer
 from flora_jax.checkpoints.tensor_files import FLOATS, Entry, write_shards
-from flora_jax.errors import InputError
+from flora_jax.errors import InputError, one_line
 from flora_jax.files import whole_directory
 from flora_jax.models.family import DTYPES, FAMILIES, ModelConfig, family_of, read_family_config
 from flora_jax.models.gguf_names import (

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flora_jax.errors import InputError
+from flora_jax.errors import InputError, one_line
 from flora_jax.models.gguf_names import BYTE_LEVEL, SENTENCEPIECE, SPLITS, Split
 
 # The ids that a file may name; of the last transformers takes no notice.
@@ -99,9 +99,7 @@ def read_tokenizer(path: Path, facts: Mapping[str, Any], context: int) -> Any:
     with _alone(path) as alone:
         try:
             read = PreTrainedTokenizerFast.from_pretrained(alone.parent, gguf_file=alone.name)
-        except (
-            Exception
-        ) as error:  # Its reader raises errors of many kinds, of other libraries too.
+        except Exception as error:  # Of many kinds, of other libraries too.
             said = one_line(error)
             for ours in (alone, alone.parent):  # Nothing that a user knows.
                 said = said.replace(str(ours), str(path))
@@ -207,8 +205,3 @@ def _add_ends(backend: Any, ends: Mapping[str, tuple[str, int]]) -> None:
     backend.post_processor = processors.TemplateProcessing(
         single=single, pair=[*single, "$B:1"], special_tokens=[*ends.values()]
     )
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, without its line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__

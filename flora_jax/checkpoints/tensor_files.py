@@ -202,9 +202,7 @@ def torch_file(file: Path) -> dict[str, StoredTensor]:
         ) from None
     try:
         state = _TorchState(file, zipfile.is_zipfile(file))
-    except (
-        Exception
-    ) as error:  # What pickle, zip and torch make of damaged bytes has no common type.
+    except Exception as error:  # pickle's, zip's and torch's have no common type.
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{file}: damaged, or holds more than tensors: {reason}") from None
     tensors = state.tensors
